@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aimscale.aim.config import RELEASED_SIZES, ModelConfig
+from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import (
     BACKBONE,
     PROBE,
@@ -31,7 +31,7 @@ from aimscale.harness.run.config import RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import atomic_dir, write_json, write_text
 from aimscale.harness.run.provenance import record_start
-from aimscale.harness.run.row import describe, model_of
+from aimscale.harness.run.row import budget_columns, model_of
 
 PUBLISHED_IMAGES_SEEN = {
     "aim-600M": 500_000 * 4096,
@@ -177,8 +177,7 @@ def _import_head(file: Path, config: ModelConfig, which: str | None, run: RunDir
 
 
 def _published_recipe(model: ModelConfig, images_seen: int) -> RunConfig:
-    """Build the configuration of an imported run: the paper's recipe, which is the default of `RunConfig` except for
-    head and schedule."""
+    """Build the configuration of an imported run: the paper's recipe, with the released head and cosine."""
     shape = {"image_size": model.image_size, "patch_size": model.patch_size, "channels": model.channels}
     return run_config(
         {
@@ -196,19 +195,12 @@ def _published_recipe(model: ModelConfig, images_seen: int) -> RunConfig:
 
 def _row(config: RunConfig, images_seen: int) -> dict[str, Any]:
     """Build a results row without a loss, from the configuration alone."""
-    row = describe(config) | {"images_seen": images_seen, "probes": [], "imported": True, "git_commit": None}
-    num_tokens = (config.training.model.image_size // config.training.model.patch_size) ** 2
-    row["flops_train"] = row["flops_per_image"] * images_seen
-    row["flops_6nd"] = 6 * row["params_total"] * num_tokens * images_seen
-    return row
-
-
-assert set(PUBLISHED_IMAGES_SEEN) == set(RELEASED_SIZES)
+    return budget_columns(config, images_seen) | {"probes": [], "imported": True, "git_commit": None}
 
 
 def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:
     """Write a budget's backbone and a head as a folder that the authors' `AIMForImageClassification.from_pretrained`
-    reads, `model.safetensors` and `config.json`; beside them the run's own `run.yaml` and a `README.md`.
+    reads, `model.safetensors` and `config.json`, with the run's own `run.yaml` beside them.
 
     Args:
         probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`; None takes the one that
@@ -236,23 +228,4 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
         write_weights(state, folder / "model.safetensors", {"format": "pt", "run_id": config.run_id})
         write_json(folder / "config.json", hub_config(model, blocks, num_classes))
         write_text(folder / "run.yaml", config.to_yaml())
-        write_text(folder / "README.md", _readme(config, model, images_seen, blocks, num_classes))
     return sorted(out.iterdir())
-
-
-def _readme(
-    config: RunConfig, model: ModelConfig, images_seen: int, blocks: Sequence[int], num_classes: int | None
-) -> str:
-    """Write what an exported folder holds and how it is read."""
-    head = f"an attentive head of {num_classes} classes on" if num_classes else "no head; one could read"
-    lines = [
-        f"# {model.name}, {images_seen:,} images",
-        "",
-        f"The backbone of an autoregressive image model (AIM, arXiv 2401.08541) trained by aimscale, run "
-        f"`{config.run_id}` (`run.yaml`), with {head} the mean of blocks {', '.join(map(str, blocks))}.",
-        "",
-        "Names, shapes and `config.json` are those of the released AIM models:",
-        "`AIMForImageClassification.from_pretrained(FOLDER)` of https://github.com/apple/ml-aim reads this folder.",
-        f"Images have ImageNet's mean and deviation; the epsilon of LayerNorms was {model.norm_eps:g} (there 1e-06).",
-    ]
-    return "\n".join(lines) + "\n"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from aimscale.harness.data.random_access import make_key, random_uniform
@@ -73,25 +73,23 @@ def run(
 
 def loader_rate(stream: TrainStream, workers: int, seconds: float) -> tuple[float, float]:
     """Measure images per second of wall time and of all processes' processor time, once the workers run."""
-    before = set(multiprocessing.active_children())
     batches = train_batches(
         stream, start=0, stop=10**9, batch_size=BATCH_SIZE, micro_batch=BATCH_SIZE, num_workers=workers
     )
     with contextlib.closing(batches):
         for _ in range(4 * (workers + 1)):
             next(batches)  # start the workers, and consume what they loaded ahead
-        processes = [process.pid for process in set(multiprocessing.active_children()) - before]
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         start, cpu_s, number = time.perf_counter(), _cpu_s(processes), 0
         while time.perf_counter() < start + seconds or not number:
             number += sum(map(len, next(batches)))
         cpu_s = _cpu_s(processes) - cpu_s
-        return number / (time.perf_counter() - start), number / cpu_s
+        return number / (time.perf_counter() - start), number / max(cpu_s, 0.01)  # counted in steps of 10 ms
 
 
-def _cpu_s(processes: Sequence[int | None]) -> float:
-    """Return the processor time of this process and of some others so far."""
-    clocks = [(~pid << 3) | 2 for pid in processes if pid is not None]  # as clock_getcpuclockid has it on Linux
-    return time.process_time() + sum(map(time.clock_gettime, clocks))
+def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+    """Return the processor time of some processes so far."""
+    return float(sum(sum(each.cpu_times()[:2]) for each in processes))
 
 
 def photograph_jpegs(number: int) -> Iterator[PackedImage]:

@@ -33,18 +33,8 @@ AIMSCALE = [sys.executable, "-m", "aimscale"]
 TESTS = Path(aimscale.__file__).resolve().parents[2] / "tests" / "cuda"
 MAX_LINES = 40
 """Number of lines kept of a part's output that is no JSON."""
-SHAPE = {"image_size": 224, "patch_size": 14, "head_rule": "released"}
-"""Geometry of the models trained on a GPU."""
-TRAINING = (
-    ("aim-600M", 128, "auto"),
-    ("rung-384", 256, "auto"),
-    ("rung-128", 512, "auto"),
-    ("aim-1B", 128, "auto"),
-    ("aim-600M", 128, "false"),
-    ("rung-384", 256, "false"),
-    ("rung-128", 512, "false"),
-)
-"""Size, batch, `runtime.compile`."""
+SIZES = (("aim-600M", 128), ("rung-384", 256), ("rung-128", 512), ("aim-1B", 128))
+"""Sizes and batches of the steps timed on one GPU, all but the last also without compilation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,49 +50,40 @@ class Part:
 
 def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     """Yield the parts to run, the most important first; `rehearse` takes small sizes and the CPU."""
-    yield Part(name="doctor", words=[*AIMSCALE, "doctor", "--root", str(folder)], limit_s=60)
+    root = ["--root", str(folder)]
+    yield Part(name="doctor", words=[*AIMSCALE, "doctor", *root], limit_s=60)
     # Ignore pyproject's options: plugins such as xdist may be missing.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
     yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
-    training = list(_training(rehearse=rehearse))
+    steps = [(*each, "auto") for each in SIZES] + [(*each, "false") for each in SIZES[:-1]]
+    training = [
+        Part(name=f"train {size} {how}", words=AIMSCALE + _step_of(size, batch, rehearse, compile=how), limit_s=120)
+        for size, batch, how in ([("w16-d2", 8, "auto")] if rehearse else steps)
+    ]
     yield training[0]
     num_gpus = 2 if rehearse else torch.cuda.device_count()
-    yield from _stages(num_gpus, rehearse=rehearse) if num_gpus > 1 else ()
+    size, batch = ("w16-d2", 4) if rehearse else SIZES[0]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
+    for stage in (2, 1) if num_gpus > 1 else ():  # gradients are reduced during the backward pass, and after it
+        words = [*launcher, *AIMSCALE[1:], *_step_of(size, num_gpus * batch, rehearse, "bf16", zero_stage=stage)]
+        yield Part(name=f"train {size} on {num_gpus}, ZeRO {stage}", words=words, limit_s=150)
     yield from training[1:4]
-    sweep = _write_sweep(folder, rehearse=rehearse)
-    yield Part(name="sweep", words=[*AIMSCALE, "launch", str(sweep), "--root", str(folder)], limit_s=120)
-    words = [*AIMSCALE, "status", str(sweep), "--root", str(folder), "--json"]
-    yield Part(name="status", words=words, limit_s=30)
+    sweep = str(_write_sweep(folder, rehearse=rehearse))
+    yield Part(name="sweep", words=[*AIMSCALE, "launch", sweep, *root], limit_s=120)
+    yield Part(name="status", words=[*AIMSCALE, "status", sweep, *root, "--json"], limit_s=30)
     words = [*AIMSCALE, "bench", "data", "--seconds", "0.5" if rehearse else "4", "--workers", "1"]
     yield Part(name="loader", words=words, limit_s=60)
     yield from training[4:]
 
 
-def _training(*, rehearse: bool) -> Iterator[Part]:
-    """Yield every training step to be timed on one GPU."""
-    for size, batch, how in [("w16-d2", 8, "auto")] if rehearse else TRAINING:
-        words = _step_of(size, batch, "fp32" if rehearse else "bf16", rehearse=rehearse, compile=how)
-        yield Part(name=f"train {size} {how}", words=AIMSCALE + words, limit_s=120)
-
-
-def _stages(num_gpus: int, *, rehearse: bool) -> Iterator[Part]:
-    """Yield training steps on all GPUs of this machine, with gradients reduced during the backward pass (ZeRO 2) and
-    after it (1)."""
-    size, batch = ("w16-d2", 4) if rehearse else ("aim-600M", 128)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
-    for stage in (2, 1):
-        words = _step_of(size, num_gpus * batch, "bf16", rehearse=rehearse, zero_stage=stage)
-        words = [*launcher, *AIMSCALE[1:], *words]
-        yield Part(name=f"train {size} on {num_gpus}, ZeRO {stage}", words=words, limit_s=150)
-
-
-def _step_of(size: str, batch: int, precision: str, *, rehearse: bool, **runtime: object) -> list[str]:
+def _step_of(size: str, batch: int, rehearse: bool, precision: str = "", **runtime: object) -> list[str]:
     """Return the words of `aimscale` that time a training step."""
-    settings: dict[str, object] = {"runtime.device": "cpu" if rehearse else "cuda"}
-    settings |= {"model.image_size": 16} if rehearse else {f"model.{key}": value for key, value in SHAPE.items()}
+    settings: dict[str, object] = {"model.image_size": 224, "model.patch_size": 14, "model.head_rule": "released"}
+    settings = {"model.image_size": 16} if rehearse else settings
+    settings |= {"runtime.device": "cpu" if rehearse else "cuda"}
     settings |= {f"runtime.{key}": value for key, value in runtime.items()}
-    words = ["bench", "train", "--size", size, "--batch", str(batch), "--precision", precision]
-    words += ["--steps", "2" if rehearse else "10"]
+    words = ["bench", "train", "--size", size, "--batch", str(batch), "--steps", "2" if rehearse else "10"]
+    words += ["--precision", precision or ("fp32" if rehearse else "bf16")]
     return [*words, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
 
 
@@ -136,17 +117,16 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
 
 def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
     """Run a part within its time limit, and return its result."""
-    found: dict[str, Any] = {"command": part.words, "seconds": 0.0, "result": None, "problem": ""}
+    found: dict[str, Any] = {"command": part.words, "seconds": 0.0, "result": None, "problem": "no time was left"}
     if limit_s < 5:
-        return found | {"problem": "no time was left"}
+        return found
     env = os.environ | ({"AIMSCALE_TEST_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if rehearse else {})
-    started = time.monotonic()
+    started, problem = time.monotonic(), ""
     process = subprocess.Popen(part.words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    is_late = False
     try:
         out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        is_late = True
+        problem = f"not done after {limit_s:.0f} s"
         process.terminate()  # a launch then ends its runs, which would hold the GPU
         try:
             out, err = process.communicate(timeout=GRACE_S)
@@ -154,11 +134,8 @@ def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
             process.kill()
             out, err = process.communicate()
     lines = out.strip().splitlines()
-    if is_late:
-        problem = f"not done after {limit_s:.0f} s"
-        return found | {"seconds": time.monotonic() - started, "result": lines[-MAX_LINES:], "problem": problem}
-    said = err.strip().splitlines() or lines
-    problem = "" if process.returncode == 0 else f"exit code {process.returncode}: {(said or [''])[-1]}"
+    if process.returncode and not problem:
+        problem = f"exit code {process.returncode}: {(err.strip().splitlines() or lines or [''])[-1]}"
     try:
         result = json.loads(out[min(i for i in map(out.find, "[{") if i >= 0) :])
     except ValueError:

@@ -47,13 +47,8 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
     try:
         peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
         device_bytes = group.min_over_ranks(group.memory_bytes())
-        plan = execution_plan(
-            config.training,
-            runtime,
-            world_size=group.world_size,
-            device_bytes=device_bytes,
-            is_gpu=group.device.type == "cuda",
-        )
+        is_gpu, where = group.device.type == "cuda", {"world_size": group.world_size, "device_bytes": device_bytes}
+        plan = execution_plan(config.training, runtime, **where, is_gpu=is_gpu)
         options = EngineOptions(
             zero_stage=plan.zero_stage,
             activation_checkpointing=plan.activation_checkpointing,
@@ -83,13 +78,9 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
         "size": model.name,
         "params": param_count(model).total,
         "batch_size": optimiser.batch_size,
-        "micro_batch": plan.micro_batch,
-        "world_size": group.world_size,
         "precision": optimiser.precision,
-        "zero_stage": plan.zero_stage,
-        "activation_checkpointing": plan.activation_checkpointing,
+        **plan.settings(device=device_name(group.device), world_size=group.world_size),
         "compiled": options.compile,
-        "device": device_name(group.device),
         "num_threads": torch.get_num_threads(),
         "ms_per_step": 1000 * step_s,
         "images_per_s": images_per_s,

@@ -52,6 +52,7 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
     import yaml
 
     from aimscale.harness.run.config import ConfigError, RuntimeConfig, load_run_config, parse, run_config
+    from aimscale.harness.run.strict import merge
 
     where = "the command line"
     if file is None:
@@ -68,13 +69,10 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
             raise ConfigError(f"--set {text} has no value; write KEY=VALUE, such as runtime.zero_stage=2")
         changes[key] = yaml.safe_load(value)
     for key, value in changes.items():
-        *sections, name = key.split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"--set {key}: {section} has no fields")
-        place[name] = value
+        nested = value
+        for name in reversed(key.split(".")):
+            nested = {name: nested}
+        values = merge(values, nested)
     runtime = parse(RuntimeConfig, values.pop("runtime"), where)
     return run_config(values | {"budgets": [values["optimiser"]["batch_size"]]}, where, runtime)
 

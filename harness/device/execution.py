@@ -160,7 +160,7 @@ def out_of_memory(error: Exception, plan: ExecutionPlan, *, device: str, world_s
         return None
     return TooLargeError(
         f"{describe_out_of_memory(error)} in the first step with a micro-batch of {plan.micro_batch}; "
-        f"the next start takes {plan.half_micro_batch}",
+        f"the next start takes {plan.half_micro_batch}; start the run again",
         plan.settings(device=device, world_size=world_size),
     )
 

@@ -111,8 +111,7 @@ def gpus_here() -> list[tuple[str, int]]:
 
 
 def find_gpu(name: str) -> GpuSpec | None:
-    """Return the data sheet of a GPU by its model name, as a driver or Slurm writes it; None if unknown, as for a MIG
-    slice."""
+    """Return the data sheet of a GPU by its name from a driver or Slurm; None if unknown or a MIG slice."""
     words = set(re.split(r"[\s_-]+", name.lower()))
     if any(word == "mig" or re.match(r"\d+g\.", word) for word in words):
         return None

@@ -25,8 +25,6 @@ ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 """Bytes of a value."""
 MAX_BUCKET_VALUES = 50_000_000
 """Largest reduction bucket (`harness.step.deepspeed_setup`): 200 MB messages are long enough for any network."""
-MAX_PIECE_VALUES = 500_000_000
-"""Maximum values per message into which DeepSpeed puts gradients at ZeRO 0."""
 MAX_GATHERED_VALUES = 1_000_000_000
 """Maximum values that DeepSpeed keeps gathered at ZeRO 3."""
 
@@ -43,8 +41,7 @@ class _Held(NamedTuple):
     gathered: int = 0
     """Weights gathered at ZeRO 3, for at most MAX_GATHERED_VALUES parameters."""
     message: tuple[int, int] = (0, 0)
-    """Scratch memory of gloo on a CPU, per parameter and per value of the bucket, measured; NCCL's buffers have one
-    size (`harness.device.execution.USABLE_FRACTION`)."""
+    """Scratch memory of gloo on a CPU, per parameter and per value of the bucket, measured; NCCL's is fixed."""
 
 
 HELD = {
@@ -121,8 +118,7 @@ def kept_bytes_per_image(
 def peak_bytes_per_image(
     config: ModelConfig, precision: Precision, activation_checkpointing: bool, scored_tokens: float
 ) -> int:
-    """Return the peak bytes of one image in the backward pass: what is stored, and with checkpointing one recomputed
-    block."""
+    """Return the peak bytes of one image in the backward pass: what is stored, and one recomputed block."""
     kept = kept_bytes_per_image(config, precision, activation_checkpointing, scored_tokens)
     return kept + (max(_block_bytes(config, precision, math.ceil(scored_tokens))) if activation_checkpointing else 0)
 
@@ -160,8 +156,7 @@ def _block_bytes(config: ModelConfig, precision: Precision, scored: int) -> tupl
 
 
 def _kept_by_mlp(width: int) -> int:
-    """Count the values per token that an MLP stores: the block's sum, the second norm's output, and the MLP before and
-    after GELU."""
+    """Count the values per token that an MLP stores: its input, the norm's output, and around GELU."""
     return 2 * width + 2 * MLP_RATIO * width
 
 
@@ -193,8 +188,7 @@ def free_host_bytes(root: Path = Path("/")) -> int:
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
-    """Yield the control groups around this process, with the names of limit and usage, and of file pages in
-    `memory.stat`."""
+    """Yield the control groups around this process: limit, usage, and file pages in `memory.stat`."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

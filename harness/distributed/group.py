@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -28,14 +28,14 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 PHASE_TIMEOUT_S = 600.0
 """Time for which they wait where one may read a model or write files: the 26 GB of aim-7B at 50 MB/s, s."""
 STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
-"""Time for which they wait in work that repeats: the larger of this and so many times the longest turn before, s."""
+"""Time for which they wait in a step: the larger of this and so many times the longest step before, s."""
 WRITTEN_BYTES_PER_S = 20e6
 """Rate at which a rank writes at least: 128 of them on a file server of 2.5 GB/s, bytes/s."""
 
 
-def turn_timeout_s(longest_s: float) -> float:
-    """Return how long ranks wait for each other in a turn of work whose longest turn so far took this long, s."""
-    return max(STEP_TIMEOUT_S, STEP_FACTOR * longest_s)
+def step_timeout_s(longest_s: float) -> float:
+    """Return how long ranks wait for each other in a step if the longest so far took this long (0: none), s."""
+    return max(STEP_TIMEOUT_S, STEP_FACTOR * longest_s) if longest_s else COLLECTIVE_TIMEOUT_S
 
 
 def write_timeout_s(num_bytes: float) -> float:
@@ -75,13 +75,10 @@ class Group:
 
     def host_memory_bytes(self) -> int:
         """Return this rank's share of its host's free memory."""
-        # A launcher of several runs on a host sets the share of it that each may plan for.
-        share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
-        return int(share * free_host_bytes()) // self.ranks_per_node
+        return int(_host_share() * free_host_bytes()) // self.ranks_per_node
 
     def min_over_ranks(self, number: int) -> int:
-        """Return the minimum of a number over ranks, such as of their hosts' free memory, so that all ranks decide
-        alike."""
+        """Return the minimum of a number over ranks, so that all decide alike."""
         return int(min(self.gather(number)))
 
     @property
@@ -94,9 +91,7 @@ class Group:
     def cores(self) -> int:
         """Count this rank's cores: those that it may run on, divided among the ranks that may run on the same."""
         mine = os.uname().nodename, sorted(os.sched_getaffinity(0))
-        # A launcher of several runs on a host sets the share of it that each may plan for.
-        share = float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
-        return max(1, int(share * len(mine[1])) // self.gather(mine).count(mine))
+        return max(1, int(_host_share() * len(mine[1])) // self.gather(mine).count(mine))
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag."""
@@ -104,24 +99,22 @@ class Group:
 
     def sum_counts(self, *counts: int) -> list[int]:
         """Sum each count over ranks, in one exchange on the host, not on the device."""
-        return self._begin_sum(counts, self._host_group)()
+        values = torch.tensor(counts, dtype=torch.int64)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, group=self._host_group)
+        return values.tolist()
 
     def sum_counts_async(self, *counts: int) -> Callable[[], list[int]]:
-        """Start to sum counts over ranks, independently of all other exchanges; the returned function waits for the
-        sums.
-
-        One thread starts them, in the same order on every rank.
-        """
-        return self._begin_sum(counts, self._async_group)
-
-    def _begin_sum(self, counts: Sequence[int], group: Any) -> Callable[[], list[int]]:
+        """Start to sum counts over ranks, independently of all other exchanges and in the same order on every rank; the
+        returned function waits for the sums."""
+        if self.world_size == 1:
+            return lambda: list(counts)
         values = torch.tensor(counts, dtype=torch.int64)
-        work = torch.distributed.all_reduce(values, group=group, async_op=True) if self.world_size > 1 else None
+        work = torch.distributed.all_reduce(values, group=self._async_group, async_op=True)
 
         def sums() -> list[int]:
-            if work is not None:
-                work.wait()
-            return [int(value) for value in values]
+            work.wait()
+            return values.tolist()
 
         return sums
 
@@ -173,10 +166,10 @@ class Group:
                 error = caught
                 outcome[1] = caught if isinstance(caught, UserError) else RuntimeError(f"rank 0 failed: {caught!r}")
         torch.distributed.broadcast_object_list(outcome, src=0, group=self._host_group)
-        if outcome[1] is not None:
-            raise error or met_by(0, outcome[1])
-        value: T = outcome[0]
-        return value
+        value, failure = outcome
+        if failure is not None:
+            raise error or met_by(0, failure)
+        return cast(T, value)
 
     @contextlib.contextmanager
     def collectives_within(self, seconds: float) -> Iterator[None]:
@@ -202,6 +195,11 @@ class Group:
         """Wait until every rank is here."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self._host_group)
+
+
+def _host_share() -> float:
+    """Return the share of its host that a run may plan for, which a launcher of several runs sets."""
+    return float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
 
 
 def met_by(rank: int, error: E) -> E:
@@ -267,23 +265,16 @@ def start_group(placement: Placement, device_name: str) -> Group:
 
 
 def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:
-    """Start or join the store of ranks on one host, which listens on loopback alone; torch's own does on all
-    interfaces.
+    """Start or join the store of ranks on one host, which listens on loopback alone, unlike torch's own.
 
     None if ranks are on several hosts, or if torchrun has started a store for them.
     """
     if placement.address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    is_first = placement.rank == 0
+    is_first, timeout = placement.rank == 0, datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     listener = socket.create_server((LOOPBACK, placement.port)).detach() if is_first else None
-    return torch.distributed.TCPStore(
-        LOOPBACK,
-        placement.port,
-        placement.world_size,
-        is_master=is_first,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-        master_listen_fd=listener,
-    )
+    where = (LOOPBACK, placement.port, placement.world_size)
+    return torch.distributed.TCPStore(*where, is_master=is_first, timeout=timeout, master_listen_fd=listener)
 
 
 def import_deepspeed() -> Any:
@@ -291,8 +282,7 @@ def import_deepspeed() -> Any:
     import deepspeed
     from deepspeed.utils import logger
 
-    # None of its C++ operators is used. It would test the compiler for each at start-up, and build a shared-memory
-    # communicator (25 s) without a gain here.
+    # It would test the compiler for each of its C++ operators, and build a communicator (25 s); none is used.
     deepspeed.ops.__compatible_ops__ = {}
     # It calls collectives by names that new versions of torch warn about.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -301,11 +291,7 @@ def import_deepspeed() -> Any:
 
 
 def stop_group() -> None:
-    """Destroy the process group, so that another run may start in this process.
-
-    Without this, gloo's threads sometimes abort a process at its exit, after its work is done (measured: 16 of 80
-    exits).
-    """
+    """Destroy the process group, so that another run may start here and gloo's threads abort no exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if "deepspeed" in sys.modules:

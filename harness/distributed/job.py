@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group, turn_timeout_s
+from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group
 from aimscale.harness.distributed.placement import LaunchError, find_placement
 from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
@@ -45,7 +45,6 @@ HEARTBEAT_S = 5.0
 WORD_S = 10.0
 """Seconds that a rank which lost another waits for that one to record what happened."""
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-_DIVERGED = {"state": "diverged", "reason_class": "nan"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +58,7 @@ class Job:
     nodes: Sequence[str]
     """Node of each rank: Slurm's name, by which it can be excluded, or else the host's."""
     exits: contextlib.ExitStack
-    """Contexts of this rank that are left after the status says how the job ended, so that slow exits keep no other
-    rank waiting."""
+    """Contexts that are left after the status says how the job ended, since they may be slow."""
 
     def update_status(self, **changes: Any) -> None:
         """Change `status.json`, on the first rank alone."""
@@ -70,19 +68,14 @@ class Job:
     def progress_callback(self) -> Callable[..., None]:
         """Make the function that all ranks call together, often: it obeys signals and updates the heartbeat.
 
-        It raises PreemptedError if a signal asked to stop, and LockLost. Until the next call, ranks wait for each other
-        for some times as long as calls under the same name were apart, or `PHASE_TIMEOUT_S`.
+        It raises PreemptedError if a signal asked to stop, and LockLost. From now on, ranks wait for each other for
+        `PHASE_TIMEOUT_S`.
         """
-        last_beat, phase, last_call, longest_s = 0.0, "", 0.0, 0.0
+        self.group.limit_collectives(PHASE_TIMEOUT_S)
+        last_beat = 0.0
 
-        def report_progress(what: str = "", *_: object) -> None:
-            nonlocal last_beat, phase, last_call, longest_s
-            now = time.monotonic()
-            if what:
-                longest_s = max(longest_s, now - last_call) if what == phase else 0.0
-                phase, last_call = what, now
-            is_repeated = what != "" and longest_s > 0
-            self.group.limit_collectives(turn_timeout_s(longest_s) if is_repeated else PHASE_TIMEOUT_S)
+        def report_progress(*_: object) -> None:
+            nonlocal last_beat
             if self.group.any(self.flag.is_raised):
                 raise PreemptedError
             if time.monotonic() - last_beat > HEARTBEAT_S:
@@ -122,8 +115,7 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
             job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
         except (DivergedError, OffTrackError) as error:
-            ended = {"state": "off-track"} if isinstance(error, OffTrackError) else _DIVERGED
-            job.update_status(**ended, phase="", reason=str(error))
+            job.update_status(**error.ended, phase="", reason=str(error))
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
             return error.exit_code
@@ -131,7 +123,7 @@ def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int
             timer = end_within(EXIT_S)  # the disk may hang, or an exit that waits for a rank that is gone
             about_another = _note_failure(job, writer_folder / "failure.json", error)
             if group.world_size == 1:
-                timer.cancel()  # this process may try again
+                timer.cancel()  # a caller may go on
             if about_another:
                 raise LaunchError(about_another) from error  # where this rank met it tells nothing
             raise
@@ -152,8 +144,7 @@ def _naming_lost_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold(run: RunDir, group: Group) -> Iterator[Path]:
-    """Hold a run for the block: the first rank takes the lock, and the others write in its name; yields the writer's
-    folder.
+    """Hold a run for the block: the first rank takes the lock, for all; yields the writer's folder.
 
     Raises:
         LockHeld: another process has it; raised on all ranks.

@@ -40,8 +40,8 @@ class Placement:
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
     """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
     env = dict(os.environ) if environment is None else environment
-    if "RANK" in env or "WORLD_SIZE" in env:
-        try:
+    try:
+        if "RANK" in env or "WORLD_SIZE" in env:
             is_local = env["WORLD_SIZE"] == env.get("LOCAL_WORLD_SIZE")
             return Placement(
                 rank=int(env["RANK"]),
@@ -50,24 +50,24 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
                 address=LOOPBACK if is_local else env["MASTER_ADDR"],
                 port=int(env["MASTER_PORT"]),
             )
-        except KeyError as error:
-            raise LaunchError(
-                f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
-            ) from error
+    except KeyError as error:
+        raise LaunchError(
+            f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
+        ) from error
     # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
     num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if num_tasks > 1:
+    if num_tasks == 1:
+        return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
+    is_local = env.get("SLURM_STEP_NUM_NODES") == "1"
+    first = first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))
+    return Placement(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=num_tasks,
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        address=LOOPBACK if is_local else env.get("MASTER_ADDR", first),
         # Every task of a job computes the same port; jobs that share a host get different ones.
-        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000))
-        first = env.get("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])))
-        return Placement(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=num_tasks,
-            local_rank=int(env.get("SLURM_LOCALID", "0")),
-            address=LOOPBACK if env.get("SLURM_STEP_NUM_NODES") == "1" else first,
-            port=port,
-        )
-    return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
+        port=int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000)),
+    )
 
 
 def first_host(node_list: str) -> str:
@@ -79,10 +79,8 @@ def first_host(node_list: str) -> str:
 
 
 def gpu_index(placement: Placement, num_visible: int) -> int:
-    """Return the index of this process's GPU among those it sees: 0 if Slurm binds one GPU to each task, else the local
-    rank."""
-    by_slurm = "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if num_visible == 1 and by_slurm:
+    """Return the index of this process's GPU: 0 if Slurm binds one to each task, else the local rank."""
+    if num_visible == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0
     if placement.local_rank >= num_visible:
         raise LaunchError(

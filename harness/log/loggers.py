@@ -59,8 +59,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Weights & Biases run, one for each of our runs; WANDB_MODE=offline keeps everything in `wandb/` of the run
-    directory.
+    """Weights & Biases run, one for each of our runs; offline it is kept in `wandb/` of the run directory.
 
     The configuration has the columns of the run's rows that are known before training at its top, to plot against and
     to be read back. Trouble with W&B never ends the training: without the service, a start is kept offline.
@@ -171,8 +170,7 @@ def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float
 
 
 def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
-    """Return the scalars plotted of a budget's row: `val/loss`, its standard error, and top-1 accuracies as
-    `probe/TASK/KIND`.
+    """Return the scalars plotted of a budget's row: loss, its standard error, and top-1 as `probe/TASK/KIND`.
 
     Args:
         row: row of the results, or a line of `curve.jsonl`.
@@ -185,8 +183,7 @@ def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, fl
 
 
 def expected_scalars(points: Iterable[ExpectedPoint], images_seen: int, name: str) -> dict[str, float]:
-    """Return the scalars plotted of a forecast beside a measured loss `name`: its value, and its 95 % interval of one
-    run."""
+    """Return the scalars plotted of a forecast beside a measured loss `name`: value and 95 % interval."""
     found = (each for each in points if each.images_seen == images_seen)
     ends = next(({"": each.loss, "_low": each.low, "_high": each.high} for each in found), {})
     return {f"{name}_expected{end}": value for end, value in ends.items()}

@@ -5,11 +5,12 @@ Checkpoints hold the steps that are in no line yet, so that an interrupted run l
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import statistics
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from aimscale.harness.run.schedule import Segment
 
@@ -20,6 +21,7 @@ SPIKE_SIGMAS = 6.0
 suffices)."""
 TAIL_FRACTION = 0.05
 """Last share of a budget, over which its `train_loss` is averaged."""
+_NOWHERE = Segment(start=0, stop=0, branch=None)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,108 +61,105 @@ class TrainedStep:
     """Norm before clipping; null if not finite."""
     is_spike: bool = False
     """Whether the loss stands out from those before it."""
+    num_bad_samples: int = 0
+    """Undecodable samples of all ranks."""
+    data_wait_s: float = 0.0
+    """Time in which this rank waited for its images, s."""
+    forward_s: float = 0.0
+    """Time of this rank's forward passes, s."""
 
 
+@dataclasses.dataclass(kw_only=True)
 class Metrics:
-    """Collector of steps that turns them into lines."""
+    """Collector of steps that turns them into lines; checkpoints hold all of its fields."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.images_done = 0
-        """Images trained on, decay branches included."""
-        self.consecutive_skipped = 0
-        """Non-finite steps since the last finite one."""
-        self.trunk, self.branch = Tally(), Tally()
-        """Tallies of the trunk so far, and of the branch that the run is on."""
-        self._batch_size = batch_size
-        self._segment = Segment(start=0, stop=0, branch=None)
-        self._steps: list[TrainedStep] = []
-        self._tail_sum, self._tail_count = 0.0, 0
-        self._recent: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+    batch_size: int
+    segment: Segment = _NOWHERE
+    """Segment that the run is on."""
+    images_done: int = 0
+    """Images trained on, decay branches included."""
+    consecutive_skipped: int = 0
+    """Non-finite steps since the last finite one."""
+    trunk: Tally = dataclasses.field(default_factory=Tally)
+    """Tally of the trunk so far."""
+    branch: Tally = dataclasses.field(default_factory=Tally)
+    """Tally of the branch that the run is on."""
+    steps: list[TrainedStep] = dataclasses.field(default_factory=list)
+    """Steps that are in no line yet."""
+    recent: list[float] = dataclasses.field(default_factory=list)
+    """Last `SPIKE_WINDOW` losses."""
+    tail_sum: float = 0.0
+    """Sum of the losses over the budget's tail ..."""
+    tail_count: int = 0
+    """... and their number."""
 
     @property
     def current(self) -> Tally:
         """Tally of the trunk or the branch, wherever the run is."""
-        return self.trunk if self._segment.branch is None else self.branch
+        return self.trunk if self.segment.branch is None else self.branch
 
     @property
     def total(self) -> Tally:
         """Tally of the way from the start of the trunk to here."""
-        return self.trunk if self._segment.branch is None else self.trunk + self.branch
+        return self.trunk if self.segment.branch is None else self.trunk + self.branch
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean loss over the budget's tail."""
+        return self.tail_sum / self.tail_count if self.tail_count else None
 
     def enter(self, segment: Segment) -> None:
         """Begin a segment, or resume it after a restart; a branch's counts begin with it."""
-        self._segment = segment
+        self.segment = segment
         if not segment.resumes:
-            self._tail_sum, self._tail_count = 0.0, 0
-            self._recent.clear()  # losses at another learning rate
+            self.tail_sum, self.tail_count = 0.0, 0
+            self.recent.clear()  # losses at another learning rate
             if segment.branch is not None:
                 self.branch = Tally()
 
-    def add(self, step: TrainedStep, *, num_bad_samples: int = 0) -> None:
-        """Count a step, in which so many samples could not be decoded."""
-        self.images_done += self._batch_size
-        self.current.num_images += self._batch_size
+    def add(self, step: TrainedStep) -> None:
+        """Count a step."""
+        self.images_done += self.batch_size
+        self.current.num_images += self.batch_size
         self.current.num_skipped_steps += not step.was_applied
-        self.current.num_bad_samples += num_bad_samples
+        self.current.num_bad_samples += step.num_bad_samples
         self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
         if (loss := step.loss) is not None:
-            step = dataclasses.replace(step, is_spike=self._stands_out(loss))
+            if len(self.recent) >= SPIKE_WINDOW // 2:
+                most = statistics.fmean(self.recent) + SPIKE_SIGMAS * statistics.pstdev(self.recent)
+                step = dataclasses.replace(step, is_spike=loss > most)
             self.current.num_loss_spikes += step.is_spike
-            self._recent.append(loss)
-            branch = self._segment.branch
+            self.recent = [*self.recent, loss][-SPIKE_WINDOW:]
+            branch = self.segment.branch
             if branch is not None and step.images_seen > (1 - TAIL_FRACTION) * branch:
-                self._tail_sum, self._tail_count = self._tail_sum + loss, self._tail_count + 1
-        self._steps.append(step)
+                self.tail_sum, self.tail_count = self.tail_sum + loss, self.tail_count + 1
+        self.steps.append(step)
 
     def line(self) -> dict[str, Any]:
         """Make a line of the steps since the last; means are over applied steps, null if there was none."""
-        applied = [step for step in self._steps if step.was_applied]
-        last = self._steps[-1]
+        applied = [step for step in self.steps if step.was_applied]
+        last = self.steps[-1]
         line = {
             "images_seen": last.images_seen,
-            "step": last.images_seen // self._batch_size,
-            "branch": self._segment.branch,
+            "step": last.images_seen // self.batch_size,
+            "branch": self.segment.branch,
             "loss": _mean([step.loss for step in applied]),
             "loss_max": max((step.loss for step in applied if step.loss is not None), default=None),
             "grad_norm": _mean([step.grad_norm for step in applied]),
             "lr": last.lr,
             "num_skipped_steps": self.total.num_skipped_steps,
-            "loss_spikes": [step.images_seen for step in self._steps if step.is_spike],
+            "loss_spikes": [step.images_seen for step in self.steps if step.is_spike],
         }
-        self._steps.clear()
+        self.steps.clear()
         return line
 
-    def _stands_out(self, loss: float) -> bool:
-        """Return whether a loss is a spike."""
-        if len(self._recent) < SPIKE_WINDOW // 2:
-            return False
-        return loss > statistics.fmean(self._recent) + SPIKE_SIGMAS * statistics.pstdev(self._recent)
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean loss over the budget's tail."""
-        return self._tail_sum / self._tail_count if self._tail_count else None
-
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, with all steps that are not yet in a line."""
-        return {
-            "images_done": self.images_done,
-            "consecutive_skipped": self.consecutive_skipped,
-            "trunk": dataclasses.asdict(self.trunk),
-            "branch": dataclasses.asdict(self.branch),
-            "steps": [dataclasses.asdict(step) for step in self._steps],
-            "tail_sum": self._tail_sum,
-            "tail_count": self._tail_count,
-            "recent": list(self._recent),
-        }
+        """Return the state for a checkpoint."""
+        return dataclasses.asdict(self)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.images_done, self.consecutive_skipped = state["images_done"], state["consecutive_skipped"]
-        self.trunk, self.branch = Tally(**state["trunk"]), Tally(**state["branch"])
-        self._steps = [TrainedStep(**step) for step in state["steps"]]
-        self._tail_sum, self._tail_count = state["tail_sum"], state["tail_count"]
-        self._recent = collections.deque(state["recent"], maxlen=SPIKE_WINDOW)
+        vars(self).update(vars(TypeAdapter(Metrics).validate_python(state)))
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -18,8 +18,7 @@ PLAIN_EVERY_S = 30.0
 
 
 class Bar:
-    """Progress bar, called often with how far the work is; with `shows=False`, as on all ranks but the first, it shows
-    nothing."""
+    """Progress bar, called often with how far the work is; with `shows=False` it shows nothing."""
 
     def __init__(self, *, shows: bool = True, every_s: float = PLAIN_EVERY_S) -> None:
         self._shows, self._every_s = shows, every_s

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,30 +25,12 @@ from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.lock import check_writer
 from aimscale.harness.run.schedule import Segment
 
+SHOWN = ("images_seen", "images_done", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")
+"""Columns of a line that `status.json` shows, too."""
 MAX_SKIPPED_STEPS = 20
 """Maximum number of consecutive non-finite steps; with more, the run has diverged."""
-SMOOTHED_S = 30.0
-"""Time constant of the rate in `status.json`, from which the time left follows; the rate of single steps jumps."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class RecentThroughput:
-    """Exponential average over about the last `SMOOTHED_S`. The first interval, with its one-time work, is dropped once
-    there is another."""
-
-    num_intervals: int = 0
-    wall_s: float = 0.0
-    num_images: float = 0.0
-    wait_s: float = 0.0
-    """Time in which the slowest rank waited for images."""
-
-    def add(self, wall_s: float, num_images: int, wait_s: float) -> None:
-        """Add an interval."""
-        kept = math.exp(-wall_s / SMOOTHED_S) if self.num_intervals > 1 else 0.0
-        self.num_intervals += 1
-        self.wall_s = kept * self.wall_s + wall_s
-        self.num_images = kept * self.num_images + num_images
-        self.wait_s = kept * self.wait_s + wait_s
+RECENT_LINES = 10
+"""Number of last lines over which the rate in `status.json` is taken, from which the time left follows."""
 
 
 class Recorder:
@@ -68,15 +49,14 @@ class Recorder:
         self._model_config = model_config
         self._utilisation = functools.partial(utilisation, model_config, peak, world_size=group.world_size)
         self._batch_size = config.training.optimiser.batch_size
-        self.metrics = Metrics(self._batch_size)
-        self._segment = Segment(start=0, stop=0, branch=None)
+        self.metrics = Metrics(batch_size=self._batch_size)
         self._begin_interval()
-        self._recent = RecentThroughput()
+        self._recent: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=RECENT_LINES)
+        """Time, images, and the longest wait for images of a rank, by line; s."""
         self._attempt = run.read_status().attempt
 
     def enter(self, segment: Segment) -> None:
         """Begin a segment, or resume it after a restart."""
-        self._segment = segment
         self._begin_interval()
         self.metrics.enter(segment)
 
@@ -85,25 +65,20 @@ class Recorder:
         self._counted_until, self._wall_s, self._data_wait_s, self._forward_s = time.perf_counter(), 0.0, 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
-    def step(self, step: TrainedStep, *, num_bad_samples: int, data_wait_s: float, forward_s: float) -> None:
+    def step(self, step: TrainedStep) -> None:
         """Record a step; a line is written when it is due, for which all ranks wait.
-
-        Args:
-            num_bad_samples: undecodable samples of all ranks.
-            data_wait_s: time in which this rank waited for its images, s.
-            forward_s: time of this rank's forward passes, s.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
             LockLost: another process took the run over.
         """
-        self.metrics.add(step, num_bad_samples=num_bad_samples)
+        self.metrics.add(step)
         self._num_images += self._batch_size
         self._num_targets += step.num_targets
-        self._data_wait_s += data_wait_s
-        self._forward_s += forward_s
+        self._data_wait_s += step.data_wait_s
+        self._forward_s += step.forward_s
         every = self._config.runtime.log_every_steps
-        if step.images_seen // self._batch_size % every == 0 or step.images_seen == self._segment.stop:
+        if step.images_seen // self._batch_size % every == 0 or step.images_seen == self.metrics.segment.stop:
             self._write_line()
             self._group.wait()  # here and not in the next step's collectives, whose time is short
         skipped = self.metrics.consecutive_skipped
@@ -156,18 +131,16 @@ class Recorder:
             "attempt": self._attempt,
         }
         append_line(self._run.metrics, line)
-        self._recent.add(wall_s, num_images, max(waits_s))
+        self._recent.append((wall_s, num_images, max(waits_s)))
+        recent_s, recent_images, recent_waits_s = map(sum, zip(*self._recent, strict=True))
         branch = line["branch"]
         self._run.write_status(
             durable=False,
             phase="train" if branch is None else "decay",
             heartbeat=line["time"],
-            images_per_s=self._recent.num_images / self._recent.wall_s,
-            data_wait=self._recent.wait_s / self._recent.wall_s,
-            **{
-                key: line[key]
-                for key in ("images_seen", "images_done", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")
-            },
+            images_per_s=recent_images / recent_s,
+            data_wait=recent_waits_s / recent_s,
+            **{key: line[key] for key in SHOWN},
         )
         for logger in self.loggers:
             if self.metrics.images_done > logger.logged_until:  # else it is trained again
@@ -175,15 +148,11 @@ class Recorder:
                 logger.log_values(line["images_seen"], line_scalars(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         part = "stable" if branch is None else f"decay to {branch}"
-        self.say(
-            f"{line['images_seen']:>10} images  {part:<20} loss {loss}  "
-            f"{images_per_s:.0f} images/s  MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}"
+        print(
+            f"{line['images_seen']:>10} images  {part:<20} loss {loss}  {images_per_s:.0f} images/s  "
+            f"MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}",
+            flush=True,
         )
-
-    def say(self, text: str) -> None:
-        """Print a line of the log, on the first rank."""
-        if self._group.is_first:
-            print(text, flush=True)
 
     def progress(self) -> dict[str, Any]:
         """Return the state of the counters, for a checkpoint."""

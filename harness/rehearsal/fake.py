@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,6 @@ import aimscale.aim.layers
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import Group, Placement, import_deepspeed, stop_group
 
-_PRIVATE = {
-    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
-    "torch.testing._internal.distributed.fake_pg": ("FakeStore",),
-}
 TESTED_TORCH = "2.13"
 """Version that the tests passed with."""
 
@@ -35,7 +32,7 @@ class RehearsalError(UserError):
 
 
 def _private(module: str, name: str) -> Any:
-    """Import what is private of torch; see `_PRIVATE`."""
+    """Import what is private of torch."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -54,14 +51,18 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
     Raises:
         RehearsalError: this process has a process group, or uses another accelerator, or torch lacks what is needed.
     """
-    found = {name: _private(module, name) for module, names in _PRIVATE.items() for name in names}
+    fake_tensor, fake_mode, unset_fake = (
+        _private("torch._subclasses.fake_tensor", name)
+        for name in ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily")
+    )
+    store = _private("torch.testing._internal.distributed.fake_pg", "FakeStore")
     if torch.distributed.is_initialized():
         raise RehearsalError("a rehearsal needs a process of its own, and this one has a process group")
     placement = Placement(rank=rank, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
-    names = {"RANK": str(placement.rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
-    names |= {"MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port), "DS_ACCELERATOR": "cpu"}
+    names = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    names |= {"MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(names))
+        stack.enter_context(patch.dict(os.environ, names))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", UserWarning)  # DeepSpeed asks fake tensors for their address
         import_deepspeed()
@@ -72,18 +73,16 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         if accelerator.device_name() != "cpu":
             raise RehearsalError("a rehearsal runs DeepSpeed on the CPU, and this process has it on a GPU already")
         # It decides by the memory that is free where parameters are made contiguous: on the host, if it is little.
-        stack.enter_context(_replaced(accelerator, "available_memory", lambda device_index=None: 2**60))
-        stack.enter_context(_replaced(nn.Module, "_apply", _apply))
-        stack.enter_context(_replaced(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
-        stack.enter_context(_replaced(stage3, "reduce_scatter_coalesced", _reduce_scatter))
+        stack.enter_context(patch.object(accelerator, "available_memory", lambda device_index=None: 2**60))
+        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(patch.object(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
+        stack.enter_context(patch.object(stage3, "reduce_scatter_coalesced", _reduce_scatter))
         if on_gpu:
-            stack.enter_context(_replaced(aimscale.aim.layers, "keeps_scores", lambda heads: False))
-        torch.distributed.init_process_group(
-            "fake", rank=placement.rank, world_size=world_size, store=found["FakeStore"]()
-        )
+            stack.enter_context(patch.object(aimscale.aim.layers, "keeps_scores", lambda heads: False))
+        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=store())
         stack.callback(stop_group)
-        stack.enter_context(found["FakeTensorMode"](allow_non_fake_inputs=True))
-        stack.enter_context(_HostValues(found["FakeTensor"], found["unset_fake_temporarily"]))
+        stack.enter_context(fake_mode(allow_non_fake_inputs=True))
+        stack.enter_context(_HostValues(fake_tensor, unset_fake))
         yield Group(placement, torch.device("cpu"), None)
 
 
@@ -126,8 +125,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 
 
 def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """Allocate and send what DeepSpeed's `reduce_scatter_coalesced` does, without a view for each rank, which would
-    take most of a rehearsal's time."""
+    """Send what DeepSpeed's `reduce_scatter_coalesced` does, without a view for each rank, which is slow."""
     world_size = torch.distributed.get_world_size(group)
     sizes = [-(-each.numel() // world_size) for each in tensors]
     is_even = len(tensors) == 1 and tensors[0].numel() % world_size == 0
@@ -136,26 +134,3 @@ def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
     torch.distributed.reduce_scatter_tensor(own, flat, group=group)
     kept = [min(size, each.numel()) for size, each in zip(sizes, tensors, strict=True)]
     return [part.narrow(0, 0, size) for part, size in zip(own.split(sizes), kept, strict=True)]
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute during the block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
-def _environment(names: dict[str, str]) -> Iterator[None]:
-    """Set environment variables during the block."""
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -45,25 +45,15 @@ class PhaseMemory:
     """Bytes at the end of the phase."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of a collective."""
-
-    phase: Phase
-    micro_batch: int
-    name: str
-    num_bytes: int
-
-
 class StepTracker(TorchDispatchMode):
-    """Dispatch mode that records when storages appear and vanish, and collectives; a storage counts once, whatever
-    views it has."""
+    """Dispatch mode that records storages, each once, from when they appear to when they vanish, and collectives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase: Phase = "set-up"
         self.micro_batch = 0
-        self.calls: list[Call] = []
+        self.calls: list[tuple[Phase, int, str, int]] = []
+        """Collectives: phase, micro-batch, name and bytes."""
         self._events: list[tuple[Phase, int, int]] = []  # phase, number of the storage, bytes (negative: freed)
         self._begin = 0
         self._parts: list[Part] = []
@@ -78,9 +68,7 @@ class StepTracker(TorchDispatchMode):
                 sum(each.numel() * each.element_size() for each in tree_leaves(arg) if isinstance(each, Tensor))
                 for arg in args
             ]
-            name = func.overloadpacket.__name__.strip("_")
-            call = Call(phase=self.phase, micro_batch=self.micro_batch, name=name, num_bytes=max(sizes))
-            self.calls.append(call)
+            self.calls.append((self.phase, self.micro_batch, func.overloadpacket.__name__.strip("_"), max(sizes)))
         out = func(*args, **(kwargs or {}))
         for each in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(each, Tensor) and (getattr(each, "fake_device", None) or each.device).type != "meta":
@@ -93,10 +81,8 @@ class StepTracker(TorchDispatchMode):
             self._numbers[storage] = number
             self._parts.append(self._part_by_caller())
             self._events.append((self.phase, number, num_bytes))
-            weakref.finalize(storage, self._forget, number, num_bytes).atexit = False
-
-    def _forget(self, number: int, num_bytes: int) -> None:
-        self._events.append((self.phase, number, -num_bytes))
+            forget = weakref.finalize(storage, lambda: self._events.append((self.phase, number, -num_bytes)))
+            forget.atexit = False
 
     def _part_by_caller(self) -> Part:
         """Take what the model and autograd allocate for activations, and everything else for buffers."""
@@ -140,15 +126,11 @@ class StepTracker(TorchDispatchMode):
         """Sum up the collectives of each phase; those of the second micro-batch count `repeats` times."""
         counts: collections.Counter[tuple[Phase, str]] = collections.Counter()
         sizes: collections.Counter[tuple[Phase, str]] = collections.Counter()
-        for call in self.calls:
-            times = repeats if call.micro_batch == 1 and call.phase != "update" else 1
-            counts[call.phase, call.name] += times
-            sizes[call.phase, call.name] += times * call.num_bytes
+        for phase, micro_batch, name, num_bytes in self.calls:
+            times = repeats if micro_batch == 1 and phase != "update" else 1
+            counts[phase, name] += times
+            sizes[phase, name] += times * num_bytes
         return tuple(
             Collective(phase=phase, name=name, count=count, num_bytes=sizes[phase, name])
             for (phase, name), count in counts.items()
         )
-
-
-def _num_bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -21,8 +21,7 @@ ABOUT = "aimscale"
 
 
 def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Return each budget whose weights are saved, ascending, with what training knew of it; empty for imported
-    weights."""
+    """Return each budget whose weights are saved, ascending, with what training knew of it; empty if imported."""
     found = {}
     for path in run.path.glob("budgets/[0-9]*/model.safetensors"):
         about = {}

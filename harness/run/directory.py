@@ -64,7 +64,7 @@ class Status:
     loss: float | None = None
     """Training loss at that step."""
     images_per_s: float | None = None
-    """Throughput of all ranks over about the last 30 seconds."""
+    """Throughput of all ranks over the last ten metric lines."""
     data_wait: float | None = None
     """Share of that time in which the rank that waited longest waited for images, 0..1."""
     mfu_published: float | None = None
@@ -74,8 +74,7 @@ class Status:
     num_skipped_steps: int = 0
     """Non-finite steps that were skipped."""
     deviation: float | None = None
-    """Standard deviations by which the last validation losses lie above their forecast (`harness.log.expected`); null
-    where they have none."""
+    """Standard deviations of the last validation losses above their forecast (`harness.log.expected`), if any."""
     deviates_since: int | None = None
     """Images seen since which they do, if that raises an alarm."""
     heartbeat: float | None = None
@@ -95,8 +94,7 @@ class Status:
     attempt: int = 0
     """Number of starts so far."""
     too_large: dict[str, Any] | None = None
-    """Execution of a start that ran out of memory in its first step; the same execution then takes half its
-    micro-batch."""
+    """Execution of a start that ran out of memory in its first step; the next takes half the micro-batch."""
     job_id: str | None = None
     """Id of the Slurm job, if there is one."""
     claim: str | None = None

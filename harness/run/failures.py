@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_OFF_TRACK, ReasonClass
@@ -47,12 +47,16 @@ class OffTrackError(UserError):
     """Loss far above its forecast, where that ends a run; the run has saved."""
 
     exit_code = EXIT_OFF_TRACK
+    ended: ClassVar[dict[str, str]] = {"state": "off-track"}
+    """How `status.json` says that the run ended."""
 
 
 class DivergedError(UserError):
     """Too many non-finite steps in a row."""
 
     exit_code = EXIT_DIVERGED
+    ended: ClassVar[dict[str, str]] = {"state": "diverged", "reason_class": "nan"}
+    """How `status.json` says that the run ended."""
 
 
 class NoMemoryError(UserError):
@@ -181,8 +185,7 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def is_shared(error: BaseException, run: Path) -> bool:
-    """Return whether the cause of a failure lies outside of the node that met it: the disk of the run's folder `run`,
-    or a checkpoint or lock there."""
+    """Return whether the cause of a failure lies outside of the node that met it, as the disk of `run` does."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         named = error.filename2 or error.filename
         return named is None or _device_of(Path(os.fsdecode(named))) == _device_of(run)

@@ -104,8 +104,7 @@ def read_as(path: Path, kind: TypeAdapter[T]) -> T | None:
 
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `path` (which must not exist) at the end of the block; after an error nothing is
-    left.
+    """Yield a new folder that becomes `path`, which must not exist, at the end; after an error nothing is left.
 
     Leftovers of an earlier attempt are removed.
     """

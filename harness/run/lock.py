@@ -32,11 +32,8 @@ from aimscale.aim.errors import UserError
 
 PATIENCE_S = 1.0
 """Seconds for which a lock is tried: `is_held` takes it for microseconds, which must not look like another holder."""
-_PREFIX = ".writer-"
 _descriptors: set[int] = set()
 """Descriptors of the locks that this process holds."""
-
-
 _writer_folders: dict[Path, Path] = {}
 """Run that this process writes into -> folder of its writer."""
 
@@ -187,14 +184,14 @@ def _refusal(path: Path, error: OSError) -> UserError:
 def become_writer(run: Path, token: str) -> Iterator[Path]:
     """Become the only writer of a run for the block: from its start on, no earlier holder of the lock can write.
 
-    Yields the writer's folder. It is removed at the end; after an error it stays for the next holder, since other ranks
-    may still read there what happened, and a checkpoint in it may be complete.
+    Yields the writer's folder. It is removed at the end; after an error it stays until the next holder comes, since
+    other ranks may still read there what happened.
     """
-    folder, pid = run.absolute() / f"{_PREFIX}{token}", os.getpid()
+    folder, pid = run.absolute() / f".writer-{token}", os.getpid()
     folder.mkdir()
-    for earlier in {*folder.parent.glob(f"{_PREFIX}*")} - {folder}:
+    for earlier in {*folder.parent.glob(".writer-*")} - {folder}:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            earlier.rename(folder / earlier.name)
+            shutil.rmtree(earlier.rename(folder / earlier.name))
     with writing_through(run, folder):
         yield folder
     if os.getpid() == pid:  # a forked child also leaves this block, but must not remove the folder
@@ -217,12 +214,6 @@ def writer_folder(path: Path) -> Path | None:
         return None
     path = path.absolute()
     return next((_writer_folders[root] for root in (path, *path.parents) if root in _writer_folders), None)
-
-
-def earlier_writers(path: Path) -> list[Path]:
-    """Return the folders of earlier writers of the run that `path` belongs to."""
-    folder = writer_folder(path)
-    return [] if folder is None else list(folder.glob(f"{_PREFIX}*"))
 
 
 def check_writer(path: Path) -> None:

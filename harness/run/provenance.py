@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 
@@ -34,8 +36,7 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def git_commit() -> tuple[str | None, bool | None]:
-    """Return the commit of the source tree this code runs from, and whether it has uncommitted changes; nulls outside
-    git.
+    """Return the commit of this source tree, and whether it has uncommitted changes; nulls outside git.
 
     A launcher that copied the code (`Snapshot`), or a container image, passes both in the environment.
     """
@@ -69,10 +70,8 @@ def cpu_name() -> str:
 
 
 def process_age_s() -> float:
-    """Return the seconds since this process was started, imports included (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])  # from boot to start
-    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
+    """Return the seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def record_start(run: RunDir, facts: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The columns of a results row that follow from a run's configuration alone; torch is not imported here.
 
-A run writes them into its rows, and a collected table fills them in where a row is not measured yet: one function, so
-that both say the same.
+A run writes them into its rows, and a collected table fills them in where a row is not measured yet.
 """
 
 from __future__ import annotations
@@ -60,13 +59,17 @@ def configured_columns(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def describe(config: RunConfig) -> dict[str, Any]:
-    """Return the columns of a row that follow from the configuration and the code alone."""
+def budget_columns(config: RunConfig, budget: int) -> dict[str, Any]:
+    """Return the columns of a budget's row that follow from the configuration and the code alone."""
     commit, is_dirty = git_commit()
+    columns = configured_columns(config)
     return {
         "schema_version": ROW_VERSION,
-        **configured_columns(config),
+        **columns,
         "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
+        "images_seen": budget,
+        "flops_train": columns["flops_per_image"] * budget,
+        "flops_6nd": 6 * columns["params_total"] * model_of(config.training).num_tokens * budget,
     }
 
 
@@ -83,8 +86,7 @@ SCALE_FIELDS = {
 
 
 def setup_of(training: TrainingConfig) -> dict[str, Any]:
-    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`: equal if only scale
-    differs.
+    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`.
 
     Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
     """

@@ -49,8 +49,7 @@ class Schedule:
     """Images seen at which a row is recorded, increasing multiples of the batch size."""
 
     def branch_point(self, budget: int) -> int:
-        """Return the images seen at which the decay to `budget` leaves the trunk, a whole number of steps; 0 under
-        cosine."""
+        """Return the images seen, whole steps, at which the decay to `budget` leaves the trunk; 0 under cosine."""
         if self.section.kind == "cosine":
             return 0
         num_steps = budget // self.batch_size
@@ -63,8 +62,7 @@ class Schedule:
 
     @property
     def last_point(self) -> int:
-        """Images seen at the last possible measurement during training: the trunk's end; under cosine a step before the
-        budget."""
+        """Images seen at the last possible measurement during training: the trunk's end, or a step before it."""
         last = self.budgets[-1]
         return last - self.batch_size if self.section.kind == "cosine" else self.branch_point(last)
 
@@ -81,8 +79,7 @@ class Schedule:
         return sum(segment.stop - segment.start for segment in plan_walk(self).segments)
 
     def lr(self, images_seen: int, branch: int | None) -> float:
-        """Return the learning rate of the step that starts after `images_seen` images, on the trunk or on the branch of
-        a budget.
+        """Return the learning rate of the step that starts after `images_seen` images, on the trunk or a branch.
 
         It is `lr_start` at the first step, and would be `lr_end` at the step after a budget's last.
         """

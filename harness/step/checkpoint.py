@@ -3,8 +3,7 @@
 A checkpoint is a folder of safetensors files and `manifest.json`. The files hold `param/<name>@<start>`, `exp_avg/..`
 and `exp_avg_sq/..`: slices of flattened tensors as ranks held them, so that no rank sends or reads more than its share.
 The manifest holds the files' sizes and checksums and everything else that a run needs to resume. Every rank's file has
-such a manifest of its own beside it, by which `harness.step.saving`, which writes all of them, knows that it is
-complete.
+such a manifest of its own beside it, by which `harness.step.saving` knows that it is complete.
 """
 
 from __future__ import annotations
@@ -12,20 +11,24 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
+import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
+from torch import Tensor
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.files import remove_dir
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
+from aimscale.harness.step.engine import Engine
 
-MASTER = "param"
 _CHUNK = 1 << 24
 
 
@@ -56,6 +59,40 @@ def file_crc32(path: Path) -> int:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a float32 safetensors file (https://huggingface.co/docs/safetensors) from a stream of values, and fsync it.
+
+    Args:
+        shapes: name -> shape, in the order of the values.
+        values: values of all tensors, one after the other, on the CPU, in pieces of any size.
+        metadata: text kept in the header.
+
+    Returns:
+        CRC-32 of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.float32.itemsize * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    crc = 0
+    with path.open("wb") as file:
+        pieces: Iterable[Any] = (value.contiguous().view(-1).view(torch.uint8).numpy().data for value in values)
+        for piece in itertools.chain([len(text).to_bytes(8, "little") + text], pieces):
+            file.write(piece)
+            crc = zlib.crc32(piece, crc)
+        file.flush()
+        os.fsync(file.fileno())
     return crc
 
 
@@ -105,14 +142,11 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(safetensors.safe_open(path / name, framework="pt")) for name in manifest.files]
         slices = _slices(files)
-        for fragment in engine.fragments():
-            for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
-                flat = fragment.flat if kind == MASTER else engine.adam_state(fragment.flat)[kind]
-                target, first = fragment_of(flat, fragment), fragment.param_start
-                for start, values in slices[f"{kind}/{fragment.name}"]:
-                    low, high = max(first, start), min(first + fragment.numel, start + values.get_shape()[0])
-                    if low < high:
-                        target[low - first : high - first].copy_(values[low - start : high - start])
+        for name, first, target in engine.state(engine.fragments()):
+            for start, values in slices[name]:
+                low, high = max(first, start), min(first + len(target), start + values.get_shape()[0])
+                if low < high:
+                    target[low - first : high - first].copy_(values[low - start : high - start])
     engine.publish_masters()
     group.wait()
     return manifest

@@ -1,5 +1,4 @@
-"""Set-up of DeepSpeed: its configuration, the optimiser that it wraps, a partitioned model, and the check that this
-version has the private attributes that `harness.step.engine` reads."""
+"""Set-up of DeepSpeed: its configuration, the optimiser that it wraps, and a partitioned model."""
 
 from __future__ import annotations
 
@@ -8,20 +7,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.harness.device.memory import MAX_BUCKET_VALUES
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
-
-TESTED_DEEPSPEED = "0.19.8"
-"""Version that the tests passed with."""
-
-
-class DeepSpeedError(UserError):
-    """Version of DeepSpeed that cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,48 +108,3 @@ def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], devi
             placed = next(layer.parameters())
         else:
             placed.convert_to_zero_parameters(param_list=list(layer.parameters(recurse=False)))
-
-
-_READ_OF_FLAT = ("optimizer", "update_lp_params", "fp32_groups_flat_partition|single_partition_of_fp32_groups")
-_READ = {
-    0: ((), ()),
-    1: (_READ_OF_FLAT, ("_hp_mapping",)),
-    2: (_READ_OF_FLAT, ("_hp_mapping",)),
-    3: (
-        (
-            "optimizer",
-            "grad_position",
-            "get_param_id",
-            "fp32_partitioned_groups_flat",
-            "fp16_groups",
-            "persistent_parameters",
-            "_partition_all_parameters",
-            "_reassign_or_swap_out_partitioned_parameters",
-        ),
-        ("ds_shape", "ds_numel"),
-    ),
-}
-"""ZeRO stage -> attributes read of DeepSpeed's optimiser (`|`: one of them), and of each parameter."""
-
-
-def check_deepspeed(engine: Any, optimizer: Any, parameters: list[nn.Parameter], stage: int) -> None:
-    """Raise DeepSpeedError if this version lacks an attribute that is read."""
-    of_optimizer, of_parameters = _READ[stage]
-    steps = ("set_gradient_accumulation_boundary", "get_global_grad_norm", "was_step_applied")
-    missing = [
-        f"{type(owner).__name__}.{names}"
-        for owner, read in (
-            (engine, (*steps, "enable_backward_allreduce")),
-            (optimizer, of_optimizer),
-            (parameters[0], of_parameters),
-        )
-        for names in read
-        if not any(hasattr(owner, name) for name in names.split("|"))
-    ]
-    if missing:
-        import deepspeed
-
-        raise DeepSpeedError(
-            f"DeepSpeed {deepspeed.__version__} has no {', '.join(missing)}, which ZeRO stage {stage} needs here; "
-            f"install {TESTED_DEEPSPEED}"
-        )

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,19 +20,20 @@ from torch import Tensor, nn
 
 from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.cost import param_count
+from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step.deepspeed_setup import (
-    EngineOptions,
-    check_deepspeed,
-    deepspeed_config,
-    make_optimiser,
-    place_partitioned,
-)
+from aimscale.harness.step.deepspeed_setup import EngineOptions, deepspeed_config, make_optimiser, place_partitioned
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+TESTED_DEEPSPEED = "0.19.8"
+"""Version of DeepSpeed that the tests passed with."""
+
+
+class DeepSpeedError(UserError):
+    """Version of DeepSpeed that lacks what this module reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,7 @@ class StepOutcome:
     grad_norm: Tensor
     """Global gradient norm before clipping, float32 scalar."""
     was_applied: bool
-    """Whether the step was applied; a step whose gradient is not finite leaves weights, moments and step count as
-    before."""
+    """Whether the step was applied; one whose gradient is not finite changes nothing."""
     forward_s: float = 0.0
     """Time of this rank's forward passes, s; those of slow devices take longest, while all others wait later."""
 
@@ -109,7 +109,7 @@ class Engine:
         Raises:
             ConfigError: bf16 at stage 0, which DeepSpeed gets wrong.
             ModelConfigError: the model has another number of parameters than `aim.cost` counts.
-            DeepSpeedError: a version of DeepSpeed that lacks a private attribute read here.
+            DeepSpeedError: this version of DeepSpeed lacks a private attribute that is read here.
         """
         if optimiser.precision == "bf16" and options.zero_stage == 0:
             raise ConfigError("zero_stage 0 cannot keep float32 master weights for bf16; use zero_stage 1, 2 or 3")
@@ -141,15 +141,20 @@ class Engine:
                 model=model, optimizer=make_optimiser(model, optimiser, options), config=settings
             )
         self.module: nn.Module = self._engine.module
-        check_deepspeed(self._engine, self._optimizer, list(self.module.parameters()), options.zero_stage)
         if group.world_size == 1 and options.zero_stage <= 1 and not hasattr(self._optimizer, "reduce_gradients"):
             self._engine.enable_backward_allreduce = False  # it would copy all gradients back and forth
         self._names = {id(p): name for name, p in self.module.named_parameters()}
-        for fragment in self.fragments():
-            if fragment.numel:
-                drawn = model.initial_value(fragment.name, seed)
-                fragment_of(fragment.flat, fragment).copy_(part_of(drawn, fragment))
-        self.publish_masters()
+        try:
+            for fragment in self.fragments():
+                if fragment.numel:
+                    drawn = model.initial_value(fragment.name, seed)
+                    fragment_of(fragment.flat, fragment).copy_(part_of(drawn, fragment))
+            self.publish_masters()
+        except AttributeError as error:
+            raise DeepSpeedError(
+                f"DeepSpeed {deepspeed.__version__} lacks what ZeRO stage {options.zero_stage} needs here ({error}); "
+                f"install {TESTED_DEEPSPEED}"
+            ) from error
 
     def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
         """Run forward and backward over this rank's micro-batches, then one update.
@@ -185,8 +190,8 @@ class Engine:
         parameters = list(self.module.parameters())
         held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
         self._engine.destroy()
-        # DeepSpeed's hooks keep some of these alive, so their storage is freed explicitly.
-        free_storage(held)
+        for tensor in tensors_in(held):  # DeepSpeed's hooks keep some of these alive
+            tensor.untyped_storage().resize_(0)
         del self._engine, self._optimizer, self.module
 
     def fragments(self) -> list[Fragment]:
@@ -251,6 +256,14 @@ class Engine:
                 state[moment] = torch.zeros_like(owner)
         return state
 
+    def state(self, fragments: Iterable[Fragment]) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield everything that a checkpoint holds of these parts, float32, by `param/<name>`, `exp_avg/<name>` and
+        `exp_avg_sq/<name>`, with its start in the flattened parameter."""
+        for fragment in fragments:
+            for kind in ("param", *ADAM_MOMENTS) if fragment.numel else ():
+                flat = fragment.flat if kind == "param" else self.adam_state(fragment.flat)[kind]
+                yield f"{kind}/{fragment.name}", fragment.param_start, fragment_of(flat, fragment)
+
     def publish_masters(self) -> None:
         """Copy the master weights into the weights of the forward pass, on all ranks."""
         if self.options.zero_stage == 3:
@@ -277,12 +290,6 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_st
             "runtime.compile makes steps slower on a CPU (measured: 1.3 to 1.5 times as long); leave it on auto"
         )
     return False
-
-
-def free_storage(held: Any) -> None:
-    """Free the storage of tensors inside nested lists and dictionaries, gradients included."""
-    for tensor in tensors_in(held):
-        tensor.untyped_storage().resize_(0)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -70,17 +69,12 @@ class _StartedStep:
     """Step whose exchange is under way."""
 
     micro_batches: list[Batch]
-    bad_samples: list[str]
     error: Exception | None
     sums: Callable[[], list[int]]
 
 
-_FutureStep = concurrent.futures.Future[_StartedStep | None]
-
-
 class Feed:
-    """Source of steps that takes micro-batches from a loader and agrees on them with the other ranks; with loader
-    processes, one step ahead."""
+    """Source of steps, which ranks agree on; with loader processes, one step ahead."""
 
     def __init__(self, group: Group, *, num_tokens: int, max_bad_fraction: float, has_workers: bool) -> None:
         """Set up the feed; `reading` gives it a loader.
@@ -95,8 +89,7 @@ class Feed:
         self._has_workers = has_workers
         self._batches: Iterator[list[Batch]] = iter(())
         self._request: Callable[[], RankRequest] = RankRequest
-        self._ahead: _FutureStep | None = None
-        self._asked: queue.SimpleQueue[_FutureStep | None] = queue.SimpleQueue()
+        self._ahead: concurrent.futures.Future[_StartedStep | None] | None = None
 
     @contextlib.contextmanager
     def reading(
@@ -107,14 +100,10 @@ class Feed:
         Args:
             request: called once for every step, when its images are ready.
         """
-        self._batches, self._request, self._ahead, self._asked = batches, request, None, queue.SimpleQueue()
-        if self._has_workers:
-            # A daemon: an executor's thread that waits for images would keep a failed rank from exiting.
-            threading.Thread(target=self._serve, args=[self._asked], name="feed", daemon=True).start()
+        self._batches, self._request, self._ahead = batches, request, None
         try:
             yield
         finally:
-            self._asked.put(None)
             if self._ahead is None or concurrent.futures.wait([self._ahead], CLOSE_S).done:
                 batches.close()
 
@@ -142,11 +131,12 @@ class Feed:
             num_bad + num_bad_now,
             num_images,
             self._max_bad_fraction,
-            lambda: [*itertools.chain(*self._group.gather(begun.bad_samples))][-1],
+            lambda: [*itertools.chain(*self._group.gather(_bad_samples(begun.micro_batches)))][-1],
         )
         if self._has_workers and not num_stops:
             self._ahead = concurrent.futures.Future()
-            self._asked.put(self._ahead)
+            # A daemon: an executor's thread that waits for images would keep a failed rank from exiting.
+            threading.Thread(target=self._begin_ahead, args=[self._ahead], name="feed", daemon=True).start()
         return Step(
             micro_batches=begun.micro_batches,
             num_targets=num_targets,
@@ -156,15 +146,14 @@ class Feed:
             wait_s=wait_s,
         )
 
-    def _serve(self, asked: queue.SimpleQueue[_FutureStep | None]) -> None:
-        """Wait for images, in a thread, while a step is computed."""
-        if self._group.device.type == "cuda":
-            torch.cuda.set_device(self._group.device)  # per thread
-        for ahead in iter(asked.get, None):
-            try:
-                ahead.set_result(self._begin())
-            except BaseException as error:
-                ahead.set_exception(error)
+    def _begin_ahead(self, ahead: concurrent.futures.Future[_StartedStep | None]) -> None:
+        """Wait for the next step's images, in a thread, while a step is computed."""
+        try:
+            if self._group.device.type == "cuda":
+                torch.cuda.set_device(self._group.device)  # per thread
+            ahead.set_result(self._begin())
+        except BaseException as error:
+            ahead.set_exception(error)
 
     def _begin(self) -> _StartedStep | None:
         """Fetch a step's images and start its exchange; None after the last step."""
@@ -178,12 +167,19 @@ class Feed:
             return None
         request = self._request()
         error = error or request.error
-        bad = [name for batch in micro_batches for name in batch.bad_samples]
-        num_targets = count_targets(micro_batches, self._num_tokens)
-        sums = self._group.sum_counts_async(
-            num_targets, len(bad), int(request.stop), int(request.save), int(error is not None)
-        )
-        return _StartedStep(micro_batches=micro_batches, bad_samples=bad, error=error, sums=sums)
+        counts = (count_targets(micro_batches, self._num_tokens), len(_bad_samples(micro_batches)))
+        sums = self._group.sum_counts_async(*counts, int(request.stop), int(request.save), int(error is not None))
+        return _StartedStep(micro_batches=micro_batches, error=error, sums=sums)
+
+
+def _bad_samples(micro_batches: Sequence[Batch]) -> list[str]:
+    """List the undecodable samples of these images."""
+    return [name for batch in micro_batches for name in batch.bad_samples]
+
+
+def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
+    """Count the scored targets of these images: all patches minus those that prefix lengths, or masks, sum up to."""
+    return sum(num_tokens * len(batch.prefix_lengths) - int(batch.prefix_lengths.sum()) for batch in micro_batches)
 
 
 def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
@@ -198,14 +194,9 @@ def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:
         error = caught
-    if group.sum_counts(int(error is not None))[0]:
+    if group.any(error is not None):
         _raise_on_all_ranks(group, error)
     return result
-
-
-def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
-    """Count the scored targets of these images: all patches minus those that prefix lengths, or masks, sum up to."""
-    return sum(num_tokens * len(batch.prefix_lengths) - int(batch.prefix_lengths.sum()) for batch in micro_batches)
 
 
 def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:

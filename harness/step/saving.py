@@ -1,11 +1,9 @@
 """Saving of checkpoints: the state is copied, then written, verified and published while training goes on.
 
-A rank stops only while it copies its own share of the state into host memory, which is allocated once, during the start
-(page-locked with a GPU). A thread writes the copy, fsyncs it, reads it back, and then leaves the part's manifest beside
-it. If the host lacks the memory for a copy, the same thread writes the state from where it is, piece by piece, and the
-rank waits. The first rank's thread publishes the checkpoint, by renaming its folder, once the manifests of all parts
-are there: whatever has the final name is complete. At most one checkpoint is under way. Whoever takes over a run
-publishes a checkpoint that its ranks had written completely but not published (`recover_checkpoints`).
+A rank stops only while it copies its share of the state into host memory. A thread writes the copy, reads it back, and
+leaves the part's manifest beside it. If the host lacks the memory for a copy, the thread writes the state from where it
+is, and the rank waits. The first rank's thread publishes the checkpoint, by renaming its folder, once the manifests of
+all parts are there: whatever has the final name is complete. At most one checkpoint is under way.
 """
 
 from __future__ import annotations
@@ -20,25 +18,29 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from aimscale.harness.distributed.group import Group, write_timeout_s
-from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.run.lock import check_writer
-from aimscale.harness.step.checkpoint import MASTER, CheckpointError, Manifest, file_crc32, read_manifest, read_parts
-from aimscale.harness.step.engine import ADAM_MOMENTS, Engine, fragment_of
+from aimscale.harness.step.checkpoint import (
+    CheckpointError,
+    Manifest,
+    file_crc32,
+    read_manifest,
+    read_parts,
+    write_safetensors,
+)
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import run_on_all_ranks
-from aimscale.harness.step.safetensors import write_safetensors
 
 T = TypeVar("T")
 
 POLL_S = 0.5
 """Seconds between the first rank's checks for the other ranks' parts."""
 LEAVE_S = 10.0
-"""Seconds that a rank which ends with an error waits for a checkpoint under way."""
-_CHUNK_VALUES = 1 << 24  # 64 MiB, a power of two
+"""Seconds that a run which ends waits for a checkpoint under way."""
+_CHUNK_VALUES = 1 << 24  # 64 MiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,30 +52,24 @@ class _PendingCheckpoint:
     part: concurrent.futures.Future[Manifest]
     """This rank's part, done when it is on the disk."""
     published: concurrent.futures.Future[Any]
-    """Publication of the whole checkpoint on the first rank, done when older ones are removed; on the others the same
-    as `part`."""
-    all_parts: concurrent.futures.Future[list[Manifest]]
-    """Manifests of all parts, set once the ranks have exchanged them: a file server may show them later."""
+    """Publication on the first rank, done when older checkpoints are removed; on the others, `part`."""
 
 
 class CheckpointWriter:
     """Writer of one engine's checkpoints; all ranks call `save` and `finish` together."""
 
     def __init__(self, engine: Engine, group: Group, *, copies: bool = True) -> None:
-        """Start to allocate the memory of the copy, in the background.
+        """Set up the writer.
 
         Args:
             copies: whether the state is copied first; otherwise ranks wait until it is written.
         """
-        self._engine, self._group = engine, group
+        self._engine, self._group, self._copies = engine, group, copies
         self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copy: concurrent.futures.Future[list[Tensor]] | None = None
         num_values = sum(values.numel() for values in self._own_share().values())
         self._limit_s = write_timeout_s(2 * 4 * num_values)  # it is written, and read back
-        if copies:
-            self._copy = self._background.submit(_allocate, num_values, group.device)
 
     def save(
         self,
@@ -109,23 +105,22 @@ class CheckpointWriter:
     def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
         """Copy this rank's share of the state, and start to write it; see `save`."""
         share = self._own_share()
-        pieces = _pieces(share.values())
-        if self._copy is not None:
-            pieces = _copy_into(share.values(), self._copy.result(), self._group.device)
+        # a tensor that numpy has seen cannot free its memory
+        copied = (piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES))
+        pieces: Iterable[Tensor] = list(copied) if self._copies else copied
         manifest = Manifest(
             **about, adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]), files={}
         )
         path = partial_dir(final) / f"part-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"
         lengths = {key: len(values) for key, values in share.items()}
-        all_parts: concurrent.futures.Future[list[Manifest]] = concurrent.futures.Future()
         published: concurrent.futures.Future[Any]
         write = _naming_checkpoint(final)(_write_part)
         part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
         if self._group.is_first:
-            published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, all_parts, keep)
-        if self._copy is None:
+            published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, keep)
+        if not self._copies:
             concurrent.futures.wait([part], self._limit_s)
-        return _PendingCheckpoint(final=final, part=part, published=published, all_parts=all_parts)
+        return _PendingCheckpoint(final=final, part=part, published=published)
 
     def problem(self) -> Exception | None:
         """Return this rank's error with the checkpoint under way, if any; any thread may ask, without waiting."""
@@ -146,9 +141,12 @@ class CheckpointWriter:
         if saving := self._pending:
             # a rank that waits for its own disk may take as long, and then says so
             with self._group.collectives_within(2 * self._limit_s):
-                part = run_on_all_ranks(self._group, lambda: self._result(saving.part, saving.final))
-                saving.all_parts.set_result(self._group.gather(part))
-                self._group.from_first(lambda: self._result(saving.published, saving.final))
+                try:
+                    run_on_all_ranks(self._group, lambda: self._result(saving.part, saving.final))
+                    self._group.from_first(lambda: self._result(saving.published, saving.final))
+                except Exception:
+                    self._stop.set()
+                    raise
             self._pending = None
 
     def _result(self, future: concurrent.futures.Future[T], final: Path) -> T:
@@ -160,34 +158,21 @@ class CheckpointWriter:
             )
         return future.result()
 
-    def leave(self) -> None:
-        """Give the checkpoint under way a little time, on a rank that ends with an error unknown to the others."""
-        if self._pending:
-            concurrent.futures.wait([self._pending.published], LEAVE_S)
-
     def close(self) -> None:
-        """Abandon the checkpoint under way, and free the memory of the copy."""
-        self._stop.set()
+        """Give the checkpoint under way a little time, then abandon it."""
         is_over = not self._pending or concurrent.futures.wait([self._pending.published], LEAVE_S).done
+        self._stop.set()
         self._background.shutdown(wait=bool(is_over))
         if self._pending and self._group.is_first:
             shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must store the reason
-        self._copy = None
 
-    def _publish(
-        self,
-        final: Path,
-        part: concurrent.futures.Future[Manifest],
-        all_parts: concurrent.futures.Future[list[Manifest]],
-        keep: Collection[Path],
-    ) -> None:
+    def _publish(self, final: Path, part: concurrent.futures.Future[Manifest], keep: Collection[Path]) -> None:
         """Wait for all parts, publish the checkpoint, and remove others, which takes long for gigabytes."""
         part.result()
-        while not all_parts.done() and not (parts := read_parts(partial_dir(final))):
-            concurrent.futures.wait([all_parts], POLL_S)
-            if self._stop.is_set():
+        while not (parts := read_parts(partial_dir(final))):
+            if self._stop.wait(POLL_S):
                 return
-        publish_parts(partial_dir(final), final, all_parts.result() if all_parts.done() else parts)
+        _publish_parts(partial_dir(final), final, parts)
         _remove_others(keep)
 
     def _until_stop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -198,47 +183,12 @@ class CheckpointWriter:
             yield piece
 
     def _own_share(self) -> dict[str, Tensor]:
-        """Return the tensors that this rank writes, flat, by key: its own, or its share if all ranks hold
-        everything."""
+        """Return the tensors that this rank writes, flat, by key: its own, or a share of what all ranks hold."""
         fragments = self._engine.fragments()
         if self._engine.options.zero_stage == 0:
             largest_first = sorted(fragments, key=lambda each: -each.numel)
             fragments = largest_first[self._group.rank :: self._group.world_size]
-        share = {}
-        for fragment in fragments:
-            for kind in (MASTER, *ADAM_MOMENTS) if fragment.numel else ():
-                flat = fragment.flat if kind == MASTER else self._engine.adam_state(fragment.flat)[kind]
-                share[f"{kind}/{fragment.name}@{fragment.param_start}"] = fragment_of(flat, fragment)
-        return share
-
-
-def _pieces(share: Iterable[Tensor]) -> Iterable[Tensor]:
-    """Yield values in host copies of at most `_CHUNK_VALUES`: a tensor that numpy has seen cannot free its memory."""
-    return (piece.to("cpu", copy=True) for values in share for piece in values.split(_CHUNK_VALUES))
-
-
-def _allocate(num_values: int, device: torch.device) -> list[Tensor]:
-    """Allocate and touch float32 host memory in pieces of _CHUNK_VALUES; the last may be shorter.
-
-    PyTorch rounds page-locked memory up to a power of two: 13 GB in one piece would take 17, and 10 as much.
-    """
-    sizes = [min(_CHUNK_VALUES, num_values - start) for start in range(0, num_values, _CHUNK_VALUES)]
-    return [torch.empty(size, pin_memory=device.type == "cuda").zero_() for size in sizes]
-
-
-def _copy_into(share: Iterable[Tensor], pieces: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Copy values, one after the other, into the pieces of `_allocate`, and return those."""
-    start = 0
-    for values in share:
-        left = values
-        while len(left):
-            number, offset = divmod(start, _CHUNK_VALUES)
-            fitting = left[: _CHUNK_VALUES - offset]
-            pieces[number][offset : offset + len(fitting)].copy_(fitting, non_blocking=True)
-            left, start = left[len(fitting) :], start + len(fitting)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return pieces
+        return {f"{name}@{start}": values for name, start, values in self._engine.state(fragments)}
 
 
 def _is_complete(final: Path, keep: Collection[Path]) -> bool:
@@ -271,7 +221,7 @@ def _naming_checkpoint(final: Path) -> Iterator[None]:
         ) from error
 
 
-def publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None:
+def _publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None:
     """Publish a checkpoint from the manifests of its parts, in the order of ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
     write_json(partial / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
@@ -279,21 +229,6 @@ def publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None
         check_writer(final)
         raise CheckpointError(f"checkpoint {final} was not written wholly; start the run again")
     publish_dir(partial, final)
-
-
-def recover_checkpoints(run: RunDir, folders: Iterable[Path]) -> None:
-    """Publish the checkpoint that earlier holders of a run left with all its parts, and remove their folders.
-
-    Its files' checksums are verified when it is loaded.
-    """
-    for folder in folders:
-        for partial in [*folder.rglob(f"writing-{run.checkpoints.name}-*")]:
-            final = run.checkpoints / partial.name.removeprefix(f"writing-{run.checkpoints.name}-")
-            if (parts := read_parts(partial)) and not read_manifest(final):
-                new_partial_dir(final).rmdir()
-                with contextlib.suppress(CheckpointError):
-                    publish_parts(partial.rename(partial_dir(final)), final, parts)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], manifest: Manifest) -> Manifest:

@@ -11,8 +11,8 @@ from torch import Tensor
 from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.files import atomic_write
+from aimscale.harness.step.checkpoint import write_safetensors
 from aimscale.harness.step.engine import Engine, Fragment, fragment_of, part_of
-from aimscale.harness.step.safetensors import write_safetensors
 
 
 def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:

@@ -1,5 +1,6 @@
 """Entry point `python -m aimscale.harness.train RUN_DIR`, which launchers start directly, by torchrun or in Slurm."""
 
-from aimscale.harness.train.attempt import main
+from aimscale.harness.run.failures import run_worker
+from aimscale.harness.train.attempt import train
 
-main()
+run_worker(train, "aimscale.harness.train RUN_DIR")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from aimscale.harness.data.store.processes import start_fork_server
 from aimscale.harness.distributed.job import Job, execute_job
 from aimscale.harness.distributed.placement import find_placement
 from aimscale.harness.log.loggers import Logger, open_loggers
@@ -16,7 +15,7 @@ from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.budgets import missing_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
-from aimscale.harness.run.failures import TooLargeError, memory_advice, run_worker
+from aimscale.harness.run.failures import memory_advice
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
 
@@ -44,8 +43,6 @@ def train(path: Path, config: RunConfig | None = None) -> int:
     def work(job: Job) -> None:
         torch.set_num_threads(config.runtime.num_threads)
         group = job.group
-        if config.runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores()):
-            start_fork_server()  # it imports PyTorch while the engine is built
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
@@ -60,16 +57,4 @@ def train(path: Path, config: RunConfig | None = None) -> int:
         with memory_advice():
             evaluate_run(run, config, job, loggers, with_probes=os.environ.get("AIMSCALE_PROBES") != "apart")
 
-    try:
-        return execute_job(run, config.runtime.device, work)
-    except TooLargeError as error:
-        if find_placement().world_size > 1:  # the launcher of these ranks restarts them
-            raise
-        print(f"aimscale: {error}", flush=True)
-    gc.collect()  # frees the frames of the failed step
     return execute_job(run, config.runtime.device, work)
-
-
-def main() -> None:
-    """Start a run as launchers do."""
-    run_worker(train, "aimscale.harness.train RUN_DIR")

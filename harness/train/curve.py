@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info, fingerprint
+from aimscale.harness.data.store.dataset_info import find_info, fingerprint
 from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.expected import Deviation, Expected, read_expected
@@ -41,19 +41,12 @@ class LearningCurve:
     """Measurements of a run during its training; all ranks call it together."""
 
     def __init__(
-        self,
-        run: RunDir,
-        config: RunConfig,
-        job: Job,
-        engine: Engine,
-        *,
-        lookup: DatasetLookup = find_info,
-        loggers: Sequence[Logger] = (),
+        self, run: RunDir, config: RunConfig, job: Job, engine: Engine, loggers: Sequence[Logger] = ()
     ) -> None:
         """Find out at which positions to measure; `loggers` are the first rank's."""
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
-        self._distance = job.group.from_first(lambda: validation_distance(config, lookup))
+        self._distance = job.group.from_first(lambda: validation_distance(config, find_info))
         self._probes = [section for each in config.evaluation.probes if (section := each.during_training)]
         self._held_out: HeldOut | None = None
         self._folder = run.path / "probes" / "during"  # of the probes under way
@@ -75,8 +68,8 @@ class LearningCurve:
             OffTrackError: the run is so far above its forecast that it is to end; the line is written.
             PreemptedError: a signal asked to stop; nothing was written, and kinds of probe that were done are kept.
         """
-        started, group, expected, deviation = time.monotonic(), self._job.group, None, None
-        validation, probes = group.from_first(functools.partial(self._lacking, images_seen))
+        started, group, why = time.monotonic(), self._job.group, None
+        validation, probes = group.from_first(lambda: self._lacking(images_seen))
         if not validation and not probes:
             return
         self._job.update_status(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
@@ -87,22 +80,29 @@ class LearningCurve:
         if group.device.type == "cuda":
             torch.cuda.empty_cache()  # training needs this memory again
         if group.is_first:
-            append_line(self._run.curve, line | {"measured_s": time.monotonic() - started})
+            why = self._record(line | {"measured_s": time.monotonic() - started})
             remove_dir(self._folder)
-            scalars = row_scalars(line, during=True)
-            if validation and (expected := read_expected(self._run)):
-                deviation = self._deviation(expected, validation)
-                scalars |= expected_scalars(expected.points, images_seen, "train/val_loss")
-                scalars |= {"train/val_loss_deviation": deviation.sd} if deviation else {}
-            for logger in self._loggers:
-                logger.log_values(images_seen, scalars)
-            said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
-            said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
-            print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
-        why = group.from_first(lambda: expected.reason_to_stop(deviation) if expected and deviation else None)
+        why = group.from_first(lambda: why)
         group.limit_collectives(COLLECTIVE_TIMEOUT_S)
         if why:
             raise OffTrackError(why)
+
+    def _record(self, line: dict[str, Any]) -> str | None:
+        """Append a line, tell the loggers, and return why the run is to end, if it is."""
+        images_seen, validation, why = line["images_seen"], line.get("validation"), None
+        append_line(self._run.curve, line)
+        scalars = row_scalars(line, during=True)
+        if validation and (expected := read_expected(self._run)):
+            scalars |= expected_scalars(expected.points, images_seen, "train/val_loss")
+            if deviation := self._deviation(expected, validation):
+                scalars["train/val_loss_deviation"] = deviation.sd
+                why = expected.reason_to_stop(deviation)
+        for logger in self._loggers:
+            logger.log_values(images_seen, scalars)
+        said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
+        said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
+        print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
+        return why
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:
         """Return the name of the validation, None if none is due, and the probes that are due."""
@@ -141,20 +141,22 @@ class LearningCurve:
 
     def _entries(self, images_seen: int, precision: str, probes: Sequence[ProbeSection]) -> list[dict[str, Any]]:
         """Probe in one precision, on one copy of the weights, and return the entries of a row's probes."""
-        config, found = self._config, []
-        if some := [section for section in probes if section.precision == precision]:
-            copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])
-            backbone = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk")
-            for section in some:
-                found += probe_backbone(
-                    backbone,
-                    section,
-                    model_section=config.training.model,
-                    seed=config.training.seed,
-                    runtime=config.runtime,
-                    max_bad_fraction=config.training.data.max_bad_fraction,
-                    out=self._folder,
-                    group=self._job.group,
-                    report_progress=self._job.progress_callback(),
-                )
+        config, found = self._config, list[dict[str, Any]]()
+        chosen = [section for section in probes if section.precision == precision]
+        if not chosen:
+            return found
+        copied = functools.partial(copied_model, self._engine, self._job.group, DTYPES[precision])
+        backbone = AimBackbone(copied, f"{config.run_id}@{images_seen} trunk")
+        for section in chosen:
+            found += probe_backbone(
+                backbone,
+                section,
+                model_section=config.training.model,
+                seed=config.training.seed,
+                runtime=config.runtime,
+                max_bad_fraction=config.training.data.max_bad_fraction,
+                out=self._folder,
+                group=self._job.group,
+                report_progress=self._job.progress_callback(),
+            )
         return found

@@ -16,7 +16,7 @@ import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
 from aimscale.harness.data.store.overlap import refuse_overlap
-from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.expected import read_expected
 from aimscale.harness.log.loggers import Logger, expected_scalars, picture_grid, row_scalars
@@ -115,8 +115,6 @@ def _validate(
     losses = validate(model, held_out, group, report_progress)
     if not math.isfinite(losses.loss):
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
-
-    group.limit_collectives(PHASE_TIMEOUT_S)  # while the first rank writes
 
     def keep() -> None:
         pictures = completions(model, held_out, group.device)

@@ -8,41 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
+import json
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import rank_batches
-from aimscale.harness.data.stream.stream import Batch, open_stream
+from aimscale.harness.data.stream.stream import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
-from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S, turn_timeout_s
+from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.metrics import TrainedStep
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.probe.cost import curve_bytes
 from aimscale.harness.probe.pending_evaluations import update_row
-from aimscale.harness.run.budgets import saved_budgets, trunk_position
+from aimscale.harness.run.budgets import ABOUT, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import OffTrackError, PreemptedError
 from aimscale.harness.run.files import remove_dir
-from aimscale.harness.run.lock import earlier_writers
 from aimscale.harness.run.provenance import process_age_s, record_start
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import ROW_VERSION, budget_columns, model_of
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
-from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint, load_newest
+from aimscale.harness.step.checkpoint import load_checkpoint, load_newest
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import Feed, RankRequest, Step, run_on_all_ranks
-from aimscale.harness.step.saving import CheckpointWriter, recover_checkpoints
-from aimscale.harness.train.budget import save_budget
+from aimscale.harness.step.saving import CheckpointWriter
+from aimscale.harness.step.whole_weights import save_weights
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
 
@@ -61,9 +60,8 @@ class Trainer:
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         self.num_workers = runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores())
-        lookup = functools.cache(find_info)
         self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
-        measuring = group.from_first(lambda: curve_bytes(config, lookup))
+        measuring = group.from_first(lambda: curve_bytes(config, find_info))
         self.plan = plan_start(
             training,
             runtime,
@@ -97,27 +95,22 @@ class Trainer:
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
         beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
-        self.curve = LearningCurve(run, config, beside, self.engine, lookup=lookup, loggers=loggers)
+        self.curve = LearningCurve(run, config, beside, self.engine, loggers)
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
 
     def walk(self) -> None:
         """Train from the current state of the run to its last budget."""
-        num_profiled = self.config.runtime.profile
-        with (
-            self._without_collections(),
-            profiled_steps(self.run.path / "profile", num_profiled, self.group) as self.after_step,
-        ):
+        gc.disable()  # `_train` collects: ranks that do at different steps would wait for each other
+        folder, num_profiled = self.run.path / "profile", self.config.runtime.profile
+        with profiled_steps(folder, num_profiled, self.group) as self.after_step:
             segments = self._resume()
             self._announce()
             for number, segment in enumerate(segments):
                 if number > 0 and segments[number - 1].branch is not None:  # back to the trunk
                     load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
-                if (
-                    segment.branch is not None
-                    and not segment.resumes
-                    and (segment.start > 0 or segment is not segments[-1])
-                ):
+                is_new_branch = segment.branch is not None and not segment.resumes
+                if is_new_branch and (segment.start > 0 or segment is not segments[-1]):
                     self._save(segment.start, None)
                 self.recorder.enter(segment)
                 self._train(segment)
@@ -129,7 +122,16 @@ class Trainer:
     def _train(self, segment: Segment) -> None:
         """Train a segment, with measurements and checkpoints on the way."""
         position, every = segment.start, self.config.runtime.checkpoint_every_images or segment.stop
-        with self.feed.reading(self._batches(segment), self._request):
+        batches = rank_batches(
+            self.stream,
+            group=self.group,
+            start=segment.start,
+            stop=segment.stop,
+            batch_size=self.batch_size,
+            micro_batch=self.plan.micro_batch,
+            num_workers=self.num_workers,
+        )
+        with self.feed.reading(batches, self._request):
             while position < segment.stop:
                 try:
                     self._measure(position, segment.branch)
@@ -142,39 +144,24 @@ class Trainer:
                     self._save(position, segment.branch)
                     self.writer.finish()
                     raise
-                taken, forward_s = self._step(step, position, segment.branch)
+                taken = self._step(step, position, segment.branch)
                 position = taken.images_seen
-                self.recorder.step(
-                    taken, num_bad_samples=step.num_bad_samples, data_wait_s=step.wait_s, forward_s=forward_s
-                )
+                self.recorder.step(taken)
                 self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()  # objects since the start
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
-    def _batches(self, segment: Segment) -> Generator[list[Batch]]:
-        """Load this rank's micro-batches of each step of a segment."""
-        return rank_batches(
-            self.stream,
-            group=self.group,
-            start=segment.start,
-            stop=segment.stop,
-            batch_size=self.batch_size,
-            micro_batch=self.plan.micro_batch,
-            num_workers=self.num_workers,
-        )
-
-    def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, float]:
-        """Take the step at a position; returns it and the time of this rank's forward passes, s.
+    def _step(self, step: Step, position: int, branch: int | None) -> TrainedStep:
+        """Take the step at a position.
 
         Raises:
             TooLargeError: memory ran out in the first one, for the first time.
         """
         lr, started = self.schedule.lr(position, branch), time.monotonic()
         try:
-            longest_s = self.longest_step_s  # the first one may compile
-            with self.group.collectives_within(turn_timeout_s(longest_s) if longest_s else COLLECTIVE_TIMEOUT_S):
+            with self.group.collectives_within(step_timeout_s(self.longest_step_s)):  # the first one may compile
                 outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
                 loss = self.group.sum_tensor(outcome.loss_sum.double()).item() / step.num_targets
         except Exception as error:
@@ -186,15 +173,17 @@ class Trainer:
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - started)
         step.micro_batches.clear()
         norm = outcome.grad_norm.item()
-        taken = TrainedStep(
+        return TrainedStep(
             images_seen=position + self.batch_size,
             lr=lr,
             num_targets=step.num_targets,
             was_applied=outcome.was_applied,
             loss=loss if math.isfinite(loss) else None,
             grad_norm=norm if math.isfinite(norm) else None,
+            num_bad_samples=step.num_bad_samples,
+            data_wait_s=step.wait_s,
+            forward_s=outcome.forward_s,
         )
-        return taken, outcome.forward_s
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""
@@ -221,16 +210,14 @@ class Trainer:
             CheckpointError: there must be a complete checkpoint, and there is none.
         """
         run, group, schedule = self.run, self.group, self.schedule
-        group.from_first(lambda: recover_checkpoints(run, earlier_writers(run.path)))
         saved = list(group.from_first(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():
             update_row(run, self.config, budget)
         left = [budget for budget in schedule.budgets if budget not in saved]
         manifest = load_newest(run.checkpoints, self.engine, group, branches=left)
-        trunk = max((schedule.branch_point(budget) for budget in saved), default=0)
-        if manifest is None and trunk > 0:
-            load_checkpoint(run.checkpoint_dir(trunk), self.engine, group)  # raises what is wrong with it
         if manifest is None:
+            if trunk := max((schedule.branch_point(budget) for budget in saved), default=0):
+                load_checkpoint(run.checkpoint_dir(trunk), self.engine, group)  # raises what is wrong with it
             return plan_walk(schedule, saved).segments
         walk = plan_walk(schedule, saved, (manifest.images_seen, manifest.branch))
         self.recorder.metrics.restore(manifest.progress | {"images_done": walk.images_done})
@@ -250,17 +237,24 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _save_budget(self, budget: int) -> None:
-        """Save the weights at the end of a decay, and record a row."""
+        """Save the weights at the end of a decay, and with them everything in their row that training knows."""
         self.writer.finish()
-        save_budget(
-            self.run,
-            self.config,
-            self.engine,
-            budget,
-            unique_images=self.stream.unique_images or None,
-            data_fingerprint=self.stream.fingerprint,
-            facts=self.recorder.facts() | {"device": device_name(self.group.device)},
-        )
+        unique_images = self.stream.unique_images or None
+        row = budget_columns(self.config, budget) | self.recorder.facts()
+        row |= {
+            "device": device_name(self.group.device),
+            "data_fingerprint": self.stream.fingerprint,
+            "unique_images": unique_images,
+            "zero_stage": self.plan.zero_stage,
+            "epochs": budget / unique_images if unique_images else None,
+            "probes": [],
+        }
+        training = self.config.training
+        about = {"version": ROW_VERSION, "run_id": self.config.run_id, "target": training.objective.target}
+        about |= {"model": training.model.model_dump(mode="json"), "row": row}
+        metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
+        with self.group.collectives_within(write_timeout_s(4 * row["params_total"])):
+            save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
         if self.group.is_first:
             update_row(self.run, self.config, budget)
 
@@ -274,22 +268,9 @@ class Trainer:
         with contextlib.suppress(OSError):
             self.run.checkpoints.rmdir()
 
-    @contextlib.contextmanager
-    def _without_collections(self) -> Iterator[None]:
-        """Collect no garbage but where `_train` does: ranks that do at different steps would wait for each other."""
-        gc.disable()
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception:
-            self.writer.leave()
-            raise
-        finally:
-            gc.enable()
-
     def close(self) -> None:
         """Free the memory of weights, gradients and optimiser states."""
+        gc.enable()
         self.writer.close()
         self.engine.close()
         del self.engine, self.writer, self.curve
@@ -307,9 +288,10 @@ class Trainer:
         record_start(self.run, about | {"peak": dataclasses.asdict(self.peak), "startup_s": startup_s})
         done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
-        self.recorder.say(
+        print(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {plan.zero_stage}, micro-batch "
             f"{plan.micro_batch}{' (lowered)' * plan.is_lowered}, {self.group.world_size} rank(s), "
-            f"matrix-multiplication peak "
-            f"{self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), ready after {startup_s:.1f} s"
+            f"matrix-multiplication peak {self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), "
+            f"ready after {startup_s:.1f} s",
+            flush=True,
         )

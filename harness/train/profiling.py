@@ -38,15 +38,13 @@ def profiled_steps(folder: Path, num_steps: int | None, group: Group) -> Iterato
     if is_cuda:
         torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
     schedule = torch.profiler.schedule(skip_first=SKIPPED_STEPS, wait=0, warmup=1, active=num_steps, repeat=1)
-    num_left = SKIPPED_STEPS + 1 + num_steps
+    last = SKIPPED_STEPS + 1 + num_steps
     with torch.profiler.profile(schedule=schedule, on_trace_ready=save) as profile:
 
         def after_step() -> None:
-            nonlocal num_left
-            num_left -= 1
-            if num_left >= 0:
+            if profile.step_num < last:
                 profile.step()
-            if num_left == 0:
-                group.wait()  # here and not in the next step's collectives, whose time is short
+                if profile.step_num == last:
+                    group.wait()  # here and not in the next step's collectives, whose time is short
 
         yield after_step

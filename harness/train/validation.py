@@ -7,7 +7,7 @@ be compared image by image: the published losses of 0.6B to 7B differ by 0.013 i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,10 @@ from aimscale.harness.run.files import atomic_write
 
 NUM_COMPLETIONS = 8
 """Number of images whose predictions are kept as pictures."""
-KEPT_SHARE = 0.05
-"""Share of a rank's host memory for decoded images that will be read again."""
 
 
 class HeldOut:
-    """Validation images for one model geometry, shared by ranks; threads decode them ahead of the model, and they are
-    kept in memory if they take little, since a run reads them many times."""
+    """Validation images for one model geometry, shared by ranks; threads decode them ahead of the model."""
 
     def __init__(
         self,
@@ -54,10 +51,6 @@ class HeldOut:
         self.indices = dataset.usable(None if section.num_images is None else np.arange(section.num_images))
         """Sample numbers, int64 (images,)."""
         self._own = np.arange(len(self.indices))[group.rank :: group.world_size]
-        shape = (len(self._own), model_section.channels, model_section.image_size, model_section.image_size)
-        has_room = np.prod(shape, dtype=float) <= KEPT_SHARE * group.host_memory_bytes()
-        self._kept = torch.empty(shape, dtype=torch.uint8) if has_room else None
-        self._is_filled = False
 
     def some(self, num_images: int) -> tuple[np.ndarray, Tensor]:
         """Load the rows and pixels, uint8 (n, C, H, W), of at most so many images, spread over the data set."""
@@ -76,31 +69,16 @@ class HeldOut:
             DataError: on all ranks, after the last pass, if too many images do not decode.
         """
         most = -(-len(self.indices) // self._group.world_size)
-        parts = [slice(first, first + num_images) for first in range(0, most, num_images)]
-        pixels: Iterable[tuple[slice, Tensor]]
-        if self._is_filled and self._kept is not None:
-            pixels = ((part, self._kept[part]) for part in parts)
-        else:
-            pixels = decoded_ahead(self._decoded, parts)
-        for part, values in pixels:
-            rows = self._own[part]
+        parts = [self._own[first : first + num_images] for first in range(0, most, num_images)]
+        for rows, pixels in decoded_ahead(lambda rows: self._images.pixels(self.indices[rows]), parts):
             is_good = self._images.is_good(self.indices[rows])
-            good = values if is_good.all() else values[torch.from_numpy(is_good)]
-            yield rows[is_good], normalise(good).to(self._group.device)
-        self._is_filled = True
+            yield rows[is_good], normalise(pixels[torch.from_numpy(is_good)]).to(self._group.device)
         self._images.agree(self._group, self.indices)
-
-    def _decoded(self, part: slice) -> Tensor:
-        pixels = self._images.pixels(self.indices[self._own[part]])
-        if self._kept is not None:
-            self._kept[part] = pixels
-        return pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses of single images, by prefix and summed over prefixes; one row per image that decodes, in the folder's
-    order."""
+    """Losses by image and prefix; one row per image that decodes, in the folder's order."""
 
     index: np.ndarray
     """Sample number in the validation folder, int64."""
@@ -137,8 +115,7 @@ class ValidationLosses:
         return dict(zip(VALIDATION_COLUMNS, (self.loss, self.standard_error, len(self.index)), strict=True))
 
     def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
-        """Write the losses atomically to an npz file, with their `name`, a row's columns, and the model's
-        `completions`."""
+        """Write the losses atomically to an npz file, with their `name`, a row's columns, and `completions`."""
         arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)

@@ -129,7 +129,7 @@ def test_the_start_after_memory_ran_out_takes_half_of_the_micro_batch() -> None:
     error = out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), first, **about)
     assert error is not None
     assert error.executed == {"zero_stage": 2, "micro_batch": 32, "activation_checkpointing": False} | about
-    assert "with a micro-batch of 32; the next start takes 16" in str(error)
+    assert "with a micro-batch of 32; the next start takes 16;" in str(error)
     second = start(error.executed)
     assert (second.zero_stage, second.micro_batch, second.is_lowered) == (2, 16, True)
     assert out_of_memory(MemoryError(), second, **about) is None, "a third try would not help"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics, TrainedStep
-from aimscale.harness.log.record import RecentThroughput, append_line
+from aimscale.harness.log.record import append_line
 from aimscale.harness.run.schedule import Segment
 
 
 def metrics(branch: int | None = None) -> Metrics:
-    made = Metrics(8)
+    made = Metrics(batch_size=8)
     made.enter(Segment(start=0, stop=24, branch=branch))
     return made
 
@@ -80,13 +80,3 @@ def test_a_budgets_loss_is_the_mean_of_its_last_twentieth() -> None:
     for step in range(81, 101):
         add(log, step, float(step))
     assert log.train_loss == (96 + 97 + 98 + 99 + 100) / 5
-
-
-def test_the_recent_rate_forgets_what_is_done_once_and_what_is_long_ago() -> None:
-    recent = RecentThroughput()
-    recent.add(100.0, 100, 60.0)  # compiling
-    assert recent.num_images / recent.wall_s == 1.0
-    recent.add(10.0, 100, 1.0)
-    assert (recent.num_images / recent.wall_s, recent.wait_s / recent.wall_s) == (10.0, 0.1)
-    recent.add(30.0, 600, 0.0)
-    assert recent.num_images / recent.wall_s == pytest.approx((100 / math.e + 600) / (10 / math.e + 30))

@@ -35,7 +35,7 @@ def observe(precision: str, stage: int, recomputes: bool, *, group: Any) -> dict
     with tracker:
         engine = Engine(CONFIG, OptimiserSection(precision=precision), options, group)
         track_step(tracker, engine, [example_batch(CONFIG, each, "paired") for each in MICRO_BATCHES])
-    phases, calls = tracker.memory(), [dataclasses.astuple(each) for each in tracker.calls]
+    phases, calls = tracker.memory(), list(tracker.calls)
     engine.close()
     return json.loads(json.dumps({"phases": [dataclasses.asdict(each) for each in phases], "calls": calls}))
 

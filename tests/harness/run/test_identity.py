@@ -48,7 +48,6 @@ def test_a_field_that_a_later_version_adds_renames_nothing_until_it_is_set() -> 
         {"probes": [{"task": "two", "train": "a", "test": "b", "every_images": 64}]},
         {"data": {"sources": [{"path": "/another/mount", "fingerprint": "0123456789abcdef"}]}},
         {"model": {"size": "w16-d2", "image_size": 16, "patch_size": 4, "head_rule": "proportional"}},
-        {"data": {**FIELDS["data"], "shuffle_shards": 100, "shuffle_buffer": 5}},  # a buffer is of `wds://` alone
     ],
 )
 def test_what_is_measured_where_data_lie_and_spelt_out_defaults_name_no_other_run(changes: dict[str, Any]) -> None:
@@ -69,12 +68,6 @@ def test_what_is_measured_where_data_lie_and_spelt_out_defaults_name_no_other_ru
 )
 def test_what_is_trained_names_another_run(changes: dict[str, Any]) -> None:
     assert run(**changes).run_id != run().run_id
-
-
-def test_shards_side_by_side_mean_nothing_without_an_index() -> None:
-    source = {"sources": [{"path": "wds:///a.tar"}]}
-    assert run(data={**source, "shuffle_shards": 9}).run_id == run(data=source).run_id
-    assert run(data={**source, "shuffle_buffer": 9}).run_id != run(data=source).run_id
 
 
 def test_an_evaluation_is_named_by_its_settings_and_the_content_of_its_data() -> None:

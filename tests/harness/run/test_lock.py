@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.log.record import append_line
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import atomic_write, new_partial_dir, publish_dir, remove_dir, write_json
-from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer, earlier_writers
+from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer
 
 HOLD = """
 import os, sys, time
@@ -62,7 +61,7 @@ def test_a_lock_excludes_others_until_its_holder_is_dead_whatever_it_forked(tmp_
     with run.hold() as folder:
         assert run.is_held()
         assert list(tmp_path.glob(".writer-*")) == [folder]
-        assert [[*earlier.iterdir()] for earlier in earlier_writers(run.status)] == [[folder / left.name / "part"]]
+        assert not list(folder.iterdir()), "what the dead holder left is gone"
     os.kill(int(child), signal.SIGKILL)
     assert not run.is_held()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
@@ -137,24 +136,6 @@ def test_a_holder_that_was_replaced_while_it_stood_still_can_change_nothing(tmp_
     del files_before[run.metrics]
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in files_before.items() if path.is_file())
     assert {path.name for path in run.path.iterdir()} == {"lock", "metrics.jsonl", "checkpoints"}
-
-
-def test_processes_hold_one_after_the_other(tmp_path: Path) -> None:
-    run, inside = RunDir(tmp_path / "run"), tmp_path / "inside"
-
-    def contend() -> None:
-        num_held = 0
-        while num_held < 4:
-            with contextlib.suppress(LockHeld), run.hold():
-                inside.touch(exist_ok=False)
-                time.sleep(0.02)
-                inside.unlink()
-                num_held += 1
-
-    contenders = [in_fork(contend) for _ in range(6)]
-    for contender in contenders:
-        contender.join()
-    assert [contender.exitcode for contender in contenders] == [0] * 6
 
 
 @pytest.mark.parametrize("name", ["lock", "claim"])

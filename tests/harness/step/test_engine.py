@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -18,12 +19,13 @@ from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step.deepspeed_setup import DeepSpeedError, EngineOptions
-from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.deepspeed_setup import EngineOptions
+from aimscale.harness.step.engine import DeepSpeedError, Engine, should_compile
 from aimscale.harness.step.whole_weights import save_weights
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 MASKED = model_config("w32-d2", image_size=16, patch_size=4, masked=0.75, head_kind="transformer")
+MUP = dataclasses.replace(CONFIG, parametrisation="mup")
 BATCH, NUM_STEPS, LR, CLIP = 8, 8, 3e-3, 0.6
 Ranks = Callable[..., list[Any]]
 
@@ -40,8 +42,8 @@ def step_batch(step: int, config: ModelConfig = CONFIG) -> tuple[torch.Tensor, t
 def plain_losses(config: ModelConfig, optimiser: OptimiserSection) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a loop without DeepSpeed, ranks or micro-batches."""
     model = AIM(config)
-    groups = model.param_groups(optimiser.weight_decay)
-    adamw = torch.optim.AdamW(groups, lr=LR, betas=optimiser.betas, eps=optimiser.eps)
+    groups = [group | {"lr": LR * group["lr_scale"]} for group in model.param_groups(optimiser.weight_decay)]
+    adamw = torch.optim.AdamW(groups, betas=optimiser.betas, eps=optimiser.eps)
     losses, norms = [], []
     for step in range(NUM_STEPS):
         loss_sum, num_targets = model(*step_batch(step, config))
@@ -87,15 +89,20 @@ def test_losses_and_norms_equal_a_plain_loop(world_size: int, in_group: Ranks) -
     micro = (1, 3)  # 8 images in 3 or 6 parts: unequal sizes
     cases = [("fp32", stage, num_micro, CONFIG) for stage, num_micro in product(stages, micro)]
     cases += [("bf16", stage, 2, CONFIG) for stage in stages if stage]
-    cases += [("fp32", stage, 3, MASKED) for stage in (0, 3)]
+    cases += [("fp32", stage, 3, config) for stage in (0, 3) for config in (MASKED, MUP)]
+    assert {group["lr_scale"] for group in AIM(MUP).param_groups(0.05)} != {1.0}
     found, *_ = in_group(engine_losses, cases, world_size=world_size)
-    plain = {each: plain_losses(each, OptimiserSection(batch_size=BATCH, clip_norm=CLIP)) for each in (CONFIG, MASKED)}
+    optimiser = OptimiserSection(batch_size=BATCH, clip_norm=CLIP)
+    plain = {each: plain_losses(each, optimiser) for each in (CONFIG, MASKED, MUP)}
     assert min(plain[CONFIG][1]) < CLIP < max(plain[CONFIG][1]), "some steps are clipped and some are not"
     for case, (our_losses, our_norms) in zip(cases, found, strict=True):
         losses, norms = plain[case[3]]
         tolerance = 1e-5 if case[0] == "fp32" else 1e-2
-        assert our_losses == pytest.approx(losses, rel=tolerance), case
-        assert our_norms == pytest.approx(norms, rel=10 * tolerance), case
+        first = slice(NUM_STEPS)
+        if case[3] is MUP:  # what starts at zero has gradients of noise, on which engines soon differ
+            first, tolerance = slice(3), 1e-4
+        assert our_losses[first] == pytest.approx(losses[first], rel=tolerance), case
+        assert our_norms[first] == pytest.approx(norms[first], rel=10 * tolerance), case
 
 
 def bad_steps(group: Group, stages: list[tuple[str, int]]) -> list[tuple[list[bool], list[tuple[float, ...]]]]:
@@ -165,6 +172,14 @@ def test_weights_start_with_the_same_bits_at_every_stage(tmp_path: Path, in_grou
         started = load_file(path)
         assert started.keys() == exact.keys()
         assert all(torch.equal(started[name], exact[name]) for name in exact), path.name
+
+
+def test_compiling_is_for_cards() -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert [should_compile(wanted, card, 1) for wanted in ("auto", True, False)] == [True, True, False]
+    assert not any((should_compile("auto", card, 3), should_compile("auto", cpu, 0), should_compile(False, cpu, 1)))
+    with pytest.raises(ConfigError, match=r"runtime\.compile"):
+        should_compile(True, cpu, 1)
 
 
 def lack(group: Group) -> None:

@@ -16,7 +16,6 @@ from trainers import before_call, rows, train_in, until, weights
 
 import aimscale.harness.log.record
 import aimscale.harness.step.saving
-import aimscale.harness.train.budget
 import aimscale.harness.train.evaluate
 import aimscale.harness.train.loop
 from aimscale.harness.distributed import group
@@ -33,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (aimscale.harness.log.record.Recorder, "step"),
     "save": (aimscale.harness.step.saving, "_write_part"),
     "publication of a save": (aimscale.harness.step.saving, "publish_dir"),
-    "budget": (aimscale.harness.train.budget, "save_weights"),
+    "budget": (aimscale.harness.train.loop, "save_weights"),
     "validation": (aimscale.harness.train.evaluate, "validate"),
 }
 

@@ -34,9 +34,7 @@ def losses_of(group: Group, data: Path) -> ValidationLosses:
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
     held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=0.0)
-    losses, again = validate(model, held_out, group), validate(model, held_out, group)
-    assert all(np.array_equal(getattr(losses, each), getattr(again, each)) for each in vars(losses)), "kept images"
-    return losses
+    return validate(model, held_out, group)
 
 
 def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Callable[..., list[Any]]) -> None:
