@@ -262,4 +262,4 @@ def _save_head(candidate: Candidate, path: Path) -> None:
     assert isinstance(candidate.head, AttentiveStack)
     state = {f"head.{name}": tensor for name, tensor in candidate.head.released_state().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
-    write_weights(state, path, {"kind": candidate.kind, "blocks": json.dumps(candidate.blocks)})
+    write_weights(state, path, {"blocks": json.dumps(candidate.blocks)})  # one key: of several the order is random
