@@ -159,7 +159,8 @@ class Metrics:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        vars(self).update(vars(TypeAdapter(Metrics).validate_python(state)))
+        saved = {"batch_size": self.batch_size, **state}  # until November 2026 checkpoints did not hold it
+        vars(self).update(vars(TypeAdapter(Metrics).validate_python(saved)))
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -80,3 +81,18 @@ def test_a_budgets_loss_is_the_mean_of_its_last_twentieth() -> None:
     for step in range(81, 101):
         add(log, step, float(step))
     assert log.train_loss == (96 + 97 + 98 + 99 + 100) / 5
+
+
+def test_a_state_is_restored_and_so_is_that_of_an_earlier_version() -> None:
+    log = metrics(branch=800)
+    for step in range(90, 99):
+        add(log, step, float(step))
+    state = json.loads(json.dumps(log.state()))
+    earlier = {key: value for key, value in state.items() if key not in ("batch_size", "segment")}
+    for saved in (state, earlier):
+        again = metrics(branch=800)
+        again.restore(saved)
+        again.enter(dataclasses.replace(log.segment, resumes=True))
+        for each in (log, again):
+            assert (each.images_done, each.train_loss, each.recent) == (72, 97.0, [float(i) for i in range(90, 99)])
+        assert again.steps == log.steps
