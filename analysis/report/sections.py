@@ -253,7 +253,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Study], Iterator[Part]]]] = {
     "accuracy": ("Accuracy", "Accuracy against parameters, data and compute", _accuracy),
     "linked": ("Loss and accuracy", "Loss against accuracy", _loss_accuracy),
     "training": ("Training curves", "Training curves", _training),
-    "best-split": ("Best split", "The best split of compute", _best_split),
+    "best-split": ("Optimum", "The compute-optimal size and amount of data", _best_split),
     "published": ("Published models", "Beside published models and baselines", _published),
     "laws": ("Laws", "Fitted laws", _laws),
     "changes": ("Single changes", "Single changes, everything else equal", _changes),

@@ -159,7 +159,7 @@ def verdict(study: Study) -> list[Line]:
     return [
         *lines,
         Line("The law", " ".join(_law(study, joint)) if joint else "None."),
-        Line("Best split", _split(study, frontier)),
+        Line("Compute-optimal", _split(study, frontier)),
         Line("Forecast", _forecast(study)),
         Line("What to run next", _next(study, joint)),
     ]

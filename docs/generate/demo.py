@@ -1,4 +1,4 @@
-"""Text of README and docs/demo.md about the demo, and its figures, from the tables that the demo left.
+"""Text of README and docs/quickstart.md about the demo, and its figures, from the tables that the demo left.
 
     python docs/generate/demo.py aimscale-runs/demo             # takes its tables over, draws, rewrites both pages
     python docs/generate/demo.py aimscale-runs/demo SEED1 ...   # and summarises the same sweep with other seeds
@@ -50,7 +50,7 @@ def first_lines(folder: Path = TABLES) -> str:
 
 
 def section(folder: Path = TABLES) -> str:
-    """Write the text of docs/demo.md about the runs of the demo, in Markdown."""
+    """Write the text of docs/quickstart.md about the runs of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
     return "\n".join([*_seeds(pd.read_csv(folder / SEEDS)), "", *_accuracy(table, folder), ""])
 
@@ -141,7 +141,7 @@ def rewrite(page: str, text: str) -> str:
     return re.sub(f"(?<={before}\n).*?(?={after})", lambda _: text, page, flags=re.DOTALL)
 
 
-PAGES = {ROOT / "README.md": first_lines, ROOT / "docs/demo.md": section}
+PAGES = {ROOT / "README.md": first_lines, ROOT / "docs/quickstart.md": section}
 """Page -> what stands between its marks."""
 
 

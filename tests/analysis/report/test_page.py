@@ -163,7 +163,7 @@ def test_it_opens_with_the_findings_beside_their_figures_then_says_how_far_to_tr
     assert ids[:2] == ["loss-N", "finding-accuracy"]
     opening = page.text[page.text.index("Left out, the largest size") : page.text.index("What was run and")]
     questions = ["a straight line misses by", "Lower loss, better features: ", "Can it be trusted?"]
-    questions += ["What is imprecise", "The law", "Best split", "Forecast", "What to run next"]
+    questions += ["What is imprecise", "The law", "Compute-optimal", "Forecast", "What to run next"]
     places = [opening.index(question) for question in questions]
     assert places == sorted(places)
     assert re.search(r"(green|amber) ?Can it be trusted\?", opening)

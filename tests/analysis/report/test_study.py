@@ -97,7 +97,7 @@ def test_the_page_says_what_was_tuned_and_how_often_data_repeat(known_study):
     assert f"from ±{percent(half)} to" in told["What to run next"], "it was one standard deviation"
     assert "passes over the pool of 16k, beyond the 4 that were seen" in told["Forecast"]
     frontier = study.get("compute-optimal frontier")
-    assert ("passes" in told["Best split"]) == (frontier.frontiers[-1].at(frontier.largest_budget)["D"][0] > 64e3)
+    assert ("passes" in told["Compute-optimal"]) == (frontier.frontiers[-1].at(frontier.largest_budget)["D"][0] > 64e3)
 
 
 def test_two_experiments_in_one_table_are_noticed_and_told_once():
@@ -176,7 +176,7 @@ def test_the_split_is_by_the_law_that_forecasts(isoflop):
     assert isoflop.get("compute-optimal frontier").frontiers[-1].law is isoflop.get("law")
     assert isoflop.get("law").law.name == isoflop.get("forecaster").law.name == "coupled"
     by_question = {line.question: line.answer for line in verdict(isoflop)}
-    assert "by approach 3 on the coupled law" in by_question["Best split"]
+    assert "by approach 3 on the coupled law" in by_question["Compute-optimal"]
     assert "better than the chinchilla law" in by_question["The law"]
     assert isoflop.get("forecast").table["distance"].max() == pytest.approx(10, rel=0.05)
 
