@@ -219,7 +219,7 @@ def weigh(points: Points, cache: Cache, fit: Callable[[Points, Cache], Curves] =
             off = pd.DataFrame(
                 {name: tried[name].predict(test.x)[0] - np.log(test.y) for name in curves if name in tried}
             )
-            off = off.loc[:, np.isfinite(off).all()]
+            off = off[[name for name in off.columns if np.isfinite(off[name]).all()]]
             misses |= {times: (off, np.log(known.distance({**test.x, "C": test.compute})))} if len(off.T) else {}
     backtests = pd.DataFrame({times: _rms(off) for times, (off, _) in misses.items()}, index=[*curves], dtype=float).T
     weights = _weights(backtests)
