@@ -112,7 +112,7 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
     """Name a kind of accuracy (or of error) in prose."""
     if kind == "lora":
         return f"{of} after LoRA adaptation (not frozen)"
-    return f"{'k-NN' if kind == 'knn' else kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
+    return f"k-NN {of}" if kind == "knn" else f"{kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
 
 
 def capital(words: str) -> str:

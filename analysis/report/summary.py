@@ -23,7 +23,7 @@ from aimscale.analysis.published.published import TASKS, best_frozen, table6
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import PROBES, accuracy_of, capital, human, percent
+from aimscale.analysis.words import PROBES, accuracy_of, human, percent
 
 SCALES = {"N": "size", "D": "amount of data", "C": "compute"}
 """Variable -> its name in a sentence."""
@@ -105,7 +105,7 @@ def _feature_finding(study: Study, kind: str) -> Finding:
     task, *others = sorted(found, key=lambda task: not (leading[task].is_significant and leading[task].value < 0))
     first = leading[task]
     pearson = [c for c in found[task] if c.method == first.method]
-    details = [f"{capital(accuracy_of(kind))}."]
+    details = [f"Scored by {accuracy_of(kind)}."]
     details += [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in pearson if c.partial_on and c is not first]
     details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
     links = {name: each for name, each in study.by_task(LINK, kind).items() if name == task}
