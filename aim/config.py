@@ -7,6 +7,7 @@ Models" (arXiv 2401.08541), section 3 and Table 1. Torch is not imported here.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ RELEASED_SIZES: dict[str, tuple[int, int, int]] = {
 
 RUNG_WIDTHS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Widths of the named rungs below aim-600M."""
+
+LARGEST = {
+    **{"width": 2**17, "depth": 2**12, "image_size": 2**16, "channels": 2**10},
+    **{"head.width": 2**17, "head.depth": 2**12},
+}
+"""Upper bounds of `ModelConfig` fields: far beyond any model, yet small enough that no number overflows."""
 
 MLP_RATIO = 4
 """Channels inside an MLP over those of its block."""
@@ -118,6 +125,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(get_type_hints(ModelConfig), vars(self))
+        for part, most in LARGEST.items():
+            if (value := operator.attrgetter(part)(self)) > most:
+                raise ModelConfigError(f"{self.name}: {part} {value} is more than {most}, the most that is planned for")
         if self.image_size % self.patch_size:
             near = max(1, round(self.image_size / self.patch_size)) * self.patch_size
             raise ModelConfigError(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import glob
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -155,7 +157,7 @@ def _json(value: Any) -> str:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which replaces `path` at the block's end.
+    """Give a path to write to, which replaces `path` at the block's end; what killed writers left a minute ago goes.
 
     Of a link the target is replaced; what is no regular file, such as /dev/null, is written to.
     """
@@ -165,6 +167,10 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside

@@ -45,6 +45,7 @@ def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
         if kind.__module__
         in (
             "aimscale.harness.run.config",
+            "aimscale.harness.run.evaluation",
             "aimscale.sweeps.plan.recipes",
             "aimscale.sweeps.plan.sections",
             "aimscale.sweeps.plan.sweepfile",
