@@ -17,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "aimscale"
-TEMPLATE = "from aimscale.analysis.report.page import TEMPLATES; print((TEMPLATES / 'report.html').read_text())"
+TEMPLATE = """
+from importlib.resources import files
+print((files("aimscale.analysis.report") / "templates" / "report.html").read_text())
+"""
 
 
 def tree() -> set[str]:
