@@ -28,8 +28,7 @@ from aimscale.harness.data.store.remote import is_url, join, open_file
 from aimscale.harness.data.store.shards import ByteRange, Reader, cached_files, open_reader
 
 MAX_KEPT_BYTES = 256 * 2**20
-"""Limit on the decoded pixels of small images that a process keeps of a data set."""
-_MAX_CACHES = 4  # data sets whose pixels a process keeps
+"""Limit on the decoded pixels of small images that a process keeps, over all data sets."""
 COLUMNS = {
     "samples": np.dtype([("offset", "<u8"), ("size", "<u4"), ("width", "<u2"), ("height", "<u2")]),
     "checksum": np.dtype("<u8"),
@@ -249,9 +248,14 @@ class ShardDataset:
     def _pixel_cache(self, channels: int) -> _PixelCache | None:
         """Return this process's cache of the decoded pixels; None if images differ in size or take too much memory."""
         shape = (len(self), channels, self.info.max_height, self.info.max_width)
-        if not self.info.one_size or math.prod(shape) > MAX_KEPT_BYTES:
-            return None
-        return _make_cache(self.path, self.fingerprint, shape)
+        key = (self.path, self.fingerprint, channels)
+        if key not in _PIXEL_CACHES:
+            room = MAX_KEPT_BYTES - sum(cache.pixels.nbytes for cache in _PIXEL_CACHES.values())
+            if not self.info.one_size or math.prod(shape) > room:
+                return None
+            made = _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool))
+            _PIXEL_CACHES.setdefault(key, made)
+        return _PIXEL_CACHES[key]
 
     def check(self, i: int, data: bytes, sides: Sequence[int]) -> None:
         """Compare an image's height and width, and the checksum of the first image that is read of each shard, with the
@@ -280,10 +284,8 @@ class _PixelCache(NamedTuple):
     """Mask of the decoded samples, bool (number of samples,)."""
 
 
-@functools.lru_cache(_MAX_CACHES)
-def _make_cache(path: str, fingerprint: str, shape: tuple[int, ...]) -> _PixelCache:
-    """Make the cache of a data set once: a run reads small images many times, and measures each budget on the same."""
-    return _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(shape[0], dtype=bool))
+_PIXEL_CACHES: dict[tuple[str, str, int], _PixelCache] = {}
+"""Caches by path, fingerprint and channels: a run reads small images many times."""
 
 
 def require_channels(channels: int) -> None:

@@ -27,7 +27,7 @@ from aimscale.harness.run.lock import locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
-_MAX_OPEN_FILES = 128  # per data set: `ulimit -n` is often 1024
+_MAX_OPEN_FILES = 256  # per process: `ulimit -n` is often 1024
 _CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
 _PARTIAL = ".partial"
 _IN_USE_S = 30.0  # after its last use a shard may be evicted to fetch another ahead
@@ -38,27 +38,33 @@ ByteRange = tuple[str, int, int]
 """Byte range of a shard: its name, the offset of the first byte and their number."""
 
 
+@functools.lru_cache(_MAX_OPEN_FILES)
+def _opened(reader: int, path: str) -> io.FileIO:
+    """Open a reader's file; it is closed once it is long unused and nobody reads it."""
+    return open(path, "rb", buffering=0)
+
+
 class LocalReader:
-    """Reader of byte ranges for any number of threads, with a bounded number of open files."""
+    """Reader of byte ranges for any number of threads, with a bounded number of open files per process."""
+
+    _numbers = itertools.count()
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        # a file is closed once it is long unused and nobody reads it
-        self._open = functools.lru_cache(_MAX_OPEN_FILES)(functools.partial(open, mode="rb", buffering=0))
+        self._folder, self._number = folder, next(self._numbers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalReader, (self._folder,)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Read a byte range; fewer bytes if the file ends before; OSError if it is missing or cannot be read."""
-        file = self._open(f"{self._folder}/{name}")  # text: making a Path takes as long as the read
+        file = _opened(self._number, f"{self._folder}/{name}")  # text: making a Path takes as long as the read
         return os.pread(file.fileno(), size, offset)
 
     def read_ahead(self, byte_ranges: Sequence[ByteRange]) -> None:
         """Have the kernel read byte ranges ahead, from a disk or over a network file system; returns at once."""
         for name, offset, size in byte_ranges:
             with contextlib.suppress(OSError):  # raised when the bytes are read
-                file = self._open(f"{self._folder}/{name}")
+                file = _opened(self._number, f"{self._folder}/{name}")
                 os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
 

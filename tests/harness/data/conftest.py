@@ -18,7 +18,7 @@ from aimscale.harness.run.config import RunConfig, run_config
 @pytest.fixture(autouse=True)
 def nothing_decoded_before() -> None:
     """What another test decoded is read again."""
-    index._make_cache.cache_clear()
+    index._PIXEL_CACHES.clear()
 
 
 @pytest.fixture(scope="session")
