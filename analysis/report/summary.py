@@ -99,19 +99,18 @@ def _feature_finding(study: Study, kind: str) -> Finding:
 
     def reached(task: str) -> str:
         level = beside[task].set_index("name")["top1"]
-        pixels = f", raw pixels {percent(level[PIXELS])}" if PIXELS in level else ""
-        return f"at best {percent(rows[task]['top1'].max())}{pixels}"
+        pixels = f"; raw pixels give {percent(level[PIXELS])}" if PIXELS in level else ""
+        return f"{percent(rows[task]['top1'].max())} at best{pixels}"
 
     task, *others = sorted(found, key=lambda task: not (leading[task].is_significant and leading[task].value < 0))
     first = leading[task]
     pearson = [c for c in found[task] if c.method == first.method]
-    details = [f"Scored by {accuracy_of(kind)}."]
+    details = [f"The {accuracy_of(kind)} is {reached(task)}."]
     details += [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in pearson if c.partial_on and c is not first]
     details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
     links = {name: each for name, each in study.by_task(LINK, kind).items() if name == task}
     draw = partial(analysis.plot_loss_accuracy, rows[task], {task: pearson}, links, beside[task])
-    sentence = f"{feature_words(kind, task, first)}, {reached(task)}"
-    return Finding("finding-accuracy", sentence, " ".join(details), draw)
+    return Finding("finding-accuracy", feature_words(kind, task, first), " ".join(details), draw)
 
 
 def feature_words(kind: str, task: str, found: Correlation) -> str:
