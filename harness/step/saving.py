@@ -182,6 +182,7 @@ class CheckpointWriter:
                 raise OSError("the run ended before it was written")
             yield piece
 
+
 def own_share(engine: Engine) -> dict[str, Tensor]:
     """Return the tensors that this rank writes, flat, by key: its own, or a share of what all ranks hold."""
     fragments = engine.fragments()
