@@ -72,4 +72,4 @@ def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
     if rehearsal.collectives:
         console.print(fitted_table(calls, rehearsal.collectives, console.width))
     share = decimal(rehearsal.checkpoint_bytes)
-    console.print(f"checkpoint: the rank writes {share}, from a copy in host memory", highlight=False)
+    console.print(f"checkpoint: the rank writes {share}, copied to its host first if that has room", highlight=False)
