@@ -29,7 +29,9 @@ def contrast(
     ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
     as_law: Annotated[
         bool,
-        typer.Option("--as-law", help="Fit a law of the loss per level, together: the gain in compute by compute."),
+        typer.Option(
+            "--as-law", help="Fit the losses of both levels as laws: how the gain in compute changes with compute."
+        ),
     ] = False,
     columns: options.Columns = None,
     where: options.Where = None,
