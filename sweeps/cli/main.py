@@ -45,7 +45,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "next": ("aimscale.sweeps.cli.next", "Choose the runs that narrow a forecast most for their cost."),
         "frontier": ("aimscale.analysis.cli.laws:frontier", "Find the compute-optimal size and amount of data."),
         "rates": (
-            "aimscale.analysis.cli.rates:rates",
+            "aimscale.analysis.cli.effects:rates",
             "Find the best learning rate and batch size by model size and data.",
         ),
         "correlate": (
