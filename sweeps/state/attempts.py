@@ -22,6 +22,7 @@ from aimscale.harness.run.directory import (
     SHARED,
     ReasonClass,
 )
+from aimscale.harness.run.failures import blames_another_rank
 from aimscale.harness.run.lock import Holder
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
@@ -42,6 +43,8 @@ NODE_REASONS = ("node", "code", "data")
 RANK_EXIT_TIMEOUT_S = 10.0
 """Time to wait for the ranks of a killed torchrun to exit, s: a process on a GPU takes seconds to free its memory."""
 
+_FAILED_TASK = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: (.*)$", re.MULTILINE)
+"""Words of srun about a rank that failed: its node, and how it ended."""
 _OUT_OF_MEMORY = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
@@ -52,7 +55,7 @@ def record_end(
     *,
     claims: tuple[str, str | None],
     stop_requested: bool,
-    failed_early_on: str | None = None,
+    early_on: Sequence[str] = (),
 ) -> Outcome:
     """Record how an attempt ended and return what follows; the caller holds the claim.
 
@@ -62,7 +65,7 @@ def record_end(
         exit_code: of the process, negative for a signal.
         claims: token of the claim under which the attempt started, and the token that `status.json` held before.
         stop_requested: whether a person asked the run to stop.
-        failed_early_on: node of an attempt that ended before its first step; None if it made progress.
+        early_on: nodes of an attempt that ended before its first step; empty if it made progress.
     """
     if _is_held_elsewhere(run, exit_code, claims):
         return "elsewhere"  # this attempt never got the run's lock, or lost it
@@ -77,13 +80,27 @@ def record_end(
     reason, reason_class = _failure_reason(run, attempt, exit_code)
     state = "diverged" if exit_code == EXIT_DIVERGED else "failed"
     failed_on = run.write_status(state=state, reason=reason, reason_class=reason_class).failed_on
-    node = failed_on if failed_on is not None else failed_early_on or ""
-    may_be_node = failed_early_on and reason_class in NODE_REASONS and failed_on != SHARED
+    node = failed_on if failed_on is not None else _first_to_fail(run, attempt, reason, early_on)
+    may_be_node = early_on and node != SHARED and reason_class in NODE_REASONS
     given_back = bool(may_be_node and not set(run.failed_nodes(given_back=True)) - {node})
     _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=given_back)
     if given_back:
         return "given back"
     return "retry" if may_retry(run.read_attempts(), reason_class) else "failed"
+
+
+def _first_to_fail(run: RunRecord, attempt: int, reason: str, early_on: Sequence[str]) -> str:
+    """Return the node whose rank failed first, before any rank could write that down; `SHARED` if it is unknown.
+
+    Of several nodes, srun names the first in the log. A rank that lost another may be the first to exit, though, while
+    the other one stands still.
+    """
+    if len(early_on) < 2:
+        return early_on[0] if early_on else SHARED
+    first = _FAILED_TASK.search(_read_text(run.attempt_log(attempt)))
+    if first is None or first[1] not in early_on or (blames_another_rank(reason) and first[2].startswith("Exited")):
+        return SHARED
+    return first[1]
 
 
 def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:

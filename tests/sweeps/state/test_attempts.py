@@ -44,16 +44,36 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
     assert "slurm.time_limit_min" in str(record.read_status().reason)
 
 
+LOST = "another rank is gone or stands still, and its own entry in logs/ may say why"
+TERMINATED = "srun: error: node-1: task 0: Terminated"
+
+
 @pytest.mark.parametrize(
-    ("failed_on", "outcome", "nodes"),
-    [(None, "given back", ["node-1"]), ("node-2", "given back", ["node-2"]), (SHARED, "retry", [])],
-)
-def test_an_early_failure_is_given_to_another_node_unless_all_share_its_cause(
-    record: RunRecord, failed_on: str | None, outcome: str, nodes: list[str]
+    ("early_on", "failed_on", "log", "outcome", "nodes"),
+    [
+        (["node-1"], None, "", "given back", ["node-1"]),
+        (["node-1"], "node-2", "", "given back", ["node-2"]),
+        (["node-1"], SHARED, "", "retry", []),
+        (["node-1", "node-2"], "node-2", f"{TERMINATED}\n", "given back", ["node-2"]),
+        (["node-1", "node-2"], None, f"srun: error: node-2: task 1: Exited with exit code 1\n{TERMINATED}", "given back",
+         ["node-2"]),
+        (["node-1", "node-2"], None, f"srun: error: node-2: tasks 8-15: Killed\n{TERMINATED}\n{LOST}", "given back",
+         ["node-2"]),
+        # node-2 stands still, and node-1 is the first to say so
+        (["node-1", "node-2"], None, f"srun: error: node-1: task 0: Exited with exit code 1\n{LOST}", "retry", []),
+        (["node-1", "node-2"], None, "srun: error: node-[1-2]: tasks 0-1: Exited with exit code 1", "retry", []),
+        (["node-1", "node-2"], None, "", "retry", []),
+    ],
+)  # fmt: skip
+def test_an_early_failure_is_given_to_others_than_the_node_that_failed_first(
+    record: RunRecord, early_on: list[str], failed_on: str | None, log: str, outcome: str, nodes: list[str]
 ) -> None:
-    record.write_status(state="failed", reason="r", reason_class="node", failed_on=failed_on, claim="mine")
+    reason = LOST if LOST in log else "r"
+    record.write_status(state="failed", reason=reason, reason_class="node", failed_on=failed_on, claim="mine")
+    record.logs.mkdir(parents=True)
+    record.attempt_log(1).write_text(log)
     claims = ("mine", None)
-    ended = record_end(record, 1, EXIT_CRASHED, claims=claims, stop_requested=False, failed_early_on="node-1")
+    ended = record_end(record, 1, EXIT_CRASHED, claims=claims, stop_requested=False, early_on=early_on)
     assert (ended, record.failed_nodes()) == (outcome, nodes)
 
 
