@@ -69,7 +69,7 @@ def record_end(
     """
     if _is_held_elsewhere(run, exit_code, claims):
         return "elsewhere"  # this attempt never got the run's lock, or lost it
-    exit_code = _rank_exit_code(run, exit_code, claims[0])
+    exit_code = _rank_exit_code(run, attempt, exit_code, claims[0])
     is_killed_as_asked = stop_requested and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _record_preemption(run, attempt, exit_code, stop_requested)
@@ -97,10 +97,14 @@ def _first_to_fail(run: RunRecord, attempt: int, reason: str, early_on: Sequence
     """
     if len(early_on) < 2:
         return early_on[0] if early_on else SHARED
-    first = _FAILED_TASK.search(_read_text(run.attempt_log(attempt)))
-    if first is None or first[1] not in early_on or (blames_another_rank(reason) and first[2].startswith("Exited")):
-        return SHARED
-    return first[1]
+    node, how = _first_failed_task(run, attempt)
+    return SHARED if node not in early_on or (blames_another_rank(reason) and how.startswith("Exited")) else node
+
+
+def _first_failed_task(run: RunRecord, attempt: int) -> tuple[str, str]:
+    """Return the node of the rank that srun saw fail first, and how it ended; empty if srun names none."""
+    found = _FAILED_TASK.search(_read_text(run.attempt_log(attempt)))
+    return (found[1], found[2]) if found else ("", "")
 
 
 def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
@@ -116,7 +120,7 @@ def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | 
     return run.read_status().claim not in claims
 
 
-def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
+def _rank_exit_code(run: RunRecord, attempt: int, exit_code: int, claim: str) -> int:
     """Return the exit code that the run's status implies; torchrun and srun return one code for all ranks."""
     status, by_signal = run.read_status(), exit_code > 128
     if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
@@ -124,7 +128,13 @@ def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
         codes |= {"failed": EXIT_CRASHED}
         if status.state in codes:
             return codes[status.state]
-    return 128 - exit_code if by_signal else exit_code
+    if not by_signal:
+        return exit_code
+    # after one rank has failed, srun terminates the others, and returns their signal
+    _, how = _first_failed_task(run, attempt)
+    if how.startswith("Exited with exit code "):
+        return int(how.split()[4])
+    return -signal.SIGKILL if how.startswith("Killed") else 128 - exit_code
 
 
 def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_requested: bool) -> Outcome:
@@ -152,6 +162,7 @@ def _failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, 
     if status.state in ("failed", "diverged") and status.reason and status.reason_class:
         return status.reason, status.reason_class
     lines = [line.strip() for line in _read_text(run.attempt_log(attempt)).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd"))] or lines
     how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
     return lines[-1][:300] if lines else f"ended with {how}", kinds.get(exit_code, "code")

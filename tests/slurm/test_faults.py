@@ -164,7 +164,7 @@ def test_of_two_nodes_the_broken_one_is_blamed_and_not_that_of_the_worker(fault:
     first, *_ = case.records[0].read_attempts()
     assert first["given_back"]
     assert case.records[0].failed_nodes() == ["node2"]
-    assert case.records[0].read_status().reason_class == "code"
+    assert "uncorrectable ECC error" in first["reason"]
 
 
 def test_cancel_saves_and_does_not_come_back_until_it_is_retried(fault: Any, undisturbed: Losses) -> None:

@@ -102,7 +102,8 @@ def test_of_several_nodes_the_one_that_failed_first_is_excluded(
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], base={"devices": 2}, slurm={"gpus": False})
     prepare_directory(sweep)
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    fails = 'case "$*" in *sleep*) exit 1;; esac; echo "srun: error: node2: task 1: Exited with exit code 1"; exit 1'
+    words = ("no GPU", "srun: error: node2: task 1: Exited with exit code 1", "srun: error: node1: task 0: Terminated")
+    fails = "; ".join(['case "$*" in *sleep*) exit 1;; esac', *(f"echo '{each}'" for each in words), "exit 143"])
     program("srun", fails)
     program("sinfo", "echo node1; echo node2; echo node3")
     program("scontrol", f'case "$*" in *hostnames*) echo node1; echo node2;; *) echo "$@" >> {tmp_path}/told;; esac')
@@ -111,6 +112,7 @@ def test_of_several_nodes_the_one_that_failed_first_is_excluded(
     assert told(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=node2"]
     assert [record.failed_nodes() for record in records] == [["node2"], ["node2"], []]
     assert all(may_retry(record.read_attempts(), "code") for record in records)
+    assert {record.read_status().reason for record in records[:2]} == {"no GPU"}
 
 
 def test_a_node_without_the_gpus_that_were_asked_for_takes_no_run(
