@@ -45,6 +45,9 @@ RANK_EXIT_TIMEOUT_S = 10.0
 
 _FAILED_TASK = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: (.*)$", re.MULTILINE)
 """Words of srun about a rank that failed: its node, and how it ended."""
+_OF_TORCHRUN = r"^[WE]\d{4} .*torch/distributed/elastic/multiprocessing/api\.py.*"
+_FAILED_RANK = re.compile(_OF_TORCHRUN + r" failed \(exitcode: (-?\d+)\) local_rank: (\d+)", re.MULTILINE)
+"""Words of torchrun about the rank that failed first: its exit code and its number."""
 _OUT_OF_MEMORY = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
@@ -156,16 +159,29 @@ def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_reques
 
 def _failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
     """Return the reason and its class, from the run's status or the last line of its log where they state one."""
-    status = run.read_status()
-    if exit_code == -signal.SIGKILL:
-        return "killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
-    if status.state in ("failed", "diverged") and status.reason and status.reason_class:
-        return status.reason, status.reason_class
-    lines = [line.strip() for line in _read_text(run.attempt_log(attempt)).splitlines() if line.strip()]
+    status, killed = run.read_status(), "" if exit_code == -signal.SIGKILL else None
+    reason = status.reason if status.state in ("failed", "diverged") else None
+    if not reason or blames_another_rank(reason):
+        killed = _killed_rank(run, attempt) or killed
+    if killed is not None:
+        return f"{killed}killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
+    if reason and status.reason_class:
+        return reason, status.reason_class
+    text = re.sub(_OF_TORCHRUN, "", _FAILED_RANK.split(_read_text(run.attempt_log(attempt)))[0], flags=re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd"))] or lines
     how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
     return lines[-1][:300] if lines else f"ended with {how}", kinds.get(exit_code, "code")
+
+
+def _killed_rank(run: RunRecord, attempt: int) -> str | None:
+    """Return the first words of a sentence about a rank that was killed, if torchrun or srun saw it fail first."""
+    found = _FAILED_RANK.search(_read_text(run.attempt_log(attempt)))
+    if found and int(found[1]) == -signal.SIGKILL:
+        return f"rank {found[2]} was "
+    node, how = _first_failed_task(run, attempt)
+    return f"a rank on {node} was " if how.startswith("Killed") else None
 
 
 def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | None) -> None:

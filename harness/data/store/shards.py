@@ -158,7 +158,7 @@ class CachedReader:
                     time.sleep(0.1)  # until other processes have fetched theirs
                 if (found := download(join(self._location, name), partial)) != size:
                     raise OSError(f"it has {found:,} bytes, the index says {size:,}")
-                file = open(partial, "rb", buffering=0)  # before others see the shard, who may evict it at once
+                file = io.FileIO(partial)  # before others see the shard, who may evict it at once
                 partial.rename(target)
                 return file
             finally:
