@@ -64,7 +64,9 @@ class Task:
         backbone = backbone or AimBackbone(lambda: copy.deepcopy(self.model).float())
         data = {"sources": [{"path": str(self.root / "train")}], "max_bad_fraction": max_bad_fraction}
         values = {"model": dict(self.geometry), "data": data, "budgets": [64], "seed": seed}
-        return probe_backbone(backbone, section, run_config(values, "the test", RuntimeConfig()), **options)
+        values |= {"optimiser": {"batch_size": 8}, "schedule": {"warmup_images": 16}}
+        config = run_config(values | {"validation": {"path": str(self.root / "test")}}, "the test")
+        return probe_backbone(backbone, section, config, **options)
 
     def features(self, images: LabelledImages, group: Group = ALONE, **options: Any) -> SplitFeatures:
         """Features of the model."""
