@@ -143,7 +143,7 @@ def probe_baseline(
         target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.backbones`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        weights: weights of a timm model: a file, or `hub`.
+        weights: weights of a timm model: a file, `hub` or `random`.
         group, report_progress: see `probe_run`.
 
     Raises:
@@ -151,6 +151,7 @@ def probe_baseline(
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
+    folder = target.replace(":", "-").replace("/", "-") + ("-random" if weights == "random" else "")
     for number, section in enumerate(sections, start=1):
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
@@ -162,7 +163,7 @@ def probe_baseline(
             seed=config.training.seed,
             runtime=config.runtime,
             max_bad_fraction=config.training.data.max_bad_fraction,
-            out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
+            out=like.path / "baselines" / folder,
             group=group,
             report_progress=numbered_progress(report_progress, number, len(sections)),
         )
