@@ -293,7 +293,8 @@ def test_a_line_of_the_setup_that_fails_ends_the_job_and_status_says_which(
     for setup, code in zip(setups, (0, 127), strict=True):
         sweep = write_sweep(sizes=["rung-32"], slurm={"setup": setup, "python": begins})
         (part,) = submit_for(sweep, retry=True)
-        done = subprocess.run(["bash", "-c", part.script], capture_output=True, text=True, check=False)
+        (tmp_path / "slurm_script").write_text(part.script)
+        done = subprocess.run(["bash", tmp_path / "slurm_script"], capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert ("worker begins" in done.stdout) == (code == 0), done
     submissions = slurm.submissions_file(sweep)
