@@ -60,10 +60,8 @@ def axis_label(
     if default:
         return default
     if names and column in names:
-        letter, name = (
-            LETTERS.get(column, "L"),
-            re.sub(r"\s*\*\s*", " × ", names[column].replace("`", "")),
-        )  # of a formula
+        letter = LETTERS.get(column, "L")
+        name = re.sub(r"\s*\*\s*", " × ", names[column].replace("`", ""))  # it may be a formula
         return plain(name) if letter in ("L", name) else f"{letter}: {plain(name)}"
     label = plain(described(column).axis_label, 60)
     if not loss_unit:  # others count other things under our names

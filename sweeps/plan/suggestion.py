@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from aimscale.aim.config import model_config
-from aimscale.analysis.effects.plateau import PLATEAU_STEPS
+from aimscale.analysis.laws.base import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.run.strict import Fields, parse
 from aimscale.sweeps.plan.costs import CostCard, cost_cards
