@@ -221,7 +221,8 @@ def _start_waiting_runs(worker: Worker) -> None:
                 return  # the job was sized for this run, which smaller ones would delay
             elif not worker.active and not worker.is_blocked:
                 worker.is_blocked = True
-                worker.events.append(Event("waiting for devices, which other launches on this machine use"))
+                what = "other launches of this user use all devices of this machine; runs start as these become free"
+                worker.events.append(Event(f"waiting: {what} (to share, give each launch --devices)"))
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found
