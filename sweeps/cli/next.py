@@ -95,8 +95,8 @@ def _half_price(offer: pd.DataFrame, target: dict[str, float]) -> float:
     """Return half of what a run at the target would cost, by the price of the largest candidate."""
     if not {"N", "D"} <= target.keys():
         raise AnalysisError("--target needs N and D, such as N=1e9,D=2B.")
-    scale = offer["N"] * offer["D"]
-    return float(offer["price"][scale.idxmax()] / scale.max() * target["N"] * target["D"] / 2)
+    largest = offer.iloc[int((offer["N"] * offer["D"]).to_numpy().argmax())]
+    return float(largest["price"] * target["N"] / largest["N"] * target["D"] / largest["D"] / 2)
 
 
 def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
