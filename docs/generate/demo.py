@@ -1,7 +1,7 @@
 """Text of README and docs/quickstart.md about the demo, and its figures, from the tables that the demo left.
 
     python docs/generate/demo.py aimscale-runs/demo             # takes its tables over, draws, rewrites both pages
-    python docs/generate/demo.py aimscale-runs/demo SEED1 ...   # and summarises the same sweep with other seeds
+    python docs/generate/demo.py aimscale-runs/demo OTHER ...   # and adds runs with other seeds or another torch
 
 The tables are kept in `docs/figures/demo/`; a test compares the pages with them. README has the first lines of the
 report itself, so the two cannot disagree.
@@ -9,6 +9,7 @@ report itself, so the two cannot disagree.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -44,7 +45,7 @@ def first_lines(folder: Path = TABLES) -> str:
     study = study_of(folder)
     lines = [f"- **{each.title}.** {each.caption}" for each in findings(study)]
     lines += [f"- **{line.question.rstrip('?')}**: {line.answer}" for line in verdict(study)[:-1]]
-    lines += ["", ranges(pd.read_csv(folder / SEEDS))]
+    lines += ["", ranges(read_seeds(folder))]
     text = "\n".join([*lines, ""])
     return text.replace("alpha", "α").replace("beta", "β")
 
@@ -52,7 +53,12 @@ def first_lines(folder: Path = TABLES) -> str:
 def section(folder: Path = TABLES) -> str:
     """Write the text of docs/quickstart.md about the runs of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
-    return "\n".join([*_seeds(pd.read_csv(folder / SEEDS)), "", *_accuracy(table, folder), ""])
+    return "\n".join([*_seeds(read_seeds(folder)), "", *_accuracy(table, folder), ""])
+
+
+def read_seeds(folder: Path) -> pd.DataFrame:
+    """Read the summaries of runs by seed and torch."""
+    return pd.read_csv(folder / SEEDS, dtype={"torch": str})
 
 
 def ranges(seeds: pd.DataFrame) -> str:
@@ -60,11 +66,12 @@ def ranges(seeds: pd.DataFrame) -> str:
     said = Counter(seeds["verdict"])
     verdicts = " and ".join(f"{each} {said[each]} times" for each in HEADS.values() if said[each])
     errors = [f"{_span(seeds[v] * 100)} % (a straight line: {_span(seeds[f'{v}_line'] * 100)} %)" for v in ("N", "D")]
+    torch = " and ".join(sorted(seeds["torch"].unique()))
     return (
-        f"We ran the demo with {len(seeds)} seeds. *Can it be trusted* was answered {verdicts}. α was "
-        f"{_span(seeds['alpha'])} and β {_span(seeds['beta'])}. The error on the left-out largest size was "
-        f"{errors[0]}, and on the largest budget {errors[1]}. The correlation of loss and k-NN accuracy was "
-        f"{_span(seeds['r'])}."
+        f"We ran the demo {len(seeds)} times, with {seeds['seed'].nunique()} seeds, on torch {torch}. *Can it be "
+        f"trusted* was answered {verdicts}. α was {_span(seeds['alpha'])} and β {_span(seeds['beta'])}. The error on "
+        f"the left-out largest size was {errors[0]}, and on the largest budget {errors[1]}. The correlation of loss "
+        f"and k-NN accuracy was {_span(seeds['r'])}."
     )
 
 
@@ -75,13 +82,13 @@ def _span(values: pd.Series) -> str:
 
 def _seeds(seeds: pd.DataFrame) -> Iterator[str]:
     """Write a row per seed, and what they have in common."""
-    heads = "seed | can it be trusted | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
+    heads = "seed | torch | can it be trusted | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
     yield f"| {heads} | raw pixels |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---" * 10 + "|"
     for row in seeds.to_dict("records"):
         errors = (f"{100 * row[v]:.2g} % ({100 * row[f'{v}_line']:.2g} %)" for v in ("N", "D"))
         yield (
-            f"| {row['seed']} | {row['verdict']} | {row['alpha']:.2f} | {row['beta']:.2f} | "
+            f"| {row['seed']} | {row['torch']} | {row['verdict']} | {row['alpha']:.2f} | {row['beta']:.2f} | "
             f"{' | '.join(errors)} | {row['r']:.2f} | {100 * row['least']:.0f} to {100 * row['most']:.0f} % | "
             f"{100 * row['pixels']:.0f} % |"
         )
@@ -109,6 +116,12 @@ def seed_row(folder: Path) -> dict[str, Any]:
         "most": probes["top1"].max(),
         "pixels": pixels,
     }
+
+
+def _torch(folder: Path) -> str:
+    """Read the minor version of torch that trained a sweep."""
+    run = json.loads(next(folder.glob("runs/*/results.json")).read_text())
+    return str(run["starts"][0]["packages"]["torch"].rpartition(".")[0])
 
 
 def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
@@ -147,13 +160,16 @@ PAGES = {ROOT / "README.md": first_lines, ROOT / "docs/quickstart.md": section}
 
 
 def main(demo: Path, others: list[Path]) -> None:
-    """Take the tables over, draw, rewrite; with others, summarise all seeds anew."""
+    """Take the tables over, add a row per other run, draw, rewrite the pages."""
     TABLES.mkdir(exist_ok=True)
     for name in ("results.parquet", "baselines.parquet"):
         if demo.resolve() != TABLES:
             shutil.copyfile(demo / name, TABLES / name)
-    if others:
-        pd.DataFrame([seed_row(each) for each in (demo, *others)]).round(4).to_csv(TABLES / SEEDS, index=False)
+    rows = pd.DataFrame([seed_row(each) | {"torch": _torch(each)} for each in others]).round(4)
+    seeds = pd.concat([read_seeds(TABLES), rows])
+    seeds.drop_duplicates(["torch", "seed"], keep="last").sort_values(["torch", "seed"]).to_csv(
+        TABLES / SEEDS, index=False
+    )
     draw()
     for page, write in PAGES.items():
         page.write_text(rewrite(page.read_text(), write()))
