@@ -18,7 +18,7 @@ FILES = {
     "data": "tables, a row per run and data budget",
     "report.html": "the page, in one file",
     "numbers.json": "every number of the page, and how the tables were read",
-    "figures": "each figure as SVG, PDF and PNG, with a CSV of what it draws",
+    "figures": "each figure as PDF, with a CSV of what it draws; the findings' as PNG, too",
     "tables": "each table for LaTeX (booktabs)",
     "models": "configuration and card of every run; its weights where they are published",
     "sweep.yaml": "what was run",
@@ -36,7 +36,9 @@ class About(NamedTuple):
 
     title: str
     licence: str
-    """Licence of the data and of this folder, best as an SPDX identifier such as CC-BY-4.0."""
+    """Licence of this folder, best as an SPDX identifier such as CC-BY-4.0."""
+    images: str | None = None
+    """Data set that was trained on, and its licence."""
     authors: tuple[str, ...] = ()
     url: str | None = None
     """Where it will be found."""
@@ -76,7 +78,8 @@ def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About)
         "## Check it",
         "Any laptop recomputes every number of the page from the tables, without torch:",
         "```bash\npip install aimscale\naimscale verify .\n```",
-        f"## Licence\n\n{about.licence}" + (f", {', '.join(about.authors)}" if about.authors else ""),
+        f"## Licence\n\nThis folder: {', '.join((about.licence, *about.authors))}.",
+        f"Images that were trained on (not part of it): {about.images}." if about.images else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

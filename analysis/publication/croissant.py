@@ -16,18 +16,20 @@ CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_tex
 """The context that Croissant 1.0 prescribes."""
 TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 """Kinds of numpy's types -> types of Croissant; all else is text."""
+ENCODINGS = {".csv": "text/csv", ".parquet": "application/x-parquet"}
+"""Suffix of a table -> its media type."""
 
 
 def croissant(folder: Path, about: About) -> dict[str, Any]:
-    """Describe the CSV tables of a folder: files with checksums, and columns with type and meaning."""
-    tables = sorted((folder / "data").glob("*.csv"))
+    """Describe the tables of a folder: files with checksums, and columns with type and meaning."""
+    tables = [path for path in sorted((folder / "data").iterdir()) if path.suffix in ENCODINGS]
     files = [
         {
             "@type": "cr:FileObject",
             "@id": path.name,
             "name": path.name,
             "contentUrl": str(path.relative_to(folder)),
-            "encodingFormat": "text/csv",
+            "encodingFormat": ENCODINGS[path.suffix],
             "sha256": sha256(path),
         }
         for path in tables
@@ -56,16 +58,18 @@ def sha256(path: Path) -> str:
 
 
 def _records(path: Path) -> dict[str, Any]:
-    """Describe the columns of a CSV file."""
-    frame = pd.read_csv(path, low_memory=False).dropna(axis="columns", how="all")
-    fields = []
-    for name, kind in ((str(name), frame[name].dtype.kind) for name in frame):
-        column = described(name)
+    """Describe the columns of a table, but for those of lists, such as `probes`, which Croissant 1.0 cannot name."""
+    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False)
+    frame, fields = frame.dropna(axis="columns", how="all"), []
+    for name, values in frame.items():
+        if values.map(pd.api.types.is_list_like).any():
+            continue
+        column = described(str(name))
         field = {
             "@type": "cr:Field",
             "@id": f"{path.stem}/{name}",
             "name": name,
-            "dataType": TYPES.get(kind, "sc:Text"),
+            "dataType": TYPES.get(values.dtype.kind, "sc:Text"),
             "source": {"fileObject": {"@id": path.name}, "extract": {"column": name}},
         }
         if column.meaning:

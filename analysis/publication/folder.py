@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from aimscale.analysis.display import Result
@@ -20,8 +19,9 @@ from aimscale.analysis.publication.card import About, folder_card, model_cards
 from aimscale.analysis.publication.croissant import croissant, sha256
 from aimscale.analysis.publication.numbers import Source, Verification, compare_numbers, page_numbers
 from aimscale.analysis.published.comparison import BASELINES_FILE
+from aimscale.analysis.plots.style import save
 from aimscale.analysis.report.page import write_page
-from aimscale.analysis.table.schema import write_table
+from aimscale.analysis.report.summary import findings
 
 NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
 BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
@@ -71,7 +71,7 @@ def publish(
 
 
 def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
-    """Copy the tables and what the page reads beside them, also as CSV; return the tables' names in the folder."""
+    """Copy the tables and what the page reads beside them; return the tables' names in the folder."""
     names, copied = [], dict[str, Path]()
     (folder / "data").mkdir()
     for path in (each / "results.parquet" if each.is_dir() else each for each in tables):
@@ -84,15 +84,15 @@ def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
             if copied.setdefault(file.name, file) != file:
                 raise AnalysisError(f"two folders hold a {file.name}; publish their tables apart.")
             shutil.copyfile(file, folder / "data" / file.name)
-            if file.suffix == ".parquet":
-                write_table(pq.read_table(file), folder / "data" / f"{file.stem}.csv")
     return tuple(names)
 
 
 def _write_results(source: Source, folder: Path, about: About, add: Callable[[Path], None]) -> None:
     """Write page, figures, numbers, LaTeX tables, cards, citation and the description for machines."""
     study = source.study(folder)
-    write_page(study, folder, folder / "figures")
+    write_page(study, folder, folder / "figures", kinds=("pdf",))
+    for finding in findings(study):
+        save(finding.draw(), folder / "figures" / finding.key, kinds=("png",))
     record = {"version": VERSION, "source": source._asdict(), "numbers": page_numbers(study)}
     texts = {NUMBERS: json.dumps(record, indent=1, allow_nan=False), "CITATION.cff": _citation(about)}
     found = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]

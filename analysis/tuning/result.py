@@ -20,7 +20,7 @@ from aimscale.analysis.tuning.surface import MIN_VALUES, Surface
 from aimscale.analysis.words import Flag, flag_words, human, percent, some
 
 OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
-"""How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
+"""How a cell's optimum was found: inside the settings tried or as near as its error, beyond, not at all, by the law."""
 NO_OPTIMUM = {
     EDGE: "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
     NO_MINIMUM: "No lowest loss is seen at {}; the laws leave it out.",

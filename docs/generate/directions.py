@@ -17,7 +17,7 @@ from aimscale.analysis.effects.result import Contrast, Contrasts
 from aimscale.analysis.table.read import read_tables
 
 PAGE = Path(__file__).parents[1] / "study/cifar.md"
-RESULTS = PAGE.parent / "results"
+RESULTS = PAGE.parent / "published/cifar/data"
 MARKS = "<!-- directions: written by docs/generate/directions.py -->", "<!-- directions: end -->"
 CHANGES = (
     ("causal attention instead of a prefix", "prefix", "none"),

@@ -44,7 +44,7 @@ def test_seeds_that_differ_in_a_setting_as_well_are_no_replicates(known_study, s
 
 
 def test_scatter_about_a_law_that_does_not_fit_is_less_than_the_whole_spread():
-    table = read_tables([Path(__file__).parents[3] / "docs/study/results/cifar.parquet"])
+    table = read_tables([Path(__file__).parents[3] / "docs/study/published/cifar/data/cifar.parquet"])
     scatter = of_kind(noise(table), "law")
     assert 0.004 < scatter.value < 0.008  # misfit passed for errors of sizes of 16 %
 

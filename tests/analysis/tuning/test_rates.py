@@ -228,7 +228,7 @@ def test_one_size_with_three_rates_has_an_optimum_without_an_interval() -> None:
 
 def test_real_rates_of_the_fashion_study() -> None:
     """Three sizes at one amount of data: the best rate falls with size."""
-    found = rates(read_table(Path(__file__).parents[3] / "docs/study/results/learning-rates.parquet"))
+    found = rates(read_table(Path(__file__).parents[3] / "docs/study/published/fashion/data/learning-rates.parquet"))
     assert found.table.sort_values("N")["lr_best"].is_monotonic_decreasing
     assert list(found.laws["lr"].law.variables) == ["N"]
 

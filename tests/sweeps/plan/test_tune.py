@@ -85,7 +85,7 @@ def test_a_tuned_sweep_gives_the_law_of_rates_and_its_best_rows_the_law_of_the_l
     for run in plan(write_sweep(**GRID, tune=TUNE)):
         columns = configured_columns(run.config) | {"lr_multiplier": run.lr_multiplier, "status": "complete"}
         for seen in run.budgets:
-            n, noise = columns["params_total"], np.random.default_rng([len(rows), 2]).normal(0, 1e-3)
+            n, noise = columns["params_total"], np.random.default_rng([len(rows), 1]).normal(0, 1e-3)
             best = 6e-3 * (n / 1e5) ** -0.4
             loss = 0.5 + 20 * n**-0.5 + 30 * seen**-0.5
             loss *= np.exp(0.02 * np.log(columns["lr_peak"] / best) ** 2 + noise)
