@@ -181,7 +181,7 @@ def save(figure: Figure, stem: str | Path, kinds: Sequence[str] = KINDS) -> list
         raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
     contents = {f".{kind}": png_bytes(figure) if kind == "png" else _image(figure, kind) for kind in kinds}
     if isinstance(figure, ShownFigure):
-        contents[".csv"] = figure.drawn.to_csv(index=False).encode()
+        contents[".csv"] = figure.drawn.to_csv(index=False, float_format="%.6g").encode()
     stem = stem.with_suffix("") if stem.suffix[1:] in (*KINDS, "csv") else stem
     paths = [stem.with_name(stem.name + suffix) for suffix in contents]
     try:

@@ -15,11 +15,11 @@ import yaml
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.registry import REGISTER
+from aimscale.analysis.plots.style import save
 from aimscale.analysis.publication.card import About, folder_card, model_cards
 from aimscale.analysis.publication.croissant import croissant, sha256
 from aimscale.analysis.publication.numbers import Source, Verification, compare_numbers, page_numbers
 from aimscale.analysis.published.comparison import BASELINES_FILE
-from aimscale.analysis.plots.style import save
 from aimscale.analysis.report.page import write_page
 from aimscale.analysis.report.summary import findings
 
@@ -94,7 +94,7 @@ def _write_results(source: Source, folder: Path, about: About, add: Callable[[Pa
     for finding in findings(study):
         save(finding.draw(), folder / "figures" / finding.key, kinds=("png",))
     record = {"version": VERSION, "source": source._asdict(), "numbers": page_numbers(study)}
-    texts = {NUMBERS: json.dumps(record, indent=1, allow_nan=False), "CITATION.cff": _citation(about)}
+    texts = {NUMBERS: json.dumps(record, allow_nan=False), "CITATION.cff": _citation(about)}
     found = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
     for name, subject, each in found:
         if isinstance(each, Result) and len(each.table):
@@ -107,7 +107,7 @@ def _write_results(source: Source, folder: Path, about: About, add: Callable[[Pa
         (folder / name).write_text(text, encoding="utf-8")
     add(folder)
     described = croissant(folder, about)
-    (folder / "croissant.json").write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "croissant.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(folder_card(study, source.tables, folder, about), encoding="utf-8")
 
 

@@ -143,7 +143,7 @@ def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: 
     for best, reach, name in zip(surface.optima.T, half.T, settings, strict=True):
         low, high = (np.log(table[f"{name}_{end}"].to_numpy()[tuned]) for end in ("lowest", "highest"))
         # to leave out whatever errs to the outside would draw the law to the settings tried
-        beyond = np.minimum(np.nan_to_num(reach), (high - low) / 2)
+        beyond = np.minimum(np.nan_to_num(reach), high - low)
         inside &= (low - beyond <= best) & (best <= high + beyond)
         columns = [f"{name}_best", f"{name}_lo", f"{name}_hi"]
         table[columns] = np.nan
@@ -156,16 +156,17 @@ def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: 
 def _law(table: pd.DataFrame, tuned: Array, surface: Surface, number: int, setting: str) -> Fit | None:
     """Fit the law of the optima in the variables that vary; None where there are too few, or all are the same.
 
-    Scatter does not show the errors of curvature, which all optima share: they are given to the fit.
+    The errors of the optima are given to the fit: scatter does not show what all share, and few optima may agree by
+    chance.
     """
     found = (table["found"] == OPTIMUM).to_numpy()[tuned]
-    optima, loadings = table.iloc[tuned[found]], surface.optima_shared[found, number]
+    optima, errors = table.iloc[tuned[found]], surface.optima_errors(number)[found]
     variables = [name for name in ("N", "D") if np.ptp(np.log(optima[name])) > SAME_DATA] if len(optima) else []
     if not variables or len(optima) < len(variables) + 2 or np.ptp(np.log(optima[f"{setting}_best"])) < SAME_VALUE:
         return None
     points = optima[variables].assign(setting=optima[f"{setting}_best"])
     if surface.degrees > 0:
-        points = with_known_errors(points, "setting", KnownErrors(loadings=loadings, degrees=surface.degrees))
+        points = with_known_errors(points, "setting", KnownErrors(loadings=errors, degrees=surface.degrees))
     return fit(points, product(*variables), y="setting", objective="log_lsq", is_tested=False)
 
 

@@ -83,13 +83,15 @@ class Surface:
         """Covariance (cells, p, p) of each cell's `optima`."""
         return self._covariance_of(self.optima_of)
 
-    @cached_property
-    def optima_shared(self) -> Array:
-        """Errors (cells, p, m) of `optima` by the m errors of curvature, which all cells share."""
-        own = 1 + self.origin.shape[1]
-        common = self.covariance[:, own:, own:]
-        moved = self.covariance[:, :, own:] @ np.linalg.pinv(common) @ _roots(common)
-        return self._gradient_of(self.optima_of) @ moved
+    def optima_errors(self, setting: int) -> Array:
+        """Return the errors (cells, m + cells) of the optima of a setting by independent causes: those of curvature,
+        which all cells share, and of each cell alone."""
+        k = 1 + self.origin.shape[1]
+        common = self.covariance[:, k:, k:]
+        moved = self.covariance[:, :, k:] @ np.linalg.pinv(common) @ _roots(common)
+        shared = (self._gradient_of(self.optima_of) @ moved)[:, setting]
+        own = self.optima_covariance[:, setting, setting] - np.sum(shared**2, axis=1)
+        return np.column_stack([shared, np.diag(np.sqrt(np.maximum(own, 0.0)))])
 
     @cached_property
     def lowest(self) -> Array:

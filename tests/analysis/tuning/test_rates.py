@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
+from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, read_tables, tuned
 from aimscale.analysis.laws.product import product
 from aimscale.analysis.report.study import study_tables
 from aimscale.analysis.tuning.tuned import tuned_where_known
@@ -21,14 +21,16 @@ their cell of N and D: 777 of 1,730 dense runs, five rates and ten batches or mo
 CURVATURE, EXPONENTS = 0.03, {"a": -0.5, "b": 0.2}
 
 
-def simulated(rng: np.random.Generator, noise: float, *, mistuned: float = 0.0, factors=(0.5, 1, 2)) -> pd.DataFrame:
+def simulated(
+    rng: np.random.Generator, noise: float, *, mistuned: float = 0.0, factors=(0.5, 1, 2), scatter: float = 0.05
+) -> pd.DataFrame:
     """Simulate five sizes at five amounts of data, of which two have several rates; the rate used is off by
     N^mistuned from the smallest size on."""
     rows = []
     for n in np.geomspace(1e5, 1e7, 5):
         for j, d in enumerate(np.geomspace(1e6, 1e8, 5)):
             law = np.log(3e-3) + EXPONENTS["a"] * np.log(n / 1e6) + EXPONENTS["b"] * np.log(d / 1e7)
-            best = law + 0.05 * rng.standard_normal()
+            best = law + scatter * rng.standard_normal()
             for factor in factors if j in (1, 3) else (1,):
                 x = law + mistuned * np.log(n / 1e5) + np.log(factor)
                 regret = CURVATURE * (x - best) ** 2 / 2
@@ -70,7 +72,7 @@ def test_exponents_optima_and_regrets_hold_what_they_say() -> None:
         rows = found.table.merge(table, left_on=["N", "D", "lr_used"], right_on=["N", "D", "lr_peak"])
         true = np.expm1(rows["true"])
         held[-1].append(((rows["regret_lo"] <= true) & (true <= rows["regret_hi"])).mean())
-    assert (np.mean(held, axis=0) > 0.88).all()
+    assert (np.mean(held, axis=0) > 0.85).all()  # intervals that hold in 95 % of tables fall short once in 70 times
 
 
 @pytest.mark.parametrize(("mistuned", "is_told"), [(0.25, True), (0.0, False)])
@@ -92,6 +94,25 @@ def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -
     assert np.mean(held) >= 0.9
     as_they_are, corrected = np.mean(gap, axis=0)
     assert corrected < as_they_are / 3
+
+
+def test_an_optimum_beyond_the_rates_by_less_than_its_error_counts() -> None:
+    """Left out, those that err to the inside drew the law to the rates that were tried."""
+    rng = np.random.default_rng(7)
+    tables = [simulated(rng, 3e-3, scatter=0.0, factors=(0.25, 0.5, 1)) for _ in range(8)]  # the highest is the best
+    assert np.mean([rates(table).table["found"].eq("inside").sum() for table in tables]) > 9
+
+
+@pytest.mark.parametrize("size", [15_072, 60_752, 238_920])
+def test_the_law_of_two_sizes_predicts_the_best_rates_of_the_third(size: int) -> None:
+    """Of the nine best rates of the CIFAR-10 study two were missed while curvature had no share in their intervals."""
+    folder = Path(__file__).parents[3] / "docs/study/published/cifar/data"
+    table = read_tables([folder / f"cifar{part}.parquet" for part in ("", "-rates", "-tuning")])
+    own = rates(table).table.query("found == 'inside' and N == @size")
+    ends = rates(table[table["params_total"] != size]).laws["lr"].predict(own)
+    best = own["lr_best"].to_numpy()
+    assert len(own) == 3
+    assert ((ends["pi_lo"] < best) & (best < ends["pi_hi"])).all()
 
 
 def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
