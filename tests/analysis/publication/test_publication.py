@@ -15,10 +15,8 @@ import pytest
 import yaml
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.publication.card import About, energy
-from aimscale.analysis.publication.croissant import croissant
-from aimscale.analysis.publication.folder import _copy_tables, publish, verify
-from aimscale.analysis.publication.numbers import compare_numbers
+from aimscale.analysis.publication.card import About, croissant, energy
+from aimscale.analysis.publication.folder import _copy_tables, compare_numbers, publish, verify
 
 ROOT = Path(__file__).parents[3]
 ABOUT = About("Losses of a law", "CC-BY-4.0", "some pictures, CC0", ("A. Author",), watts=500, g_co2_per_kwh=100)
