@@ -189,7 +189,7 @@ def test_more_tuned_cells_than_any_sweep_has_are_judged_by_the_law(monkeypatch: 
 def test_advice_names_what_a_larger_target_needs() -> None:
     found = rates(simulated(np.random.default_rng(0), 1e-3).query("N < 2e6"))
     words = found.advice({"N": 1e8, "D": 1e8})
-    assert "3 values of it at N = 100k, D = 200M tell most for their compute" in words  # D has two values so far
+    assert "3 values of it at N = 1M, D = 200M tell most for their compute" in words  # D has two values so far
     with pytest.raises(AnalysisError, match="needs D"):
         found.advice({"N": 1e8})
 
