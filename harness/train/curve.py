@@ -151,10 +151,7 @@ class LearningCurve:
             found += probe_backbone(
                 backbone,
                 section,
-                model_section=config.training.model,
-                seed=config.training.seed,
-                runtime=config.runtime,
-                max_bad_fraction=config.training.data.max_bad_fraction,
+                config,
                 out=self._folder,
                 group=self._job.group,
                 report_progress=self._job.progress_callback(),

@@ -22,7 +22,7 @@ from aimscale.harness.log.expected import read_expected
 from aimscale.harness.log.loggers import Logger, expected_scalars, picture_grid, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name
-from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, update_row
+from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, pending_work, update_row
 from aimscale.harness.probe.run import load_budget, probe_run
 from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
@@ -79,6 +79,7 @@ def evaluate_run(
                 scalars |= expected_scalars(expected.budgets, budget, "val/loss")
             for logger in loggers:
                 logger.log_values(budget, scalars, pictures)
+    group.from_first(lambda: pending_work(run, config))  # notes that nothing is
 
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:
