@@ -105,24 +105,27 @@ def table_to_minimise(
     return (best_of(df, best, y) if best else corrected), y, words
 
 
-def tuning_lines(words: str) -> list[str]:
-    """Write how well the largest size is tuned, to stand below a result."""
-    return [f"tuning: {words}"] if words else []
-
-
 def then(
     verbs: Sequence[str],
     tables: Sequence[Path],
     columns: list[str] | None,
     where: list[str] | None,
     best: list[str] | None = None,
+    y: str = "val_loss",
 ) -> str:
     """Write what to run next on the same tables: verbs, each with further options behind it."""
     words = [NAMES.get(each, str(each)) for each in tables]
     for option, texts in (("--columns", columns), ("--where", where), ("--best-of", best)):
         words += [word for text in texts or [] for word in (option, text)]
-    given = shlex.join(words)
-    return "; ".join(f"aimscale {verb} {given} {rest}".strip() for verb, _, rest in (v.partition(" ") for v in verbs))
+    given, of_y = shlex.join(words), "" if y == "val_loss" else f"--y {shlex.quote(y)}"
+    parts = [verb.partition(" ") for verb in verbs]
+    lines = [("aimscale", verb, given, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
+    return "; ".join(" ".join(filter(None, line)) for line in lines)
+
+
+def can_report(df: pd.DataFrame) -> bool:
+    """Return whether a table holds what `report` needs."""
+    return bool({"val_loss", "probes"} & {*df})
 
 
 def say_next(commands: str) -> None:
@@ -143,14 +146,15 @@ def show(
 ) -> None:
     """Draw a result where a figure is asked for, with `labels` such as N=Parameters, and print it.
 
-    It is printed in `words` (by default its summary) with the lines of `after` and what to run next, or as JSON with
-    what there is `also`.
+    It is printed in `words` (by default its summary) with how well the largest size is tuned (of `also`), the lines of
+    `after` and what to run next, or as JSON with what there is `also`.
     """
     if figure is not None:
         _draw(result, figure, labels or [])
     elif labels:
         raise AnalysisError("--label names what a figure shows; add --figure FIGURE.")
-    typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
+    tuning = [f"tuning: {told}"] if (told := (also or {}).get("tuning")) else []
+    typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *tuning, *after]))
     if following and not json:
         say_next(following)
 
