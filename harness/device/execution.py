@@ -11,16 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from aimscale.aim.cost import mean_scored_tokens, param_count
+from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.memory import (
-    CHECKPOINT_BYTES_PER_PARAM,
-    HELD,
-    Precision,
-    held_bytes,
-    peak_bytes_per_image,
-    waiting_bytes,
-)
+from aimscale.harness.device.memory import HELD, Precision, held_bytes, peak_bytes_per_image, waiting_bytes
 from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory, is_out_of_memory
 from aimscale.harness.run.row import model_of
@@ -46,8 +39,6 @@ class ExecutionPlan:
     micro_batch: int
     """Maximum images per forward pass and rank."""
     activation_checkpointing: bool
-    copies_checkpoints: bool
-    """Whether checkpoints are written from a copy in host memory while training goes on; else training waits."""
     memory_bytes: int
     """Peak memory of one rank during a step, or while it measures during training."""
     held_bytes: int
@@ -72,7 +63,6 @@ def execution_plan(
     world_size: int,
     device_bytes: int,
     is_gpu: bool = True,
-    host_bytes: int | None = None,
     measuring: int = 0,
 ) -> ExecutionPlan:
     """Choose what `runtime` leaves open by the rule above; no choice changes a result.
@@ -80,7 +70,6 @@ def execution_plan(
     Args:
         device_bytes: memory that a rank may plan for.
         is_gpu: whether the device is a GPU, where NCCL sends and not gloo.
-        host_bytes: its share of the host's memory, for the copy of a checkpoint; None if the device is the host.
         measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
 
     Raises:
@@ -110,12 +99,10 @@ def execution_plan(
     if size == num_images:
         step -= waiting_bytes(config, precision, **where, activations=size * per_image)
     total = max(step, held + measuring if has_room else 0)
-    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
     return ExecutionPlan(
         zero_stage=stage,
         micro_batch=size,
         activation_checkpointing=recompute,
-        copies_checkpoints=copy <= (usable - total if host_bytes is None else USABLE_FRACTION * host_bytes),
         memory_bytes=total,
         held_bytes=held,
         measures=measuring > 0 and has_room,

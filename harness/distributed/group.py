@@ -49,11 +49,11 @@ class Group:
     With one rank every exchange is the identity and costs nothing.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, host_group: Any, async_group: Any = None) -> None:
+    def __init__(self, placement: Placement, device: torch.device, host_group: Any) -> None:
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.device = device
-        self._host_group, self._async_group = host_group, async_group
+        self._host_group = host_group
         self._reserved_bytes = 0
 
     @property
@@ -103,20 +103,6 @@ class Group:
         if self.world_size > 1:
             torch.distributed.all_reduce(values, group=self._host_group)
         return values.tolist()
-
-    def sum_counts_async(self, *counts: int) -> Callable[[], list[int]]:
-        """Start to sum counts over ranks, independently of all other exchanges and in the same order on every rank; the
-        returned function waits for the sums."""
-        if self.world_size == 1:
-            return lambda: list(counts)
-        values = torch.tensor(counts, dtype=torch.int64)
-        work = torch.distributed.all_reduce(values, group=self._async_group, async_op=True)
-
-        def sums() -> list[int]:
-            work.wait()
-            return values.tolist()
-
-        return sums
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor on the device over ranks, in place."""
@@ -181,15 +167,11 @@ class Group:
             self.limit_collectives(COLLECTIVE_TIMEOUT_S)
 
     def limit_collectives(self, seconds: float) -> None:
-        """Limit the time of exchanges that begin from now on: a rank for which the others wait longer is gone.
-
-        That of `sum_counts_async`, which may wait for images, stays `COLLECTIVE_TIMEOUT_S`.
-        """
+        """Limit the time of exchanges that begin from now on: a rank for which the others wait longer is gone."""
         c10d = torch.distributed.distributed_c10d
         # DeepSpeed has groups of its own.
         for group in list(c10d._world.pg_map) if self.world_size > 1 else ():
-            if group is not self._async_group:
-                c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+            c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
     def wait(self) -> None:
         """Wait until every rank is here."""
@@ -260,8 +242,7 @@ def start_group(placement: Placement, device_name: str) -> Group:
             device_id=device if device.type == "cuda" else None,
         )
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
-    groups = [None if is_alone else torch.distributed.new_group(backend="gloo") for _ in range(2)]
-    return Group(placement, device, *groups)
+    return Group(placement, device, None if is_alone else torch.distributed.new_group(backend="gloo"))
 
 
 def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:

@@ -148,9 +148,7 @@ def _read_features(task: Task, backbone: Backbone, kinds: Sequence[str]) -> tupl
     train, fitted = read_without_bad(
         task.train, task.group, lambda images: extract(images, fit=replace(task, train=images).fit)
     )
-    test, tested = read_without_bad(
-        task.test, task.group, lambda images: extract(images, reserved_bytes=fitted.pooled.num_bytes)
-    )
+    test, tested = read_without_bad(task.test, task.group, extract)
     return replace(task, train=train, test=test), fitted, tested
 
 

@@ -160,7 +160,7 @@ class RunDir:
         return self.path / "budgets" / str(images_seen) / "model.safetensors"
 
     def validation_file(self, images_seen: int) -> Path:
-        """Return the path of a budget's per-image validation losses and next-patch predictions on a few images."""
+        """Return the path of a budget's per-image validation losses."""
         return self.path / "validation" / f"{images_seen}.npz"
 
     def probes_dir(self, images_seen: int) -> Path:
@@ -247,17 +247,15 @@ class RunDir:
     def read_curve(self) -> list[dict[str, Any]]:
         """Read what was measured during training: one point per position of the trunk, ascending.
 
-        Later measurements at a position (by other settings, say) replace earlier ones. Lines cut off by a kill are
+        Later measurements at a position, by other settings say, replace earlier ones. Lines cut off by a kill are
         skipped.
         """
         points: dict[int, dict[str, Any]] = {}
         for text in self.curve.read_bytes().splitlines() if self.curve.exists() else ():
             with contextlib.suppress(ValueError):
                 line = _ROW.validate_json(text).model_dump(exclude_unset=True)
-                point = points.setdefault(line["images_seen"], {})
-                entries = [*(point.get("probes") or ()), *(line.get("probes") or ())]
-                point |= {key: value for key, value in line.items() if value is not None}
-                point["probes"] = list({probe_key(entry): entry for entry in entries}.values())
+                known = {key: value for key, value in line.items() if value is not None}
+                points.setdefault(line["images_seen"], {}).update(known)
         return [points[position] for position in sorted(points)]
 
     def record_row(self, row: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """Saving of checkpoints: the state is copied, then written, verified and published while training goes on.
 
 A rank stops only while it copies its share of the state into host memory. A thread writes the copy, reads it back, and
-leaves the part's manifest beside it. If the host lacks the memory for a copy, the thread writes the state from where it
-is, and the rank waits. The first rank's thread publishes the checkpoint, by renaming its folder, once the manifests of
-all parts are there: whatever has the final name is complete. At most one checkpoint is under way.
+leaves the part's manifest beside it. The first rank's thread publishes the checkpoint, by renaming its folder, once the
+manifests of all parts are there: whatever has the final name is complete. At most one checkpoint is under way.
 """
 
 from __future__ import annotations
@@ -58,13 +57,8 @@ class _PendingCheckpoint:
 class CheckpointWriter:
     """Writer of one engine's checkpoints; all ranks call `save` and `finish` together."""
 
-    def __init__(self, engine: Engine, group: Group, *, copies: bool = True) -> None:
-        """Set up the writer.
-
-        Args:
-            copies: whether the state is copied first; otherwise ranks wait until it is written.
-        """
-        self._engine, self._group, self._copies = engine, group, copies
+    def __init__(self, engine: Engine, group: Group) -> None:
+        self._engine, self._group = engine, group
         self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -81,7 +75,7 @@ class CheckpointWriter:
         progress: dict[str, Any],
         keep: Collection[Path],
     ) -> None:
-        """Copy the engine's state and start to write it, or write it; a checkpoint under way is finished first.
+        """Copy the engine's state and start to write it; a checkpoint under way is finished first.
 
         A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
 
@@ -105,9 +99,7 @@ class CheckpointWriter:
     def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
         """Copy this rank's share of the state, and start to write it; see `save`."""
         share = self._own_share()
-        # a tensor that numpy has seen cannot free its memory
-        copied = (piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES))
-        pieces: Iterable[Tensor] = list(copied) if self._copies else copied
+        pieces = [piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES)]
         manifest = Manifest(
             **about, adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]), files={}
         )
@@ -118,8 +110,6 @@ class CheckpointWriter:
         part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
         if self._group.is_first:
             published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, keep)
-        if not self._copies:
-            concurrent.futures.wait([part], self._limit_s)
         return _PendingCheckpoint(final=final, part=part, published=published)
 
     def problem(self) -> Exception | None:

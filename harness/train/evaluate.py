@@ -1,4 +1,4 @@
-"""Evaluation of a run's saved budgets: validation, pictures and probes, knowing only the run's directory.
+"""Evaluation of a run's saved budgets: validation and probes, knowing only the run's directory.
 
 It follows the training in the same process, after the training state is freed, and needs only a budget's weights.
 Existing results are kept.
@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
@@ -19,7 +18,7 @@ from aimscale.harness.data.store.overlap import refuse_overlap
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.expected import read_expected
-from aimscale.harness.log.loggers import Logger, expected_scalars, picture_grid, row_scalars
+from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name
 from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, update_row
@@ -28,7 +27,7 @@ from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
-from aimscale.harness.train.validation import HeldOut, completions, validate
+from aimscale.harness.train.validation import HeldOut, validate
 
 
 def evaluate_run(
@@ -72,13 +71,11 @@ def evaluate_run(
         is_new = is_new or bool(owed)
         if is_new and loggers:
             row = update_row(run, config, budget)
-            with np.load(run.validation_file(budget)) as arrays:
-                pictures = picture_grid(arrays)
             scalars = row_scalars(row)
             if expected := read_expected(run):
                 scalars |= expected_scalars(expected.budgets, budget, "val/loss")
             for logger in loggers:
-                logger.log_values(budget, scalars, pictures)
+                logger.log_values(budget, scalars)
 
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:
@@ -117,8 +114,7 @@ def _validate(
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
 
     def keep() -> None:
-        pictures = completions(model, held_out, group.device)
-        losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
+        losses.save(run.validation_file(budget), validation_name(run, config, budget))
         update_row(run, config, budget)
         print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
 

@@ -13,7 +13,7 @@ from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import MFU, Device
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
-from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
+from aimscale.harness.probe.cost import ProbeCost, curve_bytes, num_points, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -177,15 +177,15 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     def seconds(flops: float, images: float) -> float:
         return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
 
-    counts, memory = (model, flops), (device.memory_bytes, lookup)
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = CurveCost(points=0, images=0.0, flops=0.0)
-    if not lacks_memory:
-        during = curve_cost(config, *counts, run.devices, *memory)
-    during_s = seconds(during.flops, during.images)
-    ranks = run.probe_devices
-    probes = tuple(probe_cost(section, *counts, ranks, *memory) for section in evaluation.probes)
+    points = 0 if lacks_memory else num_points(config, lookup)
     num_budgets, validated = len(evaluation.budgets), validation_images(evaluation.validation, lookup)
+    flops_during = points * validated * flops.forward
+    during_s = seconds(flops_during, points * validated / evaluation.validation.num_prefixes)
+    ranks = run.probe_devices
+    probes = tuple(
+        probe_cost(section, model, flops, ranks, device.memory_bytes, lookup) for section in evaluation.probes
+    )
     probes_flops, probes_images = (sum(getattr(probe, name) for probe in probes) for name in ("flops", "images"))
     flops_at_budgets = num_budgets * (flops.forward * validated + probes_flops)
     training_s = executed / rates.images_per_s
@@ -223,9 +223,9 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         stop_s=grace_period_s(run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
-        flops_evaluation=flops_at_budgets + during.flops,
-        points=during.points,
-        flops_during=during.flops,
+        flops_evaluation=flops_at_budgets + flops_during,
+        points=points,
+        flops_during=flops_during,
         share_during=during_s / (training_s + evaluation_s),
         limit=rates.limit,
         training_s=training_s,
@@ -269,10 +269,13 @@ def _cautions(
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
         yield "validation.path", words
     if card.share_during > MAX_DURING_SHARE:
-        words = f"validation and probes during training take {100 * card.share_during:.0f} % of the time; raise it"
-        yield "every_images", words
+        words = f"validation during training takes {100 * card.share_during:.0f} % of the time; raise it"
+        yield "validation.every_images", words
     if lacks_memory:
-        yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
+        yield (
+            "validation.every_images",
+            "a device has no memory for a copy of the weights; nothing is measured during training",
+        )
 
 
 def _plateau_cautions(run: Run, card: CostCard) -> Iterator[Finding]:

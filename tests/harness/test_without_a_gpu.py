@@ -232,6 +232,6 @@ def test_moving_a_step_ahead_makes_nothing_of_ours_wait(gpu: Group) -> None:
 
 
 def test_an_evaluation_has_the_cpus_numbers(evaluations: Callable[..., list[list[float]]], gpu: Group) -> None:
-    """Validation, completions and every kind of probe, tokens kept and computed again."""
+    """Validation and every kind of probe, tokens kept and computed again."""
     expected, *found = evaluations([(ALONE, 0.1), (gpu, 0.1), (gpu, 0.0)], num_images=48, epochs=1)
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)

@@ -144,12 +144,6 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
-def denormalise(images: torch.Tensor) -> torch.Tensor:
-    """Invert `normalise`: float32 (..., C, H, W) to uint8, clipped."""
-    mean, std = _moments(images.device, images.shape[-3])
-    return (images.float() * (255 * std) + 255 * mean).round().clamp(0, 255).byte()
-
-
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each, copied to a device once."""

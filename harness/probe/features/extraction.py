@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.backbones import DTYPES, Backbone, weight_bytes
+from aimscale.harness.probe.features.backbones import DTYPES, Backbone
 from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.moments import Moments
 from aimscale.harness.probe.features.sources import (
@@ -22,7 +22,7 @@ from aimscale.harness.probe.features.sources import (
     StreamedTokens,
     own_indices,
 )
-from aimscale.harness.probe.features.tasks import CACHE_SHARE, HEADS_SHARE, ProbeError
+from aimscale.harness.probe.features.tasks import CACHE_SHARE, ProbeError
 
 HOST_SHARE = 0.4
 """Share of a rank's free host memory for the pooled features of a split."""
@@ -51,7 +51,6 @@ def extract_features(
     precision: str,
     for_tokens: bool = True,
     fit: np.ndarray | None = None,
-    reserved_bytes: int = 0,
     report_progress: ProgressCallback = ignore_progress,
 ) -> SplitFeatures:
     """Compute the features of a split in one pass over its images.
@@ -61,21 +60,23 @@ def extract_features(
         precision: precision in which pooled features are kept, `fp32` or `bf16`.
         for_tokens: whether any head reads single tokens; else they are not kept, and have no statistics.
         fit: images whose statistics are summed, apart from those of all others; None sums none.
-        reserved_bytes: bytes of pooled features that the GPU may hold already.
 
     Raises:
-        ProbeError: memory does not hold the pooled features.
+        ProbeError: the host's memory does not hold the pooled features.
     """
     stream = StreamedTokens(backbone, images, group)
     centre = stream.centre()
     own = own_indices(range(len(images)), group)
     most = -(-len(images) // group.world_size)  # images per rank: all ranks take as many turns
-    dtype, pass_bytes = DTYPES[precision], EXTRACT_BATCH * stream.image_bytes
-    # three copies of a pass's outputs: as computed, gathered, or in float32
-    taken = reserved_bytes + weight_bytes(backbone) + 3 * pass_bytes
-    device = _choose_device(most * centre.numel() * dtype.itemsize, group, taken)
+    dtype = DTYPES[precision]
+    num_bytes = most * centre.numel() * dtype.itemsize
+    if num_bytes > HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
+        raise ProbeError(
+            f"pooled features need {num_bytes / 1e9:.3g} GB on a rank, more than {HOST_SHARE:.0%} of its free host "
+            "memory; use more ranks"
+        )
     # written at once, so that later allocations of any process see that the host has less memory
-    pooled = PooledFeatures(torch.empty(len(own), *centre.shape, dtype=dtype, device=device).zero_(), centre, group)
+    pooled = PooledFeatures(torch.empty(len(own), *centre.shape, dtype=dtype).zero_(), centre, group)
     kept = None
     if for_tokens and images.views is None:  # views change by epoch
         fits = most * stream.image_bytes <= CACHE_SHARE * group.min_over_ranks(group.memory_bytes())
@@ -103,25 +104,3 @@ def extract_features(
         token_moments=(sums[0], sums[1]),
         pooled_moments=(sums[2], sums[3]),
     )
-
-
-def _choose_device(num_bytes: int, group: Group, gpu_bytes_taken: float) -> torch.device:
-    """Return the GPU if it has room for `num_bytes` on every rank, else the host.
-
-    Args:
-        gpu_bytes_taken: bytes of the GPU that the backbone, its passes and other features take; heads have their share,
-            and a tenth is left free.
-
-    Raises:
-        ProbeError: neither has room.
-    """
-    if group.device.type == "cuda":
-        left = (1 - HEADS_SHARE - 0.1) * group.min_over_ranks(group.memory_bytes()) - gpu_bytes_taken
-        if num_bytes <= left:
-            return group.device
-    if num_bytes > HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
-        raise ProbeError(
-            f"pooled features need {num_bytes / 1e9:.3g} GB on a rank, more than {HOST_SHARE:.0%} of its free host "
-            "memory; use more ranks"
-        )
-    return torch.device("cpu")

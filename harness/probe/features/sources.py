@@ -112,15 +112,10 @@ class PooledFeatures(_Kept):
     num_tokens = 1
 
     def __init__(self, values: Tensor, centre: Tensor, group: Group):
-        """Keep them in `values` (n, L, d), about `centre`, float32 (L, d) on the device."""
+        """Keep them in `values` (n, L, d) on the host, about `centre`, float32 (L, d) on the device."""
         self.group = group
         self.num_blocks, self.width = centre.shape
         self._values, self._centre = values, centre
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of this rank's rows."""
-        return self._values.nbytes
 
     def put(self, first_row: int, vectors: Tensor) -> None:
         """Write vectors, float32 (L, n, d), to the rows from `first_row` on."""
@@ -129,7 +124,6 @@ class PooledFeatures(_Kept):
 
     def rows(self, numbers: Tensor | slice) -> Tensor:
         """Return the vectors of these rows, float32 (L, n, d), on the device."""
-        numbers = numbers if isinstance(numbers, slice) else numbers.to(self._values.device)
         stored = self._values[numbers].to(self._centre.device)
         return stored.float().transpose(0, 1) + self._centre[:, None]
 
