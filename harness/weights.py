@@ -48,11 +48,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_file(path: Path) -> Path:
-    """Return the weight file in a folder of the hub; any other path is returned as it is.
-
-    Raises:
-        WeightsError: a folder without one.
-    """
+    """Return the weight file in a folder of the hub; any other path is returned as it is."""
     if not path.is_dir():
         return path
     for name in WEIGHT_FILES:
@@ -62,11 +58,7 @@ def weight_file(path: Path) -> Path:
 
 
 def read_hub_config(file: Path) -> dict[str, Any]:
-    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none.
-
-    Raises:
-        WeightsError: it is not JSON, or a value is of another type.
-    """
+    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none."""
     path = file.with_name("config.json")
     if not path.is_file():
         return {}

@@ -195,12 +195,7 @@ ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0),
 
 
 def choose_device(placement: Placement, name: str) -> torch.device:
-    """Choose the device that `name` (auto, cpu or cuda) means for this process, and make it the current one.
-
-    Raises:
-        LaunchError: CUDA was asked for, here or by a launcher that reserved a GPU (`AIMSCALE_DEVICE`), and there is
-            none, or fewer devices than ranks on this host.
-    """
+    """Choose the device that `name` (auto, cpu or cuda) means for this process, and make it the current one."""
     if name == "auto":
         name = os.environ.get("AIMSCALE_DEVICE", name)
     keep_freed_memory()

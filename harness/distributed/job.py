@@ -144,11 +144,7 @@ def _naming_lost_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold(run: RunDir, group: Group) -> Iterator[Path]:
-    """Hold a run for the block: the first rank takes the lock, for all; yields the writer's folder.
-
-    Raises:
-        LockHeld: another process has it; raised on all ranks.
-    """
+    """Hold a run for the block: the first rank takes the lock, for all; yields the writer's folder."""
     with contextlib.ExitStack() as stack:
         folder = group.from_first(lambda: stack.enter_context(run.hold()))
         if not group.is_first:

@@ -143,9 +143,5 @@ _EXPECTED = TypeAdapter(Expected)
 
 
 def read_expected(run: RunDir) -> Expected | None:
-    """Read the forecast of a run; None if there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read the forecast of a run; None if there is none."""
     return read_as(run.path / FILE, _EXPECTED)

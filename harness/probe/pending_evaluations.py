@@ -50,10 +50,6 @@ def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
 
     A result is there if its file is, for the present weights, settings and data, and if the budget's row says so too.
     Data that cannot be read count as unchanged.
-
-    Raises:
-        RunDirError: no saved point of the trunk leads to a budget that is still to be trained.
-        UserError: `results.json` is damaged.
     """
     found = [Pending(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
     rows = {row["images_seen"]: row for row in run.read_rows()}

@@ -145,9 +145,6 @@ def probe_baseline(
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
         weights: weights of a timm model: a file, or `hub`.
         group, report_progress: see `probe_run`.
-
-    Raises:
-        ProbeError: an unknown baseline, or a task that cannot be probed.
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)

@@ -299,9 +299,5 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read `config.yaml`.
-
-    Raises:
-        ConfigError: the file is missing, is no YAML, or does not validate; the sentence names the key.
-    """
+    """Read `config.yaml`."""
     return parse(RunConfig, read_yaml(path), str(path))

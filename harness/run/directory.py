@@ -177,9 +177,6 @@ class RunDir:
 
         An existing run keeps its results. Its configuration (budgets, validation, probes, data paths, execution) is
         replaced by the new one, unless a process executes the run.
-
-        Raises:
-            RunDirError: the directory holds another run.
         """
         run = cls(path)
         if run.config.exists():
@@ -202,11 +199,7 @@ class RunDir:
         return load_run_config(self.config)
 
     def read_status(self) -> Status:
-        """Read the last status written; a directory without one counts as created.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Read the last status written; a directory without one counts as created."""
         return read_as(self.status, _STATUS) or Status()
 
     def write_start(self) -> Status:
@@ -276,11 +269,6 @@ class RunDir:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Path]:
-        """Hold the lock for the block, so that no other process changes this folder; yields the writer's own folder.
-
-        Raises:
-            LockHeld: another live process has it.
-            UserError: the file system cannot be written, or has no locks.
-        """
+        """Hold the lock for the block, so that no other process changes this folder; yields the writer's own folder."""
         with hold_lock(self.lock) as holder, become_writer(self.path, holder.token) as folder:
             yield folder

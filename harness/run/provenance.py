@@ -118,11 +118,7 @@ class Snapshot:
 
 
 def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) -> Snapshot | None:
-    """Name the snapshot that a launch from `source` would use; None for an installed release. Nothing is written.
-
-    Raises:
-        UserError: there are uncommitted changes, and `allow_dirty` is not set.
-    """
+    """Name the snapshot that a launch from `source` would use; None for an installed release. Nothing is written."""
     if not (source / ".git").exists():
         return None
     commit = git(source, "rev-parse", "HEAD").strip()

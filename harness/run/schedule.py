@@ -130,11 +130,7 @@ def unchecked_schedule(config: RunConfig) -> Schedule:
 
 
 def schedule_of(config: RunConfig) -> Schedule:
-    """Build the schedule of a run.
-
-    Raises:
-        ConfigError: the warm-up reaches into the decay of the smallest budget.
-    """
+    """Build the schedule of a run."""
     schedule = unchecked_schedule(config)
     smallest, warmup = config.evaluation.budgets[0], config.training.schedule.warmup_images
     limit = smallest if config.training.schedule.kind == "cosine" else schedule.branch_point(smallest)

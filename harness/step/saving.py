@@ -83,9 +83,6 @@ class CheckpointWriter:
             final: final folder of the checkpoint.
             run_id: see `Manifest` for this and the following arguments up to `progress`.
             keep: checkpoints that stay; the others go once this one is complete.
-
-        Raises:
-            CheckpointError: as `finish` says.
         """
         self.finish()
         with self._group.collectives_within(self._limit_s):

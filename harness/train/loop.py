@@ -208,11 +208,7 @@ class Trainer:
         return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
 
     def _resume(self) -> list[Segment]:
-        """Load the furthest saved point, and plan the segments that remain.
-
-        Raises:
-            CheckpointError: there must be a complete checkpoint, and there is none.
-        """
+        """Load the furthest saved point, and plan the segments that remain."""
         run, group, schedule = self.run, self.group, self.schedule
         saved = list(group.from_first(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():

@@ -52,9 +52,6 @@ class HeldOut:
         """Yield rows of `indices` and their normalised images, on the device of the rank that they are shared to.
 
         There are at most so many at a time, without those that do not decode, and none if other ranks have more.
-
-        Raises:
-            DataError: on all ranks, after the last pass, if too many images do not decode.
         """
         most = -(-len(self.indices) // self._group.world_size)
         parts = [self._own[first : first + num_images] for first in range(0, most, num_images)]

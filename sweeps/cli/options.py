@@ -39,9 +39,6 @@ def select_run_ids(sweep: Sweep, patterns: Sequence[str]) -> list[str]:
 
     Args:
         patterns: whole ids, or patterns with `*` and `?`; part of an id matches nothing.
-
-    Raises:
-        SweepError: a pattern matches no run.
     """
     known = [run.run_id for run in plan(sweep)]
     if not patterns:

@@ -191,11 +191,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
 
 
 def fresh_table(sweep: Sweep) -> Path:
-    """Collect a sweep and return its table; one whose runs are not here, or that cannot be written, is read as it is.
-
-    Raises:
-        SweepError: there are neither runs nor a table.
-    """
+    """Collect a sweep and return its table; one whose runs are not here, or that cannot be written, is read as it is."""
     table = sweep.directory / "results.parquet"
     if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
         typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)

@@ -92,9 +92,6 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: f
     Args:
         retry: clear failures and cancellations.
         stop_sd: as in `launch`; it holds for workers anywhere until the next launch.
-
-    Raises:
-        SweepError, ConfigError: as in `launch`.
     """
     states = read_states(sweep, runs)
     start = [each.startable or (retry and each.state in ENDED_BY_HAND) for each in states]
@@ -132,9 +129,6 @@ def load_plan(
 
     Args:
         place: where they are executed, instead of what the file says.
-
-    Raises:
-        SweepError, ConfigError: the sweep cannot be planned.
     """
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     loaded = loaded if place is None else loaded.at(place)

@@ -278,11 +278,7 @@ def _nest(fields: Mapping[str, Any]) -> Fields:
 
 
 def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, ...]]:
-    """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers.
-
-    Raises:
-        SweepError: no cell has one of the values.
-    """
+    """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers."""
     file = sweep.file
     known = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
     known |= {"variant": tuple(file.variants), **file.axes}

@@ -51,11 +51,7 @@ class Submission:
 
 
 def job_shape(run: Run, section: SlurmSection) -> JobShape:
-    """Return the shape of the job that a run needs.
-
-    Raises:
-        SweepError: its devices do not fill whole nodes.
-    """
+    """Return the shape of the job that a run needs."""
     devices = min(run.devices, section.devices_per_node)
     if run.devices % devices:
         raise SweepError(

@@ -52,9 +52,6 @@ class RunRecord(RunDir):
 
         The elements are the number of rows, the images of the furthest checkpoint, the number of budgets with weights,
         and the number of files of evaluation with the time of the last, ns: each kind of probe writes its task's again.
-
-        Raises:
-            UserError: `results.json` is damaged.
         """
         checkpoints = [path.name.split("-")[0] for path in self.checkpoints.glob("[0-9]*")]
         num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
@@ -66,11 +63,7 @@ class RunRecord(RunDir):
         return [len(self.read_rows()), furthest, num_budgets, len(times), max(times, default=0)]
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped.
-
-        Raises:
-            SweepError: the file is damaged.
-        """
+        """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped."""
         lines = self.attempts.read_bytes().splitlines() if self.attempts.exists() else []
         ended: list[dict[str, Any]] = []
         for i, line in enumerate(lines):

@@ -29,9 +29,6 @@ def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
     Args:
         name: path of the lock in the directory.
         doing: what its holder does, for those that wait.
-
-    Raises:
-        SweepError: another launch holds it for too long, or the directory cannot be written.
     """
     path = sweep.directory / name
     lock, deadline, told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, ""
@@ -71,9 +68,6 @@ def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
     """Create the sweep's directory and record its base directory and the fingerprints of its data.
 
     A sweep that was moved, or whose file was moved, continues: run ids depend only on what is trained.
-
-    Raises:
-        SweepError: the directory cannot be written.
     """
     directory = sweep.directory
     try:

@@ -139,11 +139,7 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
 
 
 def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """Return a run's rows, one per planned budget.
-
-    Raises:
-        SweepError: the directory holds another run, or its status is damaged.
-    """
+    """Return a run's rows, one per planned budget."""
     record = RunRecord(sweep.run_dir(run.run_id))
     status = record.read_status()
     found = {row["images_seen"]: row for row in record.read_rows()}

@@ -46,11 +46,7 @@ class EvalImages:
         """Whether all images were read: one that does not decode afterwards is an error."""
 
     def pixels(self, samples: npt.ArrayLike) -> torch.Tensor:
-        """Load samples as uint8 (B, C, image_size, image_size); threads may call this at once.
-
-        Raises:
-            DataError: a shard cannot be read, or an image that was good when all were read does not decode.
-        """
+        """Load samples as uint8 (B, C, image_size, image_size); threads may call this at once."""
         require_channels(self._channels)
         numbers = np.asarray(samples, dtype=np.int64)
         pixels = torch.empty(len(numbers), self._channels, self._size, self._size, dtype=torch.uint8)
@@ -74,9 +70,6 @@ class EvalImages:
 
         Args:
             samples: images that the ranks have read together.
-
-        Raises:
-            DataError: on all ranks, if too many are, or all.
         """
         for found in group.gather(self._bad):
             self._bad |= found

@@ -60,9 +60,6 @@ def extract_features(
         precision: precision in which pooled features are kept, `fp32` or `bf16`.
         for_tokens: whether any head reads single tokens; else they are not kept, and have no statistics.
         fit: images whose statistics are summed, apart from those of all others; None sums none.
-
-    Raises:
-        ProbeError: the host's memory does not hold the pooled features.
     """
     stream = StreamedTokens(backbone, images, group)
     centre = stream.centre()

@@ -159,9 +159,6 @@ def read_without_bad(
 
     Returns:
         The split without them, and what was read of it.
-
-    Raises:
-        DataError: on all ranks, if they are too many.
     """
     while True:
         found = read(images)
