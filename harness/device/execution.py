@@ -41,8 +41,6 @@ class ExecutionPlan:
     activation_checkpointing: bool
     memory_bytes: int
     """Peak memory of one rank during a step, or while it measures during training."""
-    held_bytes: int
-    """Memory among these that is held between steps."""
     measures: bool
     """Whether there is memory to measure during training; otherwise nothing is measured."""
     half_micro_batch: int
@@ -104,7 +102,6 @@ def execution_plan(
         micro_batch=size,
         activation_checkpointing=recompute,
         memory_bytes=total,
-        held_bytes=held,
         measures=measuring > 0 and has_room,
         half_micro_batch=pass_size(num_images, size // 2),
     )
@@ -119,13 +116,8 @@ def plan_start(
     world_size: int,
     **memory: Any,
 ) -> ExecutionPlan:
-    """Plan a start of a run, with half of the micro-batch if memory ran out for it in the start before.
-
-    Args:
-        too_large: settings of that start, as in `status.json`; None if memory never ran out.
-        device: model name of the device.
-        memory: further arguments of `execution_plan`.
-    """
+    """Plan a start of a run, with half of the micro-batch if memory ran out in the start before, with settings
+    `too_large`."""
     plan = execution_plan(training, runtime, world_size=world_size, **memory)
     if too_large is None or plan.micro_batch < (failed := too_large["micro_batch"]):
         return plan

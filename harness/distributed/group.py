@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
 import logging
 import os
@@ -54,7 +53,6 @@ class Group:
         self.world_size = placement.world_size
         self.device = device
         self._host_group = host_group
-        self._reserved_bytes = 0
 
     @property
     def is_first(self) -> bool:
@@ -64,14 +62,8 @@ class Group:
     def memory_bytes(self) -> int:
         """Return the memory that this rank may plan for: its GPU's, or its share of the host's free memory."""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory - self._reserved_bytes
+            return torch.cuda.get_device_properties(self.device).total_memory
         return self.host_memory_bytes()
-
-    def with_reserved_memory(self, reserved_bytes: int) -> Group:
-        """Return the same group for work that leaves `reserved_bytes` of each GPU's memory to others."""
-        group = copy.copy(self)
-        group._reserved_bytes = reserved_bytes
-        return group
 
     def host_memory_bytes(self) -> int:
         """Return this rank's share of its host's free memory."""

@@ -88,9 +88,6 @@ class Job:
 def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int:
     """Join the ranks, hold the folder, do the work and return the exit code (`run.directory`).
 
-    Args:
-        device: auto, cpu or cuda.
-
     Raises:
         LockHeld: another process executes this job; raised on all ranks.
         Exception: what the work raised; `status.json` says why, too.

@@ -160,12 +160,7 @@ def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float
 
 
 def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
-    """Return the scalars plotted of a budget's row: loss, its standard error, and top-1 as `probe/TASK/KIND`.
-
-    Args:
-        row: row of the results, or a line of `curve.jsonl`.
-        during: whether it was measured during training: `train/val_loss`.
-    """
+    """Return the scalars plotted of a budget's row, or of a line of `curve.jsonl` (`during` training)."""
     val = "train/val_loss" if during else "val/loss"
     values = {val: row.get("val_loss"), f"{val}_se": row.get("val_loss_se")}
     values |= {f"probe/{each['task']}/{each['kind']}": each.get("top1") for each in row.get("probes") or ()}

@@ -29,7 +29,7 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import SplitFeatures, extract_features
+from aimscale.harness.probe.features.extraction import SplitFeatures, batched, extract_features, own_indices
 from aimscale.harness.probe.features.images import (
     LabelledImages,
     ProgressCallback,
@@ -38,7 +38,6 @@ from aimscale.harness.probe.features.images import (
     open_task,
     read_without_bad,
 )
-from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key

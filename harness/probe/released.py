@@ -15,8 +15,8 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
+from aimscale.harness.probe.features.extraction import StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, open_labelled, read_without_bad
-from aimscale.harness.probe.features.sources import StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.fit import TEST_BATCH

@@ -75,11 +75,7 @@ def process_age_s() -> float:
 
 
 def record_start(run: RunDir, facts: dict[str, Any]) -> None:
-    """Add this start to `results.json`.
-
-    Args:
-        facts: facts that the caller knows: device, world size, ZeRO stage, measured peaks.
-    """
+    """Add this start to `results.json`, with what the caller knows: device, world size, ZeRO stage, measured peaks."""
     commit, is_dirty = git_commit()
     run.record_start(
         {

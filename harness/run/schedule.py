@@ -99,8 +99,8 @@ def plan_walk(schedule: Schedule, saved: Collection[int] = (), checkpoint: tuple
 
     Args:
         saved: budgets whose weights are saved.
-        checkpoint: images seen and branch of the checkpoint to go on from; the default is the start of the run. The end
-            of a budget is none: from there the walk returns to the trunk, whose checkpoint is kept.
+        checkpoint: images seen and branch of the checkpoint to go on from. The end of a budget is none: from there the
+            walk returns to the trunk, whose checkpoint is kept.
     """
     position, branch = checkpoint
     trunk = point = position if branch is None else schedule.branch_point(branch)

@@ -80,8 +80,7 @@ class CheckpointWriter:
         A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
 
         Args:
-            final: final folder of the checkpoint.
-            run_id: see `Manifest` for this and the following arguments up to `progress`.
+            final: final folder of the checkpoint; `Manifest` explains the following arguments.
             keep: checkpoints that stay; the others go once this one is complete.
         """
         self.finish()

@@ -27,8 +27,8 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError, OffTrackError
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
+from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.whole_weights import copied_model
 from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
 

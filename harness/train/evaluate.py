@@ -37,13 +37,10 @@ def evaluate_run(
 
     Args:
         config: the run's, with the measurements that are wanted now.
-        job: job whose ranks share the images, whose `status.json` shows the progress, and which may be asked to stop
-            wherever work is saved.
         loggers: the first rank's; from the first new measurement on, each budget is logged as a whole.
         with_probes: whether probes are measured now, and not by a later attempt on fewer devices.
 
     Raises:
-        UserError: data that cannot be used.
         DivergedError: the loss of a budget is not finite.
         PreemptedError: a signal asked to stop.
     """

@@ -36,12 +36,11 @@ from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, budget_columns, model_of
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
-from aimscale.harness.step.checkpoint import load_checkpoint, load_newest
+from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import RankRequest, Step, next_step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.harness.step.whole_weights import save_weights
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
 
@@ -87,8 +86,7 @@ class Trainer:
         )
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group)
-        beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
-        self.curve = LearningCurve(run, config, beside, self.engine, loggers)
+        self.curve = LearningCurve(run, config, job, self.engine, loggers)
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
 

@@ -106,11 +106,7 @@ class ValidationLosses:
 def validate(
     model: AIM, held_out: HeldOut, group: Group, report_progress: ProgressCallback = ignore_progress
 ) -> ValidationLosses:
-    """Compute per-image losses; ranks share the images, and every rank returns all of them.
-
-    Args:
-        report_progress: called by all ranks together before each pass; may raise to stop.
-    """
+    """Compute per-image losses; ranks share the images, call `report_progress` together, and return all of them."""
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
     # Losses and counts of each pass by image and prefix.

@@ -56,7 +56,6 @@ def launch(
     between them. A repeated call continues where the last one stopped.
 
     Args:
-        sweep: a sweep or its name.
         devices: number of GPUs to use, or of processes on a machine without GPUs; by default all, or as many as the
             cores can feed.
         hours: time until this machine is gone; all runs are saved before.
@@ -90,8 +89,7 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: f
     """Check the runs that a launch would start, create the sweep's directory, and record attempts that were lost.
 
     Args:
-        retry: clear failures and cancellations.
-        stop_sd: as in `launch`; it holds for workers anywhere until the next launch.
+        retry, stop_sd: as in `launch`; the second holds for workers anywhere until the next launch.
     """
     states = read_states(sweep, runs)
     start = [each.startable or (retry and each.state in ENDED_BY_HAND) for each in states]
@@ -125,11 +123,7 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
 def load_plan(
     sweep: Sweep | str | Path, root: Path, place: Place | None = None
 ) -> tuple[Sweep, list[Run], list[CostCard]]:
-    """Load a sweep with its runs, longest first, and their cost cards.
-
-    Args:
-        place: where they are executed, instead of what the file says.
-    """
+    """Load a sweep with its runs, longest first, and their cost cards; `place` replaces what the file says."""
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     loaded = loaded if place is None else loaded.at(place)
     runs = plan(loaded)
@@ -174,9 +168,6 @@ def cancel(sweep: Sweep, run_ids: Sequence[str] = ()) -> tuple[list[str], list[s
 
     Returns:
         One sentence for each run that was stopped, and one for each that could not be; none if no worker is active.
-
-    Raises:
-        SweepError: the sweep was never launched, or Slurm does not answer.
     """
     if not sweep.directory.is_dir():
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")

@@ -240,12 +240,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
 def _cautions(
     run: Run, card: CostCard, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool
 ) -> Iterator[Finding]:
-    """Yield the cautions about a run's data, schedule and evaluation during training.
-
-    Args:
-        unique: U; None if unknown.
-        lacks_memory: whether the devices have no memory for evaluation during training.
-    """
+    """Yield the cautions about a run's data, schedule and evaluation during training."""
     training = run.config.training
     epochs = card.budgets[-1].epochs or 0.0
     if epochs > FAR_TOO_MANY_EPOCHS:

@@ -147,11 +147,8 @@ def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: 
 
 
 def shuffled_order(number: int, part: str | None = None) -> npt.NDArray[np.int64]:
-    """Return the fixed order in which `number` images are packed, or a part of it.
-
-    Args:
-        part: `START:STOP`, positions or per cent (`0:45000`, `80%:90%`).
-    """
+    """Return the fixed order in which `number` images are packed, or the part `START:STOP` of it, in images or per
+    cent."""
     try:
         start, stop = (
             number * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
@@ -188,12 +185,11 @@ def pack_images(
     num_workers: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Packed:
-    """Pack listed images.
+    """Pack listed images; the result is the same for any number of processes.
 
     Image files are copied byte by byte, in a fixed shuffled order, so that the first n are a random subset. With
-    `resize`, images with a longer shorter side are shrunk to it once, so that no epoch decodes pixels that no crop
-    keeps. `order` names the images to pack, by default all in `shuffled_order`. The result is the same for any
-    `num_workers` (processes; by default every core for thousands of image files).
+    `resize`, images with a longer shorter side are shrunk to it once. `order` names the images to pack, by default all
+    in `shuffled_order`.
     """
     order = shuffled_order(len(listing.images)) if order is None else order
     if num_workers is None:

@@ -81,8 +81,7 @@ def map_in_processes(
         limit_s: seconds for which a result is waited for.
 
     Raises:
-        WorkerDiedError: a process was killed.
-        StandstillError: a process was stopped, or no result came for `limit_s`.
+        WorkerDiedError, StandstillError: a process was killed; was stopped, or gave no result for `limit_s`.
     """
     rest = iter(tasks)
     with _workers(function, prepare, num_processes) as workers:

@@ -72,20 +72,17 @@ def train_batches(
 ) -> Generator[list[Batch]]:
     """Yield this rank's micro-batches of each optimiser step, from position `start` (images seen) up to `stop`.
 
-    With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end.
+    With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end. The last
+    step is shorter when `batch_size`, over all ranks, does not divide the distance.
 
     Args:
-        start: first position; a large one costs nothing.
-        stop: end; the last step is shorter when `batch_size` does not divide the distance.
-        batch_size: images per step, over all ranks.
         micro_batch: maximum images per item of the list.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: page-lock the ring (needs CUDA), so that a GPU copies from it while it computes.
 
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
-        WorkerDiedError: a worker process was killed.
-        StandstillError: a worker process was stopped, or did not answer for `ANSWER_S`.
+        WorkerDiedError, StandstillError: a worker was killed; was stopped, or did not answer for `ANSWER_S`.
     """
 
     def split(first: int) -> list[range]:

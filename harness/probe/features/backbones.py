@@ -165,7 +165,6 @@ def baseline(
     training.
 
     Args:
-        target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
         weights: weights of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
     """

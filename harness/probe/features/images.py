@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,9 @@ from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, 
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
-
-class ProgressCallback(Protocol):
-    """Callback that all ranks call together, often; it shows progress, and raises to stop the work."""
-
-    def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
-        """Report `done` of `total` units of the work named `what`; without a name nothing is shown."""
+ProgressCallback = Callable[..., None]
+"""Callback that all ranks call together, often: (what, done, total, unit). It shows progress, if there is a `what`, and
+raises to stop the work."""
 
 
 def ignore_progress(*_: object) -> None:
@@ -157,8 +154,7 @@ def read_without_bad(
 ) -> tuple[LabelledImages, Result]:
     """Read a split, and once more without the images that were found undecodable on the way, if any were.
 
-    Returns:
-        The split without them, and what was read of it.
+    Returns the split without them, and what was read of it.
     """
     while True:
         found = read(images)

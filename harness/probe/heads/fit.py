@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
+from aimscale.harness.probe.features.extraction import Features, PooledFeatures, batched, own_indices
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.moments import averages
-from aimscale.harness.probe.features.sources import Features, PooledFeatures, batched, own_indices
 from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, sets_per_round
 from aimscale.harness.probe.heads.scores import (
     Candidate,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
+from aimscale.harness.probe.features.extraction import batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, Task
 from aimscale.harness.probe.features.moments import Moments
-from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
 from aimscale.harness.probe.heads.scores import (
     Candidate,

@@ -86,7 +86,6 @@ def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_ima
 
     Args:
         own: images that this rank's `parts` predict, in order.
-        num_images: number of images of the whole split.
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
     whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
@@ -104,15 +103,11 @@ def _wilson(num_correct: int, n: int) -> tuple[float, float]:
 
 
 def score(predictions: Predictions, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Score predictions: top-1 with its interval, top-5 for more than five classes, mean over classes, chance, and per
+    """Score predictions: top-1 with its interval, top-5 for more than five classes, mean over classes, chance, per
     class.
 
     Chance is the share of the commonest class: what always naming it scores. `hits`, base64 of `np.packbits`, has one
     bit per image in the data set's order, set where the answer is right: models can be compared image by image.
-
-    Args:
-        labels: (n,).
-        classes: K names.
     """
     correct = predictions.predicted == labels
     n, num_correct = len(labels), int(correct.sum())

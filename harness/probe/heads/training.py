@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.probe.features.extraction import SplitFeatures
+from aimscale.harness.probe.features.extraction import Features, PooledFeatures, SplitFeatures, batched
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.moments import owned_averages
-from aimscale.harness.probe.features.sources import Features, PooledFeatures, batched
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
 from aimscale.harness.probe.heads.logistic import MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL, solve
 from aimscale.harness.probe.heads.scores import Candidate
