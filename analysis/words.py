@@ -116,5 +116,5 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
 
 
 def capital(words: str) -> str:
-    """Begin a sentence with these words."""
-    return words[0].upper() + words[1:]
+    """Begin a sentence with these words; k-NN keeps its small letter."""
+    return words if words.startswith("k-NN") else words[0].upper() + words[1:]

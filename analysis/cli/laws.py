@@ -69,7 +69,6 @@ def fit(
     json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
-    from aimscale.analysis.effects.plateau import plateau_flags
     from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
@@ -84,7 +83,6 @@ def fit(
     chosen = found.law if found else law
     result = analysis.fit(df, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
     result = tested(result, df, hold_out or [])
-    result = replace(result, flags=(*result.flags, *plateau_flags(df.loc[result.data.index], y)))
     after = [*tuning_lines(tuning), *(["", found.summary()] if found else [])]
     also = {"tuning": tuning, **({"laws": found.table} if found else {})}
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df

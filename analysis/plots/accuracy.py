@@ -93,7 +93,9 @@ def plot_loss_accuracy(
         mine = probes[probes["task"] == task]
         parts.draw_points(ax, mine, ("val_loss", *TOP1), "measured")
         if links and task in links:
+            heights = ax.get_ylim()  # those of the points: where few tell, the band may reach from chance to 100 %
             parts.draw(ax, curve_of(links[task], "L"), ("L", *CURVE), "link", MUTED)
+            ax.set_ylim(heights)
         ax.set_xlabel(words("val_loss").replace("\n", " "))
         lines = _correlation_lines((correlations or {}).get(task, ()))
         parts.name_task([ax], mine, task, pad=5 + 7.5 * len(lines))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from aimscale import analysis
-from aimscale.analysis.effects.plateau import plateau_flags
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
 from aimscale.analysis.published.comparison import ADAPTED
@@ -147,9 +146,9 @@ def _training(study: Study) -> Iterator[Part]:
     curves, budgets = read_curves(study.paths if "run_id" in study.main else ()), complete(study.main)
     curves = curves[curves["run_id"].isin(budgets.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
     if len(curves):
-        flags, caption = plateau_flags(budgets), "Validation loss during training, before decays. Markers: budgets."
+        caption = "Validation loss during training, before decays. Markers: budgets."
         figure = analysis.plot_points(budgets, "images_seen", by="params_total", curves=curves)
-        yield PageFigure("curves", "Training curves", " ".join([caption, *map(str, flags)]), figure)
+        yield PageFigure("curves", "Training curves", caption, figure)
 
     if (found := study.get("trajectory")) and not found.table["is_budget"].all():
         measured = study.run_points[study.run_points["params_total"] == found.num_params]

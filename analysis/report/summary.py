@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from aimscale import analysis
 from aimscale.analysis.accuracy.correlation import Correlation, Correlations
-from aimscale.analysis.effects.plateau import first_budget_past_plateau
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.identification import num_values
 from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import EXPONENTS, Fit, held_out_cautions
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
+from aimscale.analysis.laws.base import PLATEAU_STEPS
 from aimscale.analysis.optimum.approaches import Approaches
 from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines
 from aimscale.analysis.published.published import TASKS, best_frozen, table6
@@ -99,19 +99,18 @@ def _feature_finding(study: Study, kind: str) -> Finding:
 
     def reached(task: str) -> str:
         level = beside[task].set_index("name")["top1"]
-        pixels = f", raw pixels {percent(level[PIXELS])}" if PIXELS in level else ""
-        return f"at best {percent(rows[task]['top1'].max())}{pixels}"
+        pixels = f"; raw pixels give {percent(level[PIXELS])}" if PIXELS in level else ""
+        return f"{percent(rows[task]['top1'].max())} at best{pixels}"
 
     task, *others = sorted(found, key=lambda task: not (leading[task].is_significant and leading[task].value < 0))
     first = leading[task]
     pearson = [c for c in found[task] if c.method == first.method]
-    details = [f"Scored by {accuracy_of(kind)}."]
+    details = [f"The {accuracy_of(kind)} is {reached(task)}."]
     details += [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in pearson if c.partial_on and c is not first]
     details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
     links = {name: each for name, each in study.by_task(LINK, kind).items() if name == task}
     draw = partial(analysis.plot_loss_accuracy, rows[task], {task: pearson}, links, beside[task])
-    sentence = f"{feature_words(kind, task, first)}, {reached(task)}"
-    return Finding("finding-accuracy", sentence, " ".join(details), draw)
+    return Finding("finding-accuracy", feature_words(kind, task, first), " ".join(details), draw)
 
 
 def feature_words(kind: str, task: str, found: Correlation) -> str:
@@ -247,7 +246,7 @@ def _next(study: Study, joint: Fit | None) -> str:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
         for name in joint.not_identified.intersection(names):
-            if (larger := first_budget_past_plateau(study.usable)) is not None:
+            if larger := _past_plateau(study.usable):
                 return f"Larger data, from {human(larger)} images on: before, losses are on the first plateau."
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
@@ -268,3 +267,11 @@ def _next(study: Study, joint: Fit | None) -> str:
         smallest = human(joint.ranges["N"][0])
         words += f" Add a second seed of the cheapest size ({smallest} parameters), to tell noise from misfit."
     return words
+
+
+def _past_plateau(rows: pd.DataFrame) -> float:
+    """Return the images from which rows of our sweeps lie past the first plateau; 0 where all do, or nothing tells."""
+    if not {"run_id", "images_seen", "batch_size"} <= {*rows}:
+        return 0.0
+    needed = PLATEAU_STEPS * rows["batch_size"].astype(float)
+    return float(needed.where(rows["images_seen"] < needed, 0.0).max())

@@ -150,7 +150,7 @@ def _main_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """How do autoregressive image models scale, and what will the next size be worth?"""
+    """How do autoregressive image models scale, and how good will the next size be?"""
 
 
 def _check_surroundings() -> None:

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from aimscale.analysis.laws.catalogue import CHINCHILLA
-from aimscale.analysis.words import Flag
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
 from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.engine.devices import local_machine
@@ -89,7 +88,6 @@ def plan(
         raise SweepError("--run chooses the run that --rehearse steps; add --rehearse")
     chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(loaded, [only])}
     cards, problems = cost_cards(loaded, runs), check(loaded, runs)
-    plateau = budgets_in_plateau(loaded)
     states = read_states(loaded, runs)
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
@@ -97,7 +95,7 @@ def plan(
 
         rehearsals = rehearse_runs([pair for pair in zip(runs, cards, strict=True) if pair[0].run_id in chosen])
     if as_json:
-        found = to_json(cards) | {"problems": [asdict(each) for each in problems], "flags": [*map(str, plateau)]}
+        found = to_json(cards) | {"problems": [asdict(each) for each in problems]}
         found |= {"states": dict(Counter(each.state for each in states)), "unplanned": unplanned_runs(loaded, runs)}
         price = loaded.file.cost.price(found["totals"]["device_hours"])
         found["price"] = price and {"amount": price[0], "currency": price[1]}
@@ -106,7 +104,7 @@ def plan(
         typer.echo(json.dumps(found, indent=1))
         raise_on_problems(loaded, runs, problems)
         return
-    print_plan(loaded, cards, problems=problems, plateau=plateau, rehearsals=rehearsals)
+    print_plan(loaded, cards, problems=problems, rehearsals=rehearsals)
     if only is not None:
         from aimscale.sweeps.cli.rehearsal import print_rehearsal
 
@@ -143,31 +141,19 @@ def _still_to_do(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostC
     return [replace(line, key={"runs": "there", "cost": "to do"}.get(line.key, line.key)) for line in lines]
 
 
-def budgets_in_plateau(sweep: Sweep) -> tuple[Flag, ...]:
-    """Flag budgets that the rows collected so far show to lie inside a first plateau."""
-    if not (sweep.directory / "results.parquet").is_file():
-        return ()
-    from aimscale.analysis.effects.plateau import plateau_flags
-    from aimscale.analysis.table.read import read_tables
-
-    return plateau_flags(read_tables([sweep.directory]))
-
-
 def print_plan(
     sweep: Sweep,
     cards: Sequence[CostCard],
     console: Console | None = None,
     *,
     problems: Sequence[Problem] = (),
-    plateau: Sequence[Flag] = (),
     rehearsals: Mapping[str, Rehearsal] | None = None,
 ) -> None:
     """Print problems and cautions, a table of cost cards with what was rehearsed, totals and assumptions."""
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
-    in_plateau = (KeyValue(level="warn", key="budgets", value=str(each)) for each in plateau)
-    if flags := [*_flags(cards, problems), *in_plateau]:
+    if flags := [*_flags(cards, problems)]:
         say(key_value_text(flags, console.width))
     say(fitted_table(_plan_columns(cards, rehearsals or {}), cards, console.width))
     say(key_value_text(_facts(sweep, cards), console.width))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from aimscale.analysis.laws.base import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import MFU, Device
@@ -34,10 +35,8 @@ SAVE_BYTES_PER_S = 0.5e9
 MAX_DURING_SHARE = 0.1
 """Share of a run's time, 0..1, above which evaluation during training raises a caution."""
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
-PLATEAU_STEPS, PLATEAU_RATES = 700, (0.5, 2.0)
-"""Steps of the first plateau at the rate of the recipe `small`; it ends sooner at a higher one, within these factors.
-In steps at that rate, CIFAR-10's runs had left it at 880, Fashion-MNIST's at 540 and not at 270, the demo's hardly at
-630."""
+PLATEAU_RATES = 0.5, 2.0
+"""Factors on the rate of the recipe `small` within which the first plateau ends sooner at a higher rate."""
 MIN_VALIDATION_IMAGES = 100
 """Number of validation images below which the loss is uncertain by several per cent."""
 

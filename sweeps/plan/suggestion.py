@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 
 from aimscale.aim.config import model_config
+from aimscale.analysis.laws.base import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.run.strict import Fields, parse
-from aimscale.sweeps.plan.costs import PLATEAU_STEPS, CostCard, cost_cards
+from aimscale.sweeps.plan.costs import CostCard, cost_cards
 from aimscale.sweeps.plan.planner import model_counts, plan
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, SweepFile
 

@@ -170,3 +170,21 @@ def test_forecast_and_frontier_say_what_was_tuned_and_how_often_data_repeat(tune
 def test_all_laws_are_listed_without_a_table():
     printed = say("fit", "--law", "list")
     assert all(f"{law.name} " in printed and law.formula in printed for law in LAWS.values())
+
+
+def test_points_during_training_are_fitted_by_themselves_and_never_mixed_without_a_word(known_study, tmp_path):
+    names = {"budgets.csv": known_study({"seeds": (0,)}), "points.csv": known_study({"seeds": (0,)})}
+    names["points.csv"]["status"] = "during"
+    names["points.csv"]["images_seen"] += 1
+    for name, frame in names.items():
+        frame.to_csv(tmp_path / name, index=False)
+
+    def kinds(*files):
+        found = answer("fit", *(tmp_path / name for name in files))
+        return [f["kind"] for f in found["flags"] if "during" in f["kind"]], found["sentences"]
+
+    alone, sentences = kinds("points.csv")
+    assert alone == ["during"]
+    assert any("over 6 sizes" in sentence for sentence in sentences)  # points of a run are one cluster
+    assert kinds(*names)[0] == ["during_mixed"]
+    assert kinds("budgets.csv")[0] == []

@@ -202,7 +202,9 @@ def test_the_findings_are_the_numbers_of_the_test_and_the_correlation(known_stud
     first = next(iter(study.get(CORRELATION, "pets:attentive")))
     assert first.is_significant
     words = f"Lower loss, better features: at equal compute r = {first.value:.2f} [{first.low:.2f}, {first.high:.2f}]"
-    assert features.sentence.startswith(f"{words} on pets, at best ")
+    assert features.sentence == f"{words} on pets"
+    best = study.probes["top1"].max()
+    assert features.detail.startswith(f"The attentive-probe accuracy is {percent(best)} at best.")
     turned = {"pets:attentive": [dataclasses.replace(each, value=0.5, low=0.2, high=0.8) for each in [first]]}
     study.results[CORRELATION] = turned
     assert findings(study)[1].sentence.startswith("Lower loss, LOWER accuracy: ")

@@ -12,13 +12,12 @@ from rich.console import Console
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
-from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.device import gpu_specs
 from aimscale.harness.probe.cost import probe_cost
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.provenance import cpu_name
-from aimscale.harness.run.row import configured_columns, model_of, setup_of
-from aimscale.sweeps.cli.plan import budgets_in_plateau, print_plan
+from aimscale.harness.run.row import model_of
+from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.plan.checks import check
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, to_json
 from aimscale.sweeps.plan.planner import model_counts, plan
@@ -412,18 +411,3 @@ def test_a_plan_says_what_its_grid_cannot_identify(write_sweep: Any, sizes: list
     print_plan(sweep, cards, console)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert sum(line.split()[:2] == ["warn", "fit"] for line in said) == bool(lost)
-
-
-def test_a_plan_flags_budgets_that_collected_rows_show_inside_the_first_plateau(write_sweep: Any) -> None:
-    sweep = write_sweep(sizes=["rung-32", "rung-48"], budgets=[640, 1280, 5120])
-    assert budgets_in_plateau(sweep) == ()
-    rows = [
-        {**configured_columns(run.config), "setup": setup_of(run.config.training), "status": "complete"}
-        | {"images_seen": seen, "val_loss": loss if run.cell["size"] == "rung-32" else 60 / (seen + 60)}
-        for run in plan(sweep)
-        for seen, loss in zip((640, 1280, 5120), (0.7, 0.68, 0.5), strict=True)
-    ]
-    sweep.directory.mkdir(parents=True)
-    write_table(results_table(rows), sweep.directory / "results.parquet")
-    [flag] = budgets_in_plateau(sweep)
-    assert (flag.kind, flag.subject, flag.number) == ("in_plateau", "rung-32", 2)
