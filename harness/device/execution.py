@@ -131,10 +131,7 @@ def plan_start(
 
 def out_of_memory(error: Exception, plan: ExecutionPlan, *, device: str, world_size: int) -> TooLargeError | None:
     """Return the error that makes the next start take half of the micro-batch, if memory ran out and that is possible.
-
-    Other ranks may wait in a collective that this one never enters, so none goes on; the next start reads the settings
-    from `status.json`.
-    """
+    This start ends: other ranks may wait in a collective that this one never enters."""
     if not plan.half_micro_batch or not is_out_of_memory(error):
         return None
     return TooLargeError(

@@ -43,10 +43,8 @@ def write_timeout_s(num_bytes: float) -> float:
 
 
 class Group:
-    """Process group of a run: the device of this rank and exchanges of small host values.
-
-    With one rank every exchange is the identity and costs nothing.
-    """
+    """Process group of a run: the device of this rank, and exchanges of small host values, which cost nothing with one
+    rank."""
 
     def __init__(self, placement: Placement, device: torch.device, host_group: Any) -> None:
         self.rank = placement.rank
@@ -233,10 +231,8 @@ def start_group(placement: Placement, device_name: str) -> Group:
 
 
 def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:
-    """Start or join the store of ranks on one host, which listens on loopback alone, unlike torch's own.
-
-    None if ranks are on several hosts, or if torchrun has started a store for them.
-    """
+    """Start or join the store of ranks on one host, on loopback alone, unlike torch's own; None on several hosts, or if
+    torchrun has started one."""
     if placement.address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     is_first, timeout = placement.rank == 0, datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)

@@ -150,13 +150,8 @@ def _hold(run: RunDir, group: Group) -> Iterator[Path]:
 
 
 def _note_failure(job: Job, note: Path, error: Exception) -> str | None:
-    """Record this rank's failure in `note` and `status.json`, unless another rank's was recorded before.
-
-    A rank whose failure only reports another's first gives that one time to record it.
-
-    Returns:
-        A sentence about the other rank's failure, if this rank's only reports that.
-    """
+    """Record this rank's failure in `note` and `status.json`, unless another rank's was recorded before; one that only
+    reports another's failure gives that one time, and returns a sentence about it."""
     reason_class, reason = classify(error)
     is_about_another = len(job.nodes) > 1 and blames_another_rank(reason)
     deadline = time.monotonic() + WORD_S
@@ -194,10 +189,7 @@ def _record_collectives(logs: Path) -> None:
 
 
 def _die_with_torchrun() -> None:
-    """Have the kernel kill this rank when torchrun is killed; otherwise it would train on unnoticed.
-
-    torchrun starts ranks in sessions of their own, which a KILL to its process group, as a launcher sends after the
-    second Ctrl-C, does not reach.
-    """
+    """Have the kernel kill this rank when torchrun is killed: it starts ranks in sessions of their own, which a KILL to
+    its process group does not reach."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -149,10 +149,8 @@ def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
 
 
 def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
-    """Return the scalars plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` off the trunk.
-
-    Under cosine there is no trunk: all of training counts as `train`.
-    """
+    """Return the scalars plotted of a line of `metrics.jsonl`: `train/loss`, also for all of a cosine run, or
+    `decay/loss` off the trunk."""
     is_trunk = line["branch"] is None or is_cosine
     names = [name for name in line if name not in NOT_PLOTTED] if is_trunk else DECAYING
     part = "train" if is_trunk else "decay"

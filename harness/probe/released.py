@@ -71,10 +71,8 @@ def read_head_blocks(file: Path) -> list[int]:
 def score_released(
     run_dir: Path, sections: Sequence[ProbeSection], *, group: Group = ALONE
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Score an imported run's own head on the test splits of tasks; yields (images seen, entries) after each task.
-
-    Nothing is trained. The entry, of kind `released`, goes to the task's file and the run's row.
-    """
+    """Score an imported run's own head, without training, on the test splits of tasks; yields (images seen, entries)
+    after each task, and writes them to the task's file and the run's row, as of kind `released`."""
     run = RunDir(run_dir)
     config = run.load_config()
     path = run.path / RELEASED_HEAD

@@ -238,11 +238,8 @@ class RunDir:
         return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
 
     def read_curve(self) -> list[dict[str, Any]]:
-        """Read what was measured during training: one point per position of the trunk, ascending.
-
-        Later measurements at a position, by other settings say, replace earlier ones. Lines cut off by a kill are
-        skipped.
-        """
+        """Read what was measured during training: one point per position of the trunk, ascending; the last measurement
+        at a position counts, and lines cut off by a kill do not."""
         points: dict[int, dict[str, Any]] = {}
         for text in self.curve.read_bytes().splitlines() if self.curve.exists() else ():
             with contextlib.suppress(ValueError):

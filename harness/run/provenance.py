@@ -36,10 +36,8 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def git_commit() -> tuple[str | None, bool | None]:
-    """Return the commit of this source tree, and whether it has uncommitted changes; nulls outside git.
-
-    A launcher that copied the code (`Snapshot`), or a container image, passes both in the environment.
-    """
+    """Return the commit of this source tree, and whether it has uncommitted changes: as the environment says in a
+    `Snapshot` or an image, else by git; nulls outside."""
     if commit := os.environ.get("AIMSCALE_GIT_COMMIT"):  # empty in an image that was built without one
         return commit, os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
     try:

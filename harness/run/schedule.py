@@ -79,10 +79,8 @@ class Schedule:
         return sum(segment.stop - segment.start for segment in plan_walk(self).segments)
 
     def lr(self, images_seen: int, branch: int | None) -> float:
-        """Return the learning rate of the step that starts after `images_seen` images, on the trunk or a branch.
-
-        It is `lr_start` at the first step, and would be `lr_end` at the step after a budget's last.
-        """
+        """Return the learning rate of the step after `images_seen` images, on the trunk or a branch: `lr_start` at the
+        first, and `lr_end` after a budget's last."""
         section = self.section
         if images_seen < section.warmup_images:
             return section.lr_start + (self.lr_peak - section.lr_start) * images_seen / section.warmup_images

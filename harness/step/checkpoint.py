@@ -235,10 +235,8 @@ def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Ten
 
 
 def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
-    """Write the float32 weights alone, under the model's own names, to one file; all ranks call this together.
-
-    Rank 0 gathers and writes them one by one, under a temporary name first.
-    """
+    """Write the float32 weights alone, under the model's own names, to one file; all ranks call this, and rank 0
+    gathers and writes."""
     shapes = {fragment.name: tuple(fragment.shape) for fragment in engine.fragments()}
     # a tensor that numpy has seen cannot free its memory
     gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))

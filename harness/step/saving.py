@@ -218,10 +218,8 @@ def _publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> Non
 
 
 def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], manifest: Manifest) -> Manifest:
-    """Write one file of float32 values, read it back, and leave the part's manifest beside it; returns the manifest.
-
-    Without values there is no file, only a manifest.
-    """
+    """Write one file of float32 values, or none without values, read it back, and leave the part's manifest, which is
+    returned, beside it."""
     if lengths:
         crc = write_safetensors(path, {key: (length,) for key, length in lengths.items()}, pieces)
         with path.open("rb") as file:

@@ -49,9 +49,11 @@ class HeldOut:
         self._own = np.arange(len(self.indices))[group.rank :: group.world_size]
 
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield rows of `indices` and their normalised images, on the device of the rank that they are shared to.
+        """Yield rows of `indices` and their normalised images, at most so many, on the device of the rank that they are
+        shared to; without those that do not decode, and none where other ranks have more.
 
-        There are at most so many at a time, without those that do not decode, and none if other ranks have more.
+        Raises:
+            DataError: on all ranks, after the last pass, if too many images do not decode.
         """
         most = -(-len(self.indices) // self._group.world_size)
         parts = [self._own[first : first + num_images] for first in range(0, most, num_images)]

@@ -138,11 +138,8 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
 
 
 def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
-    """Return the parameters of the joint law of N and D that the grid cannot identify at any noise level.
-
-    For example, two budgets do not identify the exponent of D. A grid of a single point fits no law, so none is
-    returned.
-    """
+    """Return the parameters of the joint law of N and D that the grid cannot identify at any noise level; none for a
+    single point, to which no law is fitted."""
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
@@ -321,10 +318,8 @@ def plan_execution(
 
 
 def grace_period_s(run: Run) -> int:
-    """Return the time a run is given to save, s, between the signal to stop and the kill: two saves and a step.
-
-    Slurm's signal, torchrun and the plan use this one number.
-    """
+    """Return the time a run is given to save, s, between the signal to stop and the kill, by Slurm, torchrun and the
+    plan alike: two saves and a step."""
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
     return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

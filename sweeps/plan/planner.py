@@ -188,10 +188,8 @@ def _planned_runs(sweep: Sweep, shared: _SharedFields) -> Iterator[_PlannedRun]:
 def _group_budgets(
     cell: Fields, budgets: Iterable[int], shared: _SharedFields, run_per_budget: bool
 ) -> Iterator[tuple[tuple[int, ...], list[Fields]]]:
-    """Group the budgets of a cell into runs, and yield each group with its overrides.
-
-    Budgets share a run if the same overrides match them; with `run_per_budget` each has its own.
-    """
+    """Group the budgets of a cell, those that the same overrides match, into runs, and yield each group with its
+    overrides; with `run_per_budget` each has its own."""
     groups: dict[Any, list[int]] = {}
     for budget in budgets:
         whole = {**cell, "budget": budget}

@@ -51,10 +51,8 @@ def _write_error(sweep: Sweep, error: OSError) -> SweepError:
 
 
 def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
-    """Create the sweep's directory and record its base directory and the fingerprints of its data.
-
-    A sweep that was moved, or whose file was moved, continues: run ids depend only on what is trained.
-    """
+    """Create the sweep's directory and record its base directory and the fingerprints of its data; a sweep that was
+    moved goes on."""
     directory = sweep.directory
     try:
         sweep.runs_dir.mkdir(parents=True, exist_ok=True)

@@ -53,10 +53,8 @@ def start_fork_server() -> ForkServerContext:
 
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals for the block, so that processes started in it inherit the blocking and never receive them.
-
-    Slurm sends a step's signals to all of its processes: the trainer saves, and ends its workers itself.
-    """
+    """Block stop signals for the block and for processes that start in it: Slurm signals all processes of a step, and
+    the trainer saves and ends its workers itself."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -94,11 +94,8 @@ def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) 
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:
-    """Draw fixed prefix lengths, int64 (num_images, num_prefixes), a function of the image's position alone.
-
-    The range 1..N-1 is cut into `num_prefixes` equal strata, and every image draws one length from each; the same for
-    every run, so that losses can be compared image by image.
-    """
+    """Draw fixed prefix lengths, int64 (num_images, num_prefixes), by the image's position alone, so that losses of all
+    runs can be compared image by image: one from each of `num_prefixes` equal strata of 1..N-1."""
     row = np.arange(num_images)[:, None]
     column = np.arange(num_prefixes)[None, :]
     draw = random_uniform(make_key("validation prefix"), row * 4096 + column)

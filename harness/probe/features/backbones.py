@@ -125,10 +125,8 @@ TIMM = "timm:"
 
 
 class TimmBackbone:
-    """Vision transformer of timm: raw outputs of all blocks, without the last norm.
-
-    Class and register tokens are left out, as AIM has none.
-    """
+    """Vision transformer of timm: raw outputs of all blocks, without the last norm and without class and register
+    tokens."""
 
     impossible: Sequence[str] = ("lora",)
 

@@ -38,11 +38,8 @@ class Candidate:
 
 
 def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
-    """Return the candidate with the highest hold-out accuracy of a kind, ties by hold-out loss, then by order;
-    optionally on one block set.
-
-    Linear heads are chosen by the hold-out loss alone: theirs follows the accuracy, with less noise.
-    """
+    """Return the candidate of a kind, optionally on one block set, with the highest hold-out accuracy, ties by loss,
+    then by order; linear heads by loss alone, which follows the accuracy with less noise."""
     pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
     return max(pool, key=lambda c: (c.holdout_top1 if kind != "linear" else 0, -c.holdout_loss))
 
@@ -53,10 +50,8 @@ def tried_values(candidates: Sequence[Candidate], like: Candidate) -> list[float
 
 
 def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
-    """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried.
-
-    The list is empty inside the grid, if one value was asked for, or `MAX_GROWTH` steps beyond what was asked for.
-    """
+    """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried and
+    less than `MAX_GROWTH` steps beyond the grid."""
     low, high = min(asked), max(asked)
     if low == high or min(values) < chosen < max(values):
         return []
