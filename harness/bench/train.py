@@ -49,7 +49,7 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
             compile=should_compile(runtime.compile, group.device, plan.zero_stage),
         )
         on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
-        step = [batch.on(group.device) for batch in on_host]  # as in a run, which moves them one step ahead
+        step = [batch.on(group.device) for batch in on_host]
         num_targets = group.world_size * count_targets(step, model.num_tokens)
         engine = Engine(model, optimiser, options, group)
         times, startup_s = [], 0.0

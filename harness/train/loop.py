@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.loader import rank_batches
+from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import Batch, open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
@@ -113,14 +113,16 @@ class Trainer:
     def _train(self, segment: Segment) -> None:
         """Train a segment, with measurements and checkpoints on the way."""
         position, every = segment.start, self.config.runtime.checkpoint_every_images or segment.stop
-        batches = rank_batches(
+        batches = train_batches(
             self.stream,
-            group=self.group,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
             start=segment.start,
             stop=segment.stop,
             batch_size=self.batch_size,
             micro_batch=self.plan.micro_batch,
             num_workers=self.num_workers,
+            pin_memory=self.group.device.type == "cuda",
         )
         with contextlib.closing(batches):
             while position < segment.stop:
