@@ -41,12 +41,11 @@ from aimscale.harness.probe.features.images import (
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import TEST_BATCH, predict_test_split, search_heads
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
-from aimscale.harness.probe.heads.training import HeadTraining
+from aimscale.harness.probe.heads.training import TEST_BATCH, HeadTraining, predict_test_split, search_heads
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
 Detail = dict[str, Any]

@@ -19,8 +19,8 @@ from aimscale.harness.probe.features.extraction import StreamedTokens, batched, 
 from aimscale.harness.probe.features.images import LabelledImages, open_labelled, read_without_bad
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
-from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import Predictions, gather_predictions, score, to_predictions
+from aimscale.harness.probe.heads.training import TEST_BATCH
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.run.budgets import chosen_budgets
