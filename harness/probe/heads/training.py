@@ -1,9 +1,9 @@
 """Training of heads on one source of features, and the search for the best of them.
 
 The hold-out judges heads that learn from the other images; the chosen ones then learn from all images, together, as if
-each were trained alone. The test split is used in the last step alone. Heads are divided among ranks by block set: every rank
-sends the averages of its images' tokens over a block set to the rank that owns it, so that no head, gradient or moment is
-on two ranks and no gradient is exchanged.
+each were trained alone. The test split is used in the last step alone. Heads are divided among ranks by block set:
+every rank sends the averages of its images' tokens over a block set to the rank that owns it, so that no head, gradient
+or moment is on two ranks and no gradient is exchanged.
 """
 
 from __future__ import annotations
