@@ -65,7 +65,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses by image and prefix; one row per image that decodes, in the folder's order."""
+    """Losses by image; one row per image that decodes, in the folder's order."""
 
     index: np.ndarray
     """Sample number in the validation folder, int64."""
@@ -73,10 +73,6 @@ class ValidationLosses:
     """Sum over scored targets of their mean squared errors, float64."""
     num_targets: np.ndarray
     """Number of scored targets, float64."""
-    prefix_len: np.ndarray
-    """Number of visible patches, int64 (images, prefixes)."""
-    prefix_loss_sum: np.ndarray
-    """Terms of `loss_sum` by prefix, float64 (images, prefixes), which show the noise of the drawn prefixes."""
 
     @property
     def loss(self) -> float:
@@ -125,9 +121,5 @@ def validate(
     order = np.argsort(rows)
     rows = rows[order]
     return ValidationLosses(
-        index=held_out.indices[rows],
-        loss_sum=losses[order].sum(1),
-        num_targets=targets[order].sum(1),
-        prefix_len=(prefix_lengths if model.config.masked is None else prefix_lengths.sum(2)).numpy()[rows],
-        prefix_loss_sum=losses[order],
+        index=held_out.indices[rows], loss_sum=losses[order].sum(1), num_targets=targets[order].sum(1)
     )

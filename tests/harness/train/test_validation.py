@@ -50,9 +50,6 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Call
         assert losses.index.tolist() == list(range(13))
         assert losses.loss_sum == pytest.approx(expected, rel=1e-5)
         assert losses.num_targets.tolist() == (48 - given.sum(1)).tolist()
-        assert losses.prefix_len.tolist() == given.tolist()
-        assert losses.prefix_loss_sum.shape == (13, 3)
-        assert losses.prefix_loss_sum.sum(1) == pytest.approx(losses.loss_sum)
 
 
 def losses_of_all(group: Group, data: Path, max_bad_fraction: float) -> ValidationLosses | str:
@@ -77,8 +74,7 @@ def test_images_that_rot_after_indexing_are_left_out_and_counted(
         for losses in in_group(losses_of_all, spoilt, 0.003, world_size=world_size):
             assert losses.index.tolist() == left
             assert losses.columns["val_num_images"] == 13
-            assert np.array_equal(losses.prefix_len, whole.prefix_len[left])
-            assert losses.prefix_loss_sum == pytest.approx(whole.prefix_loss_sum[left], rel=1e-5)
+            assert losses.loss_sum == pytest.approx(whole.loss_sum[left], rel=1e-5)
             assert losses.num_targets.tolist() == whole.num_targets[left].tolist()
         for sentence in in_group(losses_of_all, spoilt, 0.002, world_size=world_size):
             assert "3 of 16 images of" in sentence
@@ -100,7 +96,6 @@ def test_a_masked_model_is_validated_on_fixed_masks(tiny_data: Path) -> None:
     with torch.no_grad():
         loss_sum, num_targets = AIM(config)(images.repeat_interleave(3, dim=0), masks.flatten(0, 1))
     assert losses.loss == pytest.approx((loss_sum / num_targets).item(), rel=1e-5)
-    assert losses.prefix_len.tolist() == [[4, 4, 4]] * 13
 
 
 def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
@@ -110,12 +105,6 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
         num_targets = rng.integers(20, 40, 50).astype(float)
         # losses vary less than numbers of targets, so that an error of the sum alone would be twice too wide
         loss_sum = num_targets * rng.gamma(64, 0.4 / 64, 50)
-        losses = ValidationLosses(
-            index=np.arange(50),
-            loss_sum=loss_sum,
-            num_targets=num_targets,
-            prefix_len=np.ones((50, 1), np.int64),
-            prefix_loss_sum=loss_sum[:, None],
-        )
+        losses = ValidationLosses(index=np.arange(50), loss_sum=loss_sum, num_targets=num_targets)
         deviations.append((losses.loss - 0.4) / losses.standard_error)
     assert np.mean(np.abs(deviations) < 1.96) == pytest.approx(0.94, abs=0.02)
