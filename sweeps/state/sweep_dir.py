@@ -38,7 +38,9 @@ def hold_submissions(sweep: Sweep) -> Iterator[None]:
         if not told:
             print(told := f"waiting for {who}, which submits jobs of this sweep", file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
-            raise SweepError(f"{who} submits jobs for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
+            raise SweepError(
+                f"{who} submits jobs of this sweep, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again"
+            )
     try:
         yield
     finally:
