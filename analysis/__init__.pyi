@@ -2,11 +2,10 @@ from . import laws as laws
 from .accuracy.correlation import correlate as correlate
 from .accuracy.links import link as link
 from .effects.contrasts import contrast as contrast
-from .effects.noise_sources import noise as noise
 from .effects.recipes import recipes as recipes
 from .errors import AnalysisError as AnalysisError
 from .fitting.estimate import fit as fit
-from .fitting.holdout import held_out as held_out
+from .fitting.estimate import held_out as held_out
 from .forecasts.forecast import forecast as forecast
 from .forecasts.forecaster import forecaster as forecaster
 from .forecasts.trajectory import trajectory as trajectory
@@ -22,4 +21,4 @@ from .table.read import probe_frame as probe_frame
 from .table.read import read_table as read_table
 from .table.read import read_tables as read_tables
 from .tuning.rates import rates as rates
-from .tuning.tuned import tuned as tuned
+from .tuning.rates import tuned as tuned

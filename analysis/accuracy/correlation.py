@@ -14,9 +14,8 @@ from scipy.stats import t as student
 
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import satterthwaite
+from aimscale.analysis.fitting.covariance import CONFIDENCE, satterthwaite
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS, chained, groups_of
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.measures import ACCURACIES, wanted_measures
 from aimscale.analysis.table.names import Exclusion, no_column, our_name, their_name
@@ -93,7 +92,7 @@ class Correlation:
 class Correlations(Result):
     """Correlations of two columns, or of a column and several accuracies."""
 
-    plot = Drawing("intervals.plot_correlations")
+    plot = Drawing("accuracy.plot_correlations")
 
     correlations: tuple[Correlation, ...]
     """One per accuracy, comparison and method: at equal compute first."""
@@ -174,7 +173,7 @@ def correlate(
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
     groups = {("", ""): df}
     if y not in df.columns:
-        asked, probes = wanted_measures(complete(df), [y], by=""), probe_frame(complete(df))
+        asked, probes = wanted_measures(complete(df), [y]), probe_frame(complete(df))
         y, of_probe = asked[0].column, dict(list(probes.groupby(["task", "kind"])))
         groups = {name: of_probe[name] for name in sorted({(m.task, m.kind) for m in asked})}
     found = list[Correlation]()

@@ -10,7 +10,7 @@ import pandas as pd
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SIZE_COLUMNS
-from aimscale.analysis.fitting.objectives import LSQ
+from aimscale.analysis.fitting.problem import LSQ
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.catalogue import LINK_SIGMOID
 from aimscale.analysis.table.names import joined, no_column

@@ -1,15 +1,16 @@
-"""`aimscale contrast` and `correlate`: what one change does, and whether loss goes with accuracy."""
+"""`aimscale contrast`, `correlate` and `rates`: single changes, loss beside accuracy, whether each size was tuned."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_of, then
-from aimscale.analysis.display import fact_lines
+from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 
 
@@ -19,7 +20,7 @@ def contrast(
         str,
         typer.Option(
             help="Column to compare, e.g. prefix, head_depth, optimiser.weight_decay, against the paper's level or the "
-            "one named: size=rung-24; `kind` compares kinds of probes within a row."
+            "one named: size=rung-24."
         ),
     ],
     measure: Annotated[
@@ -37,9 +38,7 @@ def contrast(
     label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
-    """Pair rows over size, data, seed and all else; differences and ratios with intervals, and the worth in compute."""
-    from aimscale.analysis.effects.gains import Gain, gains
-
+    """Pair rows over size, data, seed and all else; differences and ratios with intervals."""
     df = table_of(tables, columns, where)
     name, _, baseline = by.partition("=")
     if as_law:
@@ -57,11 +56,7 @@ def contrast(
         )
         return
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
-    worth = gains(found)
-    after = ["", fact_lines([*dict.fromkeys(("worth", str(each)) for each in worth)])] if worth else []
-    also = {"gains": [each for each in worth if isinstance(each, Gain)]}
-    following = then(["report"], tables, columns, where)
-    show(found, json, figure, labels=label, after=after, also=also, following=following)
+    show(found, json, figure, labels=label, following=then(["report"], tables, columns, where))
 
 
 def correlate(
@@ -81,3 +76,66 @@ def correlate(
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
     found = analysis.correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
     show(found, json, following=then(["report"], tables, columns, where))
+
+
+if TYPE_CHECKING:
+    from aimscale.analysis.fitting.result import Fit
+
+MEASURED, TUNED = "best as measured", "as if tuned"
+
+
+def rates(
+    tables: options.Tables,
+    lr: Annotated[str, typer.Option(help="Column of the learning rate.")] = "lr_peak",
+    batch: Annotated[
+        str | None, typer.Option(help="Column of the batch; default: batch_size, where sizes were tried at several.")
+    ] = None,
+    law: Annotated[
+        str, typer.Option(help="Law of the loss to fit as measured, and as if all runs were tuned.")
+    ] = "chinchilla",
+    target: Annotated[
+        str | None, typer.Option(help="A run's scale, N=1e9,D=2B: its best settings, and what would tell them better.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the laws as a recipe that a sweep can name, FILE.yaml.")
+    ] = None,
+    y: options.LossColumn = "val_loss",
+    columns: options.Columns = None,
+    where: options.Where = None,
+    figure: options.FigurePath = None,
+    label: options.Labels = None,
+    json: options.AsJson = False,
+) -> None:
+    """Find each cell's best setting (three rates or more at one N and D), their law, and what every cell lost."""
+    from aimscale.analysis.forecasts.forecast import parse_scale
+    from aimscale.analysis.table.names import our_name
+
+    df = table_of(tables, columns, where)
+    y = our_name(df, y)
+    found = analysis.rates(df, y=y, lr=lr, batch=batch)
+    if write is not None:
+        write.write_text(found.recipe(then(["rates"], tables, columns, where)))
+        typer.echo(f"wrote {write}", err=True)
+    laws: dict[str, Fit] = {}
+    try:
+        corrected = analysis.tuned(df, y=y, found=found)
+        laws = {words: analysis.fit(each, law, y=y) for words, each in ((MEASURED, df), (TUNED, corrected))}
+        after = ["", f"{laws[TUNED].law.formula}:", "", text_table(_beside(laws))]
+    except AnalysisError as error:
+        after = ["", f"No law as if all runs were tuned: {error}"]
+    if target is not None:
+        after.append(f"target: {found.advice(parse_scale(target, '--target'))}")
+    show(
+        found,
+        json,
+        figure,
+        labels=label,
+        after=after,
+        also={"laws": laws},
+        following=then(["fit", "report"], tables, columns, where),
+    )
+
+
+def _beside(laws: dict[str, Fit]) -> list[dict[str, str]]:
+    """Write a row per parameter with its value by every law."""
+    return [{"parameter": name, **{k: law.shown(name) for k, law in laws.items()}} for name in laws[TUNED].params]

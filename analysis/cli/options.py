@@ -96,7 +96,7 @@ def table_to_minimise(
     from aimscale.analysis.table.accuracies import named_like_accuracy
     from aimscale.analysis.table.measures import to_minimise
     from aimscale.analysis.table.points import best_of
-    from aimscale.analysis.tuning.tuned import tuned_where_known
+    from aimscale.analysis.tuning.rates import tuned_where_known
 
     read = table_of(tables, columns, where)
     df, y = to_minimise(read, y)

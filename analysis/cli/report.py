@@ -23,7 +23,7 @@ def report(
         typer.Option(help="Also write each figure into this folder: SVG, PDF, PNG at a paper's width, and its CSV."),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: summary, figures, laws, single changes, noise, methods.
+    """Write one self-contained HTML page: summary, figures, laws, single changes, methods.
 
     Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
     """

@@ -1,1 +1,1 @@
-"""Effects of single changes, sources of noise, first plateaus."""
+"""Effects of single changes."""

@@ -17,7 +17,7 @@ import pandas as pd
 from aimscale.analysis.effects.result import Contrast, Contrasts, baseline_of, level_names, mean_over_pairs, verdict_of
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table import design
-from aimscale.analysis.table.measures import KIND, Measure, long_format, wanted_measures
+from aimscale.analysis.table.measures import Measure, long_format, wanted_measures
 from aimscale.analysis.table.names import no_column, our_name, their_name
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.words import Flag, flag_words, some
@@ -46,7 +46,7 @@ def contrast(
     """Compare the levels of a column with everything else equal.
 
     Args:
-        by: a column; `kind` for kinds of probes within a row.
+        by: a column.
         baseline: level to compare with; None takes the paper's, else the one with most rows.
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
             validation loss and every probe.
@@ -62,11 +62,11 @@ def contrast(
         >>> table = read_table("results.parquet")
         >>> contrast(table, by="size").table
     """
-    by = by if by == KIND else our_name(frame, by)
+    by = our_name(frame, by)
     rows = complete(frame if by == "params_total" else design.with_size(frame))
     if by in rows and not design.is_plain(rows[by]):
         raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
-    wanted = wanted_measures(rows, measures, by)
+    wanted = wanted_measures(rows, measures)
     keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in wanted})
     long = long_format(rows, wanted, by)
     long = long.assign(level=level_names(long[by]))
@@ -92,20 +92,20 @@ def contrast(
         text = "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others."
         flags.append(Flag(kind="these_sizes", text=text))
     equal = tuple(their_name(rows, name) for name in keys if design.varies(rows[name]))
-    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags), rows=rows)
+    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
 
 
 def factors(frame: pd.DataFrame) -> list[str]:
-    """List the columns that `contrast` may compare in a table: those of the design that vary, and probe kinds."""
+    """List the columns that `contrast` may compare in a table: those of the design that vary."""
     varied = [name for name in design.design_columns(frame) if name not in design.MEASURED_ON]
     parts = {*design.HEAD} & {*varied}
     if not parts:
-        return [*varied, KIND]
+        return varied
     if parts == {"model.head_width"}:
         head = "model.head_width"
     else:  # the actual depth tells the heads apart; else it varies with size alone
         head = "head_depth" if "head_depth" in frame and design.varies(frame["head_depth"]) else "head_rule"
-    return [head, *(name for name in varied if name not in parts), KIND]
+    return [head, *(name for name in varied if name not in parts)]
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
@@ -127,13 +127,10 @@ def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collecti
     """
     if unknown := [name for name in ignore if name not in rows]:
         raise no_column(rows, unknown[0], " to ignore")
-    if by == KIND:
-        keys = [name for name in ("run_id", *design.SCALE) if name in rows]
-    else:
-        settings = [name for name in ("size", *design.foreign_settings(rows, measured)) if name in rows and by in rows]
-        # a column may be `by` under another name, as a model's name and its size are
-        same = [n for n in settings if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
-        keys = design.held_equal(rows, {by, *design.FOLLOWS.get(by, ()), *same, *ignore, *measured})
+    settings = [name for name in ("size", *design.foreign_settings(rows, measured)) if name in rows and by in rows]
+    # a column may be `by` under another name, as a model's name and its size are
+    same = [n for n in settings if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
+    keys = design.held_equal(rows, {by, *design.FOLLOWS.get(by, ()), *same, *ignore, *measured})
     own = by.split(".")[-1]
     parts = [n for n in design.HEAD if by in design.HEAD and n in rows and n not in keys and n.split(".")[-1] != own]
     several = {name for name in (*keys, *parts) if name == "size" or len(pd.unique(rows[name])) > 1}

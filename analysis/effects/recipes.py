@@ -6,8 +6,9 @@ that cancels in what is told of their difference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,49 @@ import pandas as pd
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.effects.result import baseline_of, level_names
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import half_width, satterthwaite
+from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width, satterthwaite
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.inference import CONFIDENCE, Function
+from aimscale.analysis.fitting.inference import Function
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array, Params
-from aimscale.analysis.laws.pair import TERMS, pair
+from aimscale.analysis.laws.base import Array, Columns, Law, Params, coefficient, exponent
 from aimscale.analysis.table.design import FOLLOWS
 from aimscale.analysis.table.names import no_column, our_name
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.select import main_part
 from aimscale.analysis.words import Flag, flag_words, human, power_of_ten
+
+TERMS = ("E", "A", "B", "alpha", "beta")
+"""Parameters of L = E + A N^-alpha + B D^-beta that two recipes may share."""
+
+
+def _terms(x: Columns, t: Params, *, share: frozenset[str]) -> tuple[Array, ...]:
+    level = x.log("G") / np.log(2.0)
+    power = {
+        "E": [np.ones_like(level)] * 2,
+        "A": [np.exp(-t["alpha" + ("" if "alpha" in share else own)] * x.log("N")) for own in ("", "_2")],
+        "B": [np.exp(-t["beta" + ("" if "beta" in share else own)] * x.log("D")) for own in ("", "_2")],
+    }
+    parts = list[Array]()
+    for name, (first, second) in power.items():
+        both = (1 - level) * first, level * second
+        parts += [both[0] + both[1]] if name in share else both
+    return tuple(parts)
+
+
+def pair(share: Collection[str] = ("E", "alpha", "beta")) -> Law:
+    """Make Chinchilla's law of two recipes, G = 1 and G = 2; what they do not share has a second parameter, as A_2."""
+    names = {name: [name] if name in share else [name, f"{name}_2"] for name in TERMS}
+    own = ", ".join(name for name in TERMS if name not in share) or "nothing"
+    return Law(
+        name="pair",
+        formula=f"L = E + A N^-alpha + B D^-beta, each recipe with its own {own}",
+        variables=("N", "D", "G"),
+        linear=tuple(coefficient(each) for name in "EAB" for each in names[name]),
+        nonlinear=tuple(exponent(each) for name in ("alpha", "beta") for each in names[name]),
+        basis=partial(_terms, share=frozenset(share)),
+        source="Hoffmann et al. 2022, approach 3, of two recipes",
+    )
+
 
 NEWTON_STEPS = 20
 """Steps to a gain, in the logarithm of the excess loss, which is nearly linear in that of compute."""
@@ -227,7 +260,7 @@ def _decision(law: Fit, points: pd.DataFrame, gain: Function) -> str:
     estimate, cells = law.estimate, points[["N", "D"]].drop_duplicates()
     cells = pd.concat([cells, 2 * cells.max().to_frame().T], ignore_index=True)
     (value,), (error,), degrees = estimate.error_of(gain)
-    reach = half_width(1.0, degrees, CONFIDENCE)[0]
+    reach = half_width(1.0, degrees)[0]
     if abs(value) > reach * error:
         return f"nothing more: at the largest compute the gain is {'above' if value > 0 else 'below'} 1"
 

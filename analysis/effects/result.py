@@ -12,15 +12,13 @@ from scipy.stats import t as student
 
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import Covariance, linear_design, sandwich
+from aimscale.analysis.fitting.covariance import CONFIDENCE, Covariance, linear_design, sandwich
 from aimscale.analysis.fitting.groups import groups_of
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.table.design import DEFAULT
-from aimscale.analysis.table.measures import KIND, Measure
+from aimscale.analysis.table.measures import Measure
 from aimscale.analysis.words import Flag, did_you_mean, flag_words, some
 
-USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional",
-         KIND: "attentive"}  # fmt: skip
+USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional"}
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""
@@ -175,7 +173,7 @@ class Contrast(Mean, Result):
 class Contrasts(Result):
     """All levels of a column against the baseline."""
 
-    plot = Drawing("intervals.plot_contrasts")
+    plot = Drawing("accuracy.plot_contrasts")
 
     by: str
     baseline: str
@@ -185,8 +183,6 @@ class Contrasts(Result):
     """One per measure and level."""
     flags: tuple[Flag, ...]
     """Levels that were not compared, with reasons, and cautions about this column's losses."""
-    rows: pd.DataFrame = field(repr=False)
-    """The complete rows of the table, with sizes."""
 
     @property
     def table(self) -> pd.DataFrame:

@@ -19,6 +19,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import Groups, indicators
 from aimscale.analysis.laws.base import Array
 
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
 FLAT, NULL = 1e-6, 1e-10
 """Singular values of the design below `FLAT` times the largest are raised to it (a direction that is hardly identified
 gets a large, finite error); below `NULL` times the largest they are dropped."""
@@ -156,7 +158,7 @@ def satterthwaite(errors: Array, degrees: Array) -> Array:
     return np.where(uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0))
 
 
-def half_width(errors: Array, degrees: Array, confidence: float) -> Array:
+def half_width(errors: Array, degrees: Array, confidence: float = CONFIDENCE) -> Array:
     """Return half of Student's interval."""
     return student.ppf(0.5 + confidence / 2, degrees) * errors
 

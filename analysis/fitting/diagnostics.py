@@ -114,11 +114,7 @@ def _exponents_of(problem: Problem, j: int) -> set[str]:
 
 
 def _variables(problem: Problem, points: Observations) -> Iterator[tuple[Flag, set[str]]]:
-    """Flag variables that hardly vary, or move together; with the parameters that are unknown for it."""
-    for v, values in points.x.items():
-        if (factor := float(values.max() / max(values.min(), 1e-300))) < 2:
-            text = f"{v} varies only by a factor of {human(factor)}, so its exponent is hardly tested."
-            yield Flag(kind="narrow", subject=v, number=factor, text=text), set()
+    """Flag variables that move together; with the parameters that are unknown for it."""
     for a, b in itertools.combinations(points.x, 2):
         r, both = float(np.corrcoef(np.log(points.x[a]), np.log(points.x[b]))[0, 1]), f"{a} and {b}"
         if abs(r) > SAME_VARIABLE and len(points.x) == 2:

@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 from scipy.linalg import null_space
 
-from aimscale.analysis.fitting.objectives import LOG_LSQ
-from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.problem import LOG_LSQ, make_problem
 from aimscale.analysis.laws.base import Array, Law
 
 SAME_VALUE = 0.05

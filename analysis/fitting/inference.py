@@ -20,12 +20,9 @@ from aimscale.analysis.fitting.covariance import (
     sandwich,
 )
 from aimscale.analysis.fitting.groups import Groups, visible_groups
-from aimscale.analysis.fitting.objectives import HUBER_LOG
-from aimscale.analysis.fitting.problem import Problem, global_minimum, minimise
+from aimscale.analysis.fitting.problem import HUBER_LOG, Problem, global_minimum, minimise
 from aimscale.analysis.laws.base import Array, Columns, Params
 
-CONFIDENCE = 0.95
-"""Coverage of every interval."""
 DIFFERENCE = 1e-5
 """Step of central differences, as a share of a coordinate's own scale: their error is its square."""
 LEAST_SLOPE = 1e-6
@@ -106,7 +103,7 @@ class Estimate:
     def interval_of(self, function: Function) -> tuple[Array, Array]:
         """Return the ends (m,) of 95 % intervals of a function's values."""
         value, errors, degrees = self.error_of(function)
-        half = half_width(errors, degrees, CONFIDENCE)
+        half = half_width(errors, degrees)
         return value - half, value + half
 
     def error_after(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:

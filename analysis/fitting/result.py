@@ -12,8 +12,8 @@ import pandas as pd
 from aimscale.analysis.display import Drawing, Result, plain_fields
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width, satterthwaite
-from aimscale.analysis.fitting.inference import CONFIDENCE, Estimate
-from aimscale.analysis.fitting.objectives import Objective
+from aimscale.analysis.fitting.inference import Estimate
+from aimscale.analysis.fitting.problem import Objective
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.names import CANONICAL, Exclusion
 from aimscale.analysis.table.schema import described
@@ -200,7 +200,7 @@ class Fit(Result):
         spare = satterthwaite(parts, np.stack(np.broadcast_arrays(degrees, scatter.degrees)))
         out = {"value": inverse(value), "se": errors, "df": degrees}
         for name, sd, free in (("ci", errors, degrees), ("pi", np.hypot(*parts), spare)):
-            half = half_width(sd, free, CONFIDENCE)
+            half = half_width(sd, free)
             out |= {f"{name}_lo": inverse(value - half), f"{name}_hi": inverse(value + half)}
         if self.limits is not None:
             # a curve stays above chance; one measured accuracy may fall below it, though not below 0

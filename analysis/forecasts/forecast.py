@@ -12,12 +12,11 @@ import pandas as pd
 
 from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import CONFIDENCE
 from aimscale.analysis.fitting.diagnostics import blind_flags
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import Interval
-from aimscale.analysis.forecasts.curves import Cache
 from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.points import AUTO, JOINT
+from aimscale.analysis.forecasts.points import AUTO, JOINT, Cache
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.table.names import Exclusion, names_of
 from aimscale.analysis.table.points import complete

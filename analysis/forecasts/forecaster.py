@@ -20,9 +20,7 @@ import pandas as pd
 from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width
-from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.forecasts.curves import THROUGH, Cache, Curve, Curves, fit_curves
-from aimscale.analysis.forecasts.points import AUTO, Points, table_points
+from aimscale.analysis.forecasts.points import AUTO, THROUGH, Cache, Curve, Curves, Points, fit_curves, table_points
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.words import human, percent
 
@@ -128,7 +126,7 @@ class Forecaster(Result):
             "misfit": (by.misfit * self.misfit + by.least) * np.log(distance),
         }
         variances = np.square([parts[name] for name in TERMS])
-        ci, pi = (half_width(np.sqrt(each.sum(axis=0)), DOF, CONFIDENCE) for each in (variances[1:], variances))
+        ci, pi = (half_width(np.sqrt(each.sum(axis=0)), DOF) for each in (variances[1:], variances))
         moves = {"ci_lo": -ci, "ci_hi": ci, "pi_lo": -pi, "pi_hi": pi}
         with np.errstate(over="ignore"):
             value, lowest, highest = np.exp([centre, logs.min(axis=0), logs.max(axis=0)])

@@ -14,7 +14,7 @@ import pandas as pd
 
 from aimscale.analysis.display import plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.inference import CONFIDENCE
+from aimscale.analysis.fitting.covariance import CONFIDENCE
 from aimscale.analysis.forecasts.forecast import ENDS, Forecast, scale_words
 from aimscale.analysis.table.names import CANONICAL
 from aimscale.analysis.table.points import complete

@@ -17,7 +17,6 @@ from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import components_of, half_width, linear_design
 from aimscale.analysis.fitting.groups import Groups, indicators
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.words import human
 
@@ -167,7 +166,7 @@ def _forecast(
     law = errors.variance_of(there @ design.inverse, groups) + (MISFIT * beyond) ** 2
     parts = {"law": np.sqrt(law), "run": errors.shared["runs"] * scatter, "noise": errors.point * scatter}
     sd = np.sqrt(sum(each**2 for each in parts.values()))
-    half = half_width(sd, np.full(num, DOF), CONFIDENCE)
+    half = half_width(sd, np.full(num, DOF))
     ends = {"loss": np.exp(log_loss), "low": np.exp(log_loss - half), "high": np.exp(log_loss + half)}
     return exponent, pd.DataFrame({**ends, "sd": sd, **parts})
 

@@ -8,7 +8,6 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     KAPLAN,
     LAWS,
     LINK_SIGMOID,
-    OVERFITTING,
     OVERTRAINED,
     REPEATED,
     REPEATED_BOTH,

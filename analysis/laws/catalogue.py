@@ -18,10 +18,6 @@ from aimscale.analysis.words import did_you_mean
 
 Terms = tuple[Array | float, ...]
 
-MOST_PENALTY = 100.0
-"""Largest penalty for repeats at the table's mean N/U; a finite end keeps the fit from scaling it by the penalty at the
-mean scale, where often nothing is repeated and it is zero."""
-
 
 def _power(v: Columns, t: Params, *, x: str, offset: bool) -> Terms:
     return *[1.0] * offset, np.exp(-t["a"] * v.log(x))
@@ -136,32 +132,6 @@ REPEATED_BOTH = Law(
     scales={"R_D": "reciprocal", "R_N": "reciprocal"},
     source="Muennighoff et al. 2023, in full; V is the compute-optimal size for U new samples (theirs: 0.051 U)",
 )
-
-
-def _overfitting(x: Columns, t: Params) -> Terms:
-    unique = np.minimum(x["U"], x["D"])
-    repeats = x["D"] / unique - 1.0
-    return *_chinchilla(x, t), (x["N"] / t["N0"]) / (unique / t["U0"]) * repeats / (repeats + t["R0"])
-
-
-def _overfitting_report(p: Params) -> dict[str, Array]:
-    values = {name: value for name, value in p.items() if name not in ("N0", "U0")}
-    return {**values, "G": p["G"] * p["U0"] / p["N0"]}
-
-
-OVERFITTING = Law(
-    name="overfitting",
-    formula="L = E + A N^-alpha + B D^-beta + G (N/U) R/(R + R0), R = D/U - 1",
-    variables=("N", "D", "U"),
-    linear=(*CHINCHILLA.linear, Parameter(name="G", bounds=(0.0, MOST_PENALTY))),
-    nonlinear=(*CHINCHILLA.nonlinear, exponent("R0", 1.0, 1e4)),
-    basis=_overfitting,
-    report=_overfitting_report,
-    constants={"N0": 1.0, "U0": 1.0},
-    scales={"R0": "reciprocal"},
-    source="the penalty of Lovelace et al. 2026 (arXiv 2605.01640) with exponents of 1; its levelling off is ours",
-)
-"""Chinchilla's law with a penalty for repeats that levels off: the published one where R0 lies beyond the table's."""
 
 
 def _overtrained(x: Columns, t: Params) -> Terms:
@@ -283,7 +253,7 @@ FARSEER = Law(
 
 _ONE_VARIABLE: dict[str, Callable[[str], Law]] = {"power": partial(power, offset=False), "power_offset": power}
 """Laws in one variable, as functions of its name."""
-_JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH, OVERFITTING)
+_JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH)
 
 LAWS = {law.name: law for law in (*(make("x") for make in _ONE_VARIABLE.values()), *_JOINT, LINK_SIGMOID)}
 """Name -> law; those in x go on any variable: `power_offset:N`."""

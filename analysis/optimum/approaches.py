@@ -14,9 +14,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, points_of, why_not
+from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, parametric_frontier, points_of, why_not
 from aimscale.analysis.optimum.isoflop import isoflop_frontier
-from aimscale.analysis.optimum.parametric import parametric_frontier
 from aimscale.analysis.table.names import their_name
 from aimscale.analysis.words import Flag, human, power_of_ten
 

@@ -1,10 +1,12 @@
-"""Cards of a published folder and of its models, in the layout of the Hugging Face hub."""
+"""Cards of a published folder and its models as the Hugging Face hub has them, and its description for machines."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
@@ -12,7 +14,70 @@ import yaml
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.schema import described
 from aimscale.analysis.words import human
+
+CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_text("utf-8"))
+"""The context that Croissant 1.0 prescribes."""
+TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
+"""Kinds of numpy's types -> types of Croissant; all else is text."""
+
+
+def croissant(folder: Path, about: About) -> dict[str, Any]:
+    """Describe the CSV tables of a folder: files with checksums, and columns with type and meaning."""
+    tables = sorted((folder / "data").glob("*.csv"))
+    files = [
+        {
+            "@type": "cr:FileObject",
+            "@id": path.name,
+            "name": path.name,
+            "contentUrl": str(path.relative_to(folder)),
+            "encodingFormat": "text/csv",
+            "sha256": sha256(path),
+        }
+        for path in tables
+    ]
+    found: dict[str, Any] = {
+        "@context": CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "name": "".join(c if c.isalnum() else "-" for c in about.title).strip("-"),
+        "description": f"{about.title}: a row per training run and data budget.",
+        "license": about.licence,
+        "distribution": files,
+        "recordSet": [_records(path) for path in tables],
+    }
+    if about.url:
+        found["url"] = about.url
+    if about.authors:
+        found["creator"] = [{"@type": "sc:Organization", "name": name} for name in about.authors]
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _records(path: Path) -> dict[str, Any]:
+    """Describe the columns of a CSV file."""
+    frame = pd.read_csv(path, low_memory=False).dropna(axis="columns", how="all")
+    fields = []
+    for name, kind in ((str(name), frame[name].dtype.kind) for name in frame):
+        column = described(name)
+        field = {
+            "@type": "cr:Field",
+            "@id": f"{path.stem}/{name}",
+            "name": name,
+            "dataType": TYPES.get(kind, "sc:Text"),
+            "source": {"fileObject": {"@id": path.name}, "extract": {"column": name}},
+        }
+        if column.meaning:
+            field["description"] = column.meaning + (f" ({column.unit})" if column.unit else "")
+        fields.append(field)
+    return {"@type": "cr:RecordSet", "@id": path.stem, "name": path.stem, "field": fields}
+
 
 FILES = {
     "data": "tables, a row per run and data budget",
@@ -63,7 +128,7 @@ def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About)
         f"# {about.title}",
         f"{len(study.frame)} rows, one per training run and data budget, analysed by aimscale.",
         "## Findings",
-        "\n".join([f"- **{each.sentence}.** {each.detail}" for each in findings(study)]),
+        "\n".join([f"- **{each.title}.** {each.caption}" for each in findings(study)]),
         "\n".join(f"- **{line.question}** {line.answer}" for line in verdict(study)),
         "\n".join(f"![{name.removesuffix('.png').replace('-', ' ')}](figures/{name})" for name in figures),
     ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import gzip
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,14 +26,20 @@ SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
 PLAIN = str.maketrans("−⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "--0123456789")
 
 
-class PageFigure(NamedTuple):
-    """A figure of the page and of a paper."""
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure of the page and of a paper, drawn when it is asked for."""
 
     key: str
     """HTML id, and name of its files."""
     title: str
     caption: str
-    figure: Figure
+    draw: Callable[[], Figure]
+
+    @cached_property
+    def figure(self) -> Figure:
+        """The drawing."""
+        return self.draw()
 
     @property
     def is_wide(self) -> bool:

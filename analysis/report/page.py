@@ -19,9 +19,9 @@ import matplotlib as mpl
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.plots.style import save
 from aimscale.analysis.report.blocks import sort_key
-from aimscale.analysis.report.sections import drawn_findings, sections
+from aimscale.analysis.report.sections import sections
 from aimscale.analysis.report.study import Study, read_study
-from aimscale.analysis.report.summary import verdict
+from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.schema import written_aside
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
@@ -70,7 +70,7 @@ def write_page(study: Study, out: str | Path | None = None, figures: str | Path 
     folders = [path if path.is_dir() else path.parent for path in study.paths]
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
-        found, laid_out = drawn_findings(study), sections(study)
+        found, laid_out = findings(study), sections(study)
         sweeps = map(str, study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else ()
         page = _template().render(
             title=", ".join(sweeps) or study.paths[0].stem,

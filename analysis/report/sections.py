@@ -2,33 +2,117 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from aimscale import analysis
-from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
 from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
-from aimscale.analysis.report.runs import provenance, settings, what_was_run
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
-from aimscale.analysis.report.summary import feature_words, findings, levels
-from aimscale.analysis.table.design import DESIGN, design_columns
-from aimscale.analysis.table.points import complete
+from aimscale.analysis.report.summary import feature_words, levels
+from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
+from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import loss_unit, read_curves
-from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import accuracy_of, capital, flag_words, kind_name
+from aimscale.analysis.table.schema import COLUMNS, MFU, described
+from aimscale.analysis.words import accuracy_of, flag_words, human, kind_name
+
+SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")
+COUNTED = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
+PACKAGES = ("numpy", "scipy", "pandas", "seaborn", "matplotlib")
+"""Packages whose versions may change a number or a figure."""
+
+
+def _known(frame: pd.DataFrame, *names: str) -> bool:
+    return all(name in frame and frame[name].notna().any() for name in names)
+
+
+def _values(frame: pd.DataFrame, name: str) -> str:
+    """Write the first few different values of a column; one with gaps has floats for integers."""
+    values = frame[name].dropna().unique().tolist()
+    shown = [f"{v:.0f}" if isinstance(v, float) and v.is_integer() else v for v in values[:8]]
+    shown = [human(v, 4) if isinstance(v, float) else str(v) for v in shown]
+    return ", ".join(shown) + (" and more" if len(values) > 8 else "")
+
+
+def _counted(frame: pd.DataFrame, named: str, noun: str, name: str, what: str) -> str:
+    """Say how many different values there are, and their range."""
+    num, ends = frame[named].nunique(), (frame[name].min(), frame[name].max())
+    return f"{num} {noun}{'s' * (num != 1)} ({' to '.join(told_apart(dict.fromkeys(ends), human, 3))} {what})"
+
+
+def what_was_run(study: Study) -> Iterator[str]:
+    """Say how many rows, sizes and budgets there are, what they cost, and which loss is the lowest."""
+    frame = study.frame
+    parts = [f"{len(frame)} row{'s' * (len(frame) != 1)}"]
+    if _known(frame, "params_total"):
+        named = "size" if _known(frame, "size") else "params_total"  # another head makes another N, not another size
+        parts.append(_counted(frame, named, "model size", "params_total", "parameters"))
+    if _known(frame, "images_seen"):
+        parts.append(_counted(frame, "images_seen", "data budget", "images_seen", f"{study.samples} seen"))
+    one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
+    losses = f"{len(usable_rows(frame).rows)} of the rows have a validation loss."
+    yield " ".join([f"{one} {', '.join(parts)};", losses, *_cost(frame)])
+    if study.usable.empty:
+        return
+    main = usable_rows(study.main).rows
+    best = main.iloc[int(main["val_loss"].argmin())]
+    error = f" ± {1.96 * best['val_loss_se']:.4f}" if _known(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
+    place = f" by {best['size']}" if _known(main, "size") else ""
+    place += f" after {human(best['images_seen'])} {study.samples}" if _known(main, "images_seen") else ""
+    yield f"The lowest validation loss is {best['val_loss']:.4f}{error}{', reached' * bool(place)}{place}."
+
+
+def _cost(frame: pd.DataFrame) -> Iterator[str]:
+    """Count each run once, at its largest budget, which includes what its smaller ones trained."""
+    if not _known(frame, "run_id", "images_seen"):
+        return
+    last = frame.dropna(subset="run_id").sort_values("images_seen").drop_duplicates("run_id", keep="last")
+    if _known(last, "device_hours"):
+        devices = _values(frame, "device") if _known(frame, "device") else "the devices named below"
+        hours = human(last["device_hours"].sum())
+        yield f"Training to the largest budget of each run took {hours} device-hours on {devices}."
+    if _known(last, "flops_train"):
+        yield f"The runs used {human(last['flops_train'].sum())} FLOP up to their largest budgets."
+
+
+def settings(study: Study) -> Iterator[tuple[str, str]]:
+    """Yield the settings that the runs had, what was counted over them, and which rows were left out."""
+    frame = study.frame
+    yield from ((described(name).heading, _values(frame, name)) for name in SETTINGS if _known(frame, name))
+    counted = {name: int(frame[name].sum()) for name in COUNTED if _known(frame, name)}
+    yield from ((described(name).heading, f"{number} over all rows") for name, number in counted.items() if number)
+    law = study.get("law")
+    with_laws = {f"{each}." for each in law.exclusions} if law else {}
+    yield from (("left out", line) for line in study.exclusions or ["nothing"] if line not in with_laws)
+
+
+def provenance(study: Study) -> Iterator[tuple[str, str]]:
+    """Yield where the numbers come from."""
+    frame = study.frame
+    for path in study.paths:
+        yield "table", path.name if len(study.paths) == 1 else f"{path.resolve().parent.name}/{path.name}"
+        if path.is_file():
+            yield "SHA-256 of the table", hashlib.sha256(path.read_bytes()).hexdigest()
+    sources = [column.name for column in COLUMNS if column.role == "source"] + ["seed"]
+    yield from ((described(name).heading, _values(frame, name)) for name in sources if _known(frame, name))
+    if _known(frame, "finished_at"):
+        stamps = frame["finished_at"].dropna().astype(str)
+        yield "measured", f"{stamps.min()} to {stamps.max()}"
+    yield from ((f"analysed with {name}", importlib.metadata.version(name)) for name in PACKAGES)
+
 
 Part = str | PageFigure | Block
 """A paragraph, a figure, or a result."""
 WORTH = "After 0.69 R_D repeats another one is worth half of a new sample; R_D is 15.4 for language (Muennighoff 2023)."
 """Note on the law of repeated data, whose worth after r repeats is exp(-r / R_D)."""
-LEAST_NOISE = 5e-6
-"""Fraction of the loss below which a source of spread would be printed as zero."""
 
 
 class Section(NamedTuple):
@@ -54,11 +138,6 @@ def sections(study: Study) -> list[Section]:
     return made
 
 
-def drawn_findings(study: Study) -> list[PageFigure]:
-    """Draw the findings."""
-    return [PageFigure(each.key, each.sentence, each.detail, each.draw()) for each in findings(study)]
-
-
 def _runs(study: Study) -> Iterator[Part]:
     yield from what_was_run(study)
     frame, unit = study.frame, loss_unit(study.usable)
@@ -76,8 +155,8 @@ def _columns(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def _scaling(study: Study) -> Iterator[Part]:
-    """Draw the loss against D with the joint law (N is among the findings), and against C with that of the envelope."""
-    usable, law, envelope = study.usable, study.get("law"), study.get("law of the envelope")
+    """Draw the loss against D with the joint law (N is among the findings), and against C."""
+    usable, law = study.usable, study.get("law")
     for key, x, by, what in (
         ("N", "params_total", "images_seen", "parameters"),
         ("D", "images_seen", "params_total", f"{study.samples} seen"),
@@ -86,20 +165,14 @@ def _scaling(study: Study) -> Iterator[Part]:
         if x not in _columns(usable, [x]) or (law is not None and key == "N"):
             continue
         if law is not None and key == "D":
-            figure, caption = law.plot(x="D"), f"A line for each size. {_equation(law)}"
+            values = "; ".join(law.equation(name, name) for name in law.params if name not in law.law.derived)
+            caption = f"A line for each size. {law.law.formula}: {values}. Brackets and shading: 95 % intervals."
+            draw = partial(law.plot, x="D")
         else:
             others = by if by in usable and usable[by].notna().all() else None
-            figure = analysis.plot_points(usable, x, by=others, envelope=envelope if key == "C" else None)
+            draw = partial(analysis.plot_points, usable, x, by=others)
             caption = "Lines join a size's budgets." if key == "C" else "No law could be fitted; see what is missing."
-            if key == "C" and envelope is not None:
-                caption += f" Dashed: the law of the envelope, {_equation(envelope)}"
-        yield PageFigure(f"loss-{key}", f"Loss against {what}", caption, figure)
-
-
-def _equation(fit: Fit) -> str:
-    """Write formula, parameters with intervals, and points of a fit."""
-    values = "; ".join(fit.equation(name, name) for name in fit.params if name not in fit.law.derived)
-    return f"{fit.law.formula}: {values}. {fit.num_points} points. Brackets and shading: 95 % intervals."
+        yield PageFigure(f"loss-{key}", f"Loss against {what}", caption, draw)
 
 
 def _accuracy(study: Study) -> Iterator[Part]:
@@ -109,8 +182,9 @@ def _accuracy(study: Study) -> Iterator[Part]:
         rows = probes[(probes["kind"] == kind) & probes["top1"].notna()]
         bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
-        figure = analysis.plot_accuracy(rows, levels(study, kind, rows))
-        yield PageFigure(html_id("accuracy", kind), capital(accuracy_of(kind)), caption, figure)
+        draw = partial(analysis.plot_accuracy, rows, levels(study, kind, rows))
+        title = accuracy_of(kind)
+        yield PageFigure(html_id("accuracy", kind), title[0].upper() + title[1:], caption, draw)
     if probes.empty:
         return
     note = "Top-1 in per cent."
@@ -135,8 +209,8 @@ def _loss_accuracy(study: Study) -> Iterator[Part]:
     for kind in study.kinds if study.probes.get("val_loss", pd.Series()).notna().any() else ():
         rows = study.probes[study.probes["kind"] == kind]
         correlations, links = (study.by_task(name, kind) for name in (CORRELATION, LINK))
-        figure = analysis.plot_loss_accuracy(rows, correlations, links)
-        yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, figure)
+        draw = partial(analysis.plot_loss_accuracy, rows, correlations, links)
+        yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, draw)
         for task, each in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
             title = feature_words(kind, task, next(iter(each)))
             yield result_block(html_id("correlation", f"{task}:{kind}"), title, each, is_open=False)
@@ -147,19 +221,18 @@ def _training(study: Study) -> Iterator[Part]:
     curves = curves[curves["run_id"].isin(budgets.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
     if len(curves):
         caption = "Validation loss during training, before decays. Markers: budgets."
-        figure = analysis.plot_points(budgets, "images_seen", by="params_total", curves=curves)
-        yield PageFigure("curves", "Training curves", caption, figure)
-
+        draw = partial(analysis.plot_points, budgets, "images_seen", by="params_total", curves=curves)
+        yield PageFigure("curves", "Training curves", caption, draw)
     if (found := study.get("trajectory")) and not found.table["is_budget"].all():
         measured = study.run_points[study.run_points["params_total"] == found.num_params]
         caption = f"The largest size beside its forecast from {found.basis}; grey: these runs."
-        yield PageFigure("trajectory", "Is the largest size on track?", caption, found.plot(measured=measured))
+        yield PageFigure("trajectory", "Is the largest size on track?", caption, partial(found.plot, measured=measured))
 
 
 def _best_split(study: Study) -> Iterator[Part]:
     if found := study.get("compute-optimal frontier"):
         caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
-        yield PageFigure("frontier", "Compute-optimal size", caption, found.plot())
+        yield PageFigure("frontier", "Compute-optimal size", caption, found.plot)
         yield result_block("approaches", "How the best size grows", found)
 
 
@@ -171,7 +244,7 @@ def _published(study: Study) -> Iterator[Part]:
     if len(found.tasks):
         if "params_total" in found.tasks:
             caption = "Attentive probe: these runs at their largest budgets, AIM on its last six blocks."
-            yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot())
+            yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot)
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
             "stand beside AIM-7B's last six, chosen ones beside its best six."
@@ -202,18 +275,17 @@ def _laws(study: Study) -> Iterator[Part]:
         yield Block("heldout", "Does the law extrapolate?", points, lines=lines)
     if found := study.get("tuning"):
         caption = "Crosses: the best rates of cells of one N and D, and their law with its 95 % interval."
-        yield PageFigure("rates", "Loss against the learning rate", caption, found.plot())
+        yield PageFigure("rates", "Loss against the learning rate", caption, found.plot)
         yield result_block("tuning", "Was each size trained at its best rate?", found, is_open=False)
     whose = f"Rows{study.whose}."
     for key, name, note in (
         ("ND", "law", whose if study.whose else ""),
-        ("C", "law of the envelope", f"{whose[:-1]} that no cheaper row beats."),
         ("U", "law of repeated data", f"Rows of all pools of the main experiment. {WORTH}"),
     ):
         if (fit := study.get(name)) is not None:
             facts = [(name, fact) for name, fact in fit.facts() if name != "law" and not name.startswith("held out ")]
             title = f"{fit.law.formula}, fitted to {fit.num_points} points"
-            yield result_block(f"law-{key}", title, fit, note=note, facts=facts, is_open=key != "C")
+            yield result_block(f"law-{key}", title, fit, note=note, facts=facts)
 
 
 def _changes(study: Study) -> Iterator[Part]:
@@ -227,18 +299,6 @@ def _changes(study: Study) -> Iterator[Part]:
         )
     for name, found in contrasts.items():
         yield result_block(html_id("contrast", name), f"Effect of {name}", found)
-
-
-def _noise(study: Study) -> Iterator[Part]:
-    found = study.get("noise")
-    if found is not None and len(seen := found[found["value"] > LEAST_NOISE]):
-        note = (
-            "Standard deviation of the loss by source, as fractions of the loss, with 95 % intervals or ranges. What "
-            "sizes share counts as their error in a law's intervals; it may be the law's misfit."
-        )
-        if "seeds" not in set(found["kind"]):
-            note += " No two rows differ in the seed alone, so the noise of seeds is not known; run more seeds."
-        yield Block("noise-parts", "Sources of spread", seen, note=note)
 
 
 def _methods(study: Study) -> Iterator[Part]:
@@ -256,7 +316,6 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Study], Iterator[Part]]]] = {
     "published": ("Published models", "Beside published models and baselines", _published),
     "laws": ("Laws", "Fitted laws", _laws),
     "changes": ("Single changes", "Single changes, everything else equal", _changes),
-    "noise": ("Noise", "How much is noise", _noise),
     "methods": ("Settings and provenance", "Settings and provenance", _methods),
 }
 """Id -> name in the navigation, heading, and what lays the section out."""

@@ -1,4 +1,4 @@
-"""Results of a report: laws, forecasts, correlations, contrasts and noise of its tables, each or why there is none.
+"""Results of a report: laws, forecasts, correlations and contrasts of its tables, each or why there is none.
 
 Laws are fitted to the main experiment of the tables (`table.select.main_part`) where its data are hardly repeated
 (`fresh_part`); the other rows are what contrasts and the law of repeated data are made of.
@@ -31,20 +31,19 @@ from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.optimum.isoflop import isoflop_budgets, with_budgets
 from aimscale.analysis.table.accuracies import unnamed
 from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.measures import KIND
 from aimscale.analysis.table.names import no_column
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows, with_compute
 from aimscale.analysis.table.read import read_curves, read_tables
-from aimscale.analysis.table.select import fresh_part, lower_envelope, main_part, mixture_flags, spaced
+from aimscale.analysis.table.select import fresh_part, main_part, mixture_flags, spaced
+from aimscale.analysis.tuning.rates import tuned_where_known
 from aimscale.analysis.tuning.result import EDGE
-from aimscale.analysis.tuning.tuned import tuned_where_known
 from aimscale.analysis.words import PROBES, Flag, said_once
 
 MAX_FITTED = 200
 """Rows beyond which what is fitted many times over, for every probe and scale, is fitted to so many of them."""
 FORECAST_SCALES = (2.0, 10.0)
 """Multiples of the largest N and D that the page forecasts at; of an iso-FLOP design, of the largest C."""
-QUIET = ("forecaster", "next runs", "noise", "trajectory")
+QUIET = ("forecaster", "next runs", "trajectory")
 """Results that few tables allow: that there is none is not told."""
 HELD_OUT, CORRELATION, LINK = "held-out test over the largest", "correlation of loss with", "link from loss to"
 
@@ -201,15 +200,13 @@ def _evenly(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _fit_laws(study: Study) -> None:
-    """Fit the joint law of the page and what follows from it, and a law along the envelope."""
+    """Fit the joint law of the page and what follows from it."""
     usable, some = study.usable, _evenly(study.usable)
     if usable.empty:
         study.results["law"][""] = AnalysisError("no row has a validation loss, so no law is fitted")
         return
     laws = study.attempt("forecaster", analysis.forecaster, some)
     joint = study.attempt("law", analysis.fit, with_compute(usable), laws.law if laws else "chinchilla")
-    if study.has_compute:
-        study.attempt("law of the envelope", lambda: analysis.fit(lower_envelope(usable), "power_offset:C"))
     if joint is None:
         return
     by_compute = study.budgets is not None
@@ -278,16 +275,14 @@ def correlate_probes(study: Study) -> None:
 
 
 def _measure_effects(study: Study) -> None:
-    """Compare the table with published models, and tell single changes, noise and repeats."""
+    """Compare the table with published models, and tell single changes and repeats."""
     if study.is_ours:
         study.attempt("published models", analysis.compare, study.main)
     rows = complete(study.frame)
-    for name in factors(rows):  # kinds of probes are compared over all their runs
-        if name != KIND or len(study.kinds) > 1:
-            study.attempt("contrast by", analysis.contrast, study.main if name == KIND else rows, by=name, subject=name)
+    for name in factors(rows):
+        study.attempt("contrast by", analysis.contrast, rows, by=name, subject=name)
     if study.usable.empty:
         return
-    study.attempt("noise", analysis.noise, study.usable, law=study.get("law"))
     main = usable_rows(study.main).rows
     if "unique_images" in main and varies(main["unique_images"]) and most_passes(main) > REPEATS_FROM:
         has_sizes = "params_total" in main and varies(main["params_total"])

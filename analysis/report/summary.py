@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from aimscale import analysis
 from aimscale.analysis.accuracy.correlation import Correlation, Correlations
-from aimscale.analysis.fitting.covariance import half_width
+from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
 from aimscale.analysis.fitting.identification import num_values
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.fitting.result import EXPONENTS, Fit, held_out_cautions
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
 from aimscale.analysis.laws.base import PLATEAU_STEPS
 from aimscale.analysis.optimum.approaches import Approaches
-from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, read_baselines
-from aimscale.analysis.published.published import TASKS, best_frozen, table6
+from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, TASKS, best_frozen, read_baselines, table6
+from aimscale.analysis.report.blocks import PageFigure
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
@@ -38,16 +36,6 @@ SMALL, SIZED = 1.0, ("scatter", "pattern")
 HARMLESS = ("factor", "outliers", "tuned", "few_groups")
 """Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside, a
 choice among rates that biases losses by part of their noise, groups so few that intervals hold some 90 %."""
-
-
-class Finding(NamedTuple):
-    """A sentence, what else there is to say of it, and the figure that shows it."""
-
-    key: str
-    """HTML id, and name of the figure's files."""
-    sentence: str
-    detail: str
-    draw: Callable[[], Figure]
 
 
 class Trust(NamedTuple):
@@ -69,14 +57,14 @@ class Line(NamedTuple):
     """Trust in the rest; set on the first line only."""
 
 
-def findings(study: Study) -> list[Finding]:
+def findings(study: Study) -> list[PageFigure]:
     """Give the findings that the tables allow: of the law, and of loss and features."""
     found = [_law_finding(law, study.whose)] if (law := study.get("law")) else []
     kind = next((kind for kind in study.kinds if study.by_task(CORRELATION, kind)), None)
     return found if kind is None else [*found, _feature_finding(study, kind)]
 
 
-def _law_finding(law: Fit, whose: str) -> Finding:
+def _law_finding(law: Fit, whose: str) -> PageFigure:
     """Tell how the largest scales are predicted when they are left out, and how a straight line fares."""
     told = [
         f"the largest {SCALES.get(test.variable, test.variable)} is predicted to "
@@ -87,10 +75,10 @@ def _law_finding(law: Fit, whose: str) -> Finding:
     sentence = f"Left out, {told[0]}" if told else f"One law of {law.num_points} points, tested on none"
     details = [f"Left out, {each}." for each in told[1:]]
     details += [f"{law.law.formula}, fitted to {law.num_points} of {law.num_rows} rows{whose}, with its 95 % interval."]
-    return Finding("loss-N", sentence, " ".join(details), partial(law.plot, x="N"))
+    return PageFigure("loss-N", sentence, " ".join(details), partial(law.plot, x="N"))
 
 
-def _feature_finding(study: Study, kind: str) -> Finding:
+def _feature_finding(study: Study, kind: str) -> PageFigure:
     """Tell how loss and accuracy go together by task, first where lower loss is better, and where raw pixels stand."""
     found, probes = study.by_task(CORRELATION, kind), study.probes.dropna(subset="top1")
     rows = {task: probes[(probes["kind"] == kind) & (probes["task"] == task)] for task in found}
@@ -110,7 +98,7 @@ def _feature_finding(study: Study, kind: str) -> Finding:
     details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
     links = {name: each for name, each in study.by_task(LINK, kind).items() if name == task}
     draw = partial(analysis.plot_loss_accuracy, rows[task], {task: pearson}, links, beside[task])
-    return Finding("finding-accuracy", feature_words(kind, task, first), " ".join(details), draw)
+    return PageFigure("finding-accuracy", feature_words(kind, task, first), " ".join(details), draw)
 
 
 def feature_words(kind: str, task: str, found: Correlation) -> str:
@@ -258,7 +246,7 @@ def _next(study: Study, joint: Fit | None) -> str:
         runs = [f"N = {human(n)} on D = {human(d)}" for n, d in proposal.table[["N", "D"]].to_numpy(float)]
         more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
         at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
-        before, after = (float(half_width(sd, DOF, CONFIDENCE)) for sd in (proposal.sd_before, proposal.sd_after))
+        before, after = (float(half_width(sd, DOF)) for sd in (proposal.sd_before, proposal.sd_after))
         words = (
             f"{'; '.join(runs[:4])}{more}. For {50 * proposal.price / proposal.budget:.0f} % of the cost of a run at "
             f"{at}, they narrow its forecast from ±{percent(before)} to ±{percent(after)} (95 %)."

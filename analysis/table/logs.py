@@ -1,7 +1,5 @@
 """Logs of other people's tools as one frame of points: Weights & Biases and marin's JSON lines, TensorBoard's event
 files, MLflow's and Lightning's folders.
-
-W&B's exports of this project's own runs need no `--columns`: their names are mapped to ours (docs/results.md).
 """
 
 from __future__ import annotations
@@ -17,11 +15,9 @@ import pandas as pd
 import yaml
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.schema import KNOWN
 
 _RUN_NAMES = ("Name", "name", "run_path")
 """Columns that name a run of W&B, in its export, in the table that its guide makes with its API, and in marin's."""
-_PROBE = "probe/"
 
 
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -41,24 +37,10 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
             frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
     if not (is_api or "_step" in frame or {*frame} >= {"Name", "State"}):
         return frame, {}
-    ours = {"images_seen": "val/images_seen", "val_loss": "val/loss", "val_loss_se": "val/loss_se"}
-    names = {name: theirs for name, theirs in ours.items() if theirs in frame and name not in frame}
-    if "run_id" not in frame and (called := [name for name in _RUN_NAMES if name in frame]):
-        names["run_id"] = called[0]
-    if {*frame} >= {"run_id", "val/loss", "val/images_seen"}:  # no other project's export has these together
-        keep = [name for name in frame if name in KNOWN or str(name).startswith(("val/", _PROBE))]
-        frame = frame.loc[frame["val/loss"].notna(), keep]
-        if frame.empty:
-            raise AnalysisError(f"{path}: no run has a val/loss yet; W&B gets it when a budget is evaluated")
-        frame = frame.drop_duplicates(["run_id", "val/images_seen"], keep="last").reset_index(drop=True)
-        names["images_seen"] = "val/images_seen"  # training may have gone on since
-        tasks = [name for name in frame.columns if name.startswith(_PROBE)]
-        names |= {":".join(name.removeprefix(_PROBE).rsplit("/", 1)): name for name in tasks}
-        if "flops_per_image" in frame:
-            names["flops_train"] = "flops_per_image * images_seen"
-    elif "State" in frame:
+    called = [name for name in _RUN_NAMES if name in frame and "run_id" not in frame]
+    if "State" in frame:
         frame = frame.assign(status=frame["State"].where(frame["State"] != "finished", "complete"))
-    return frame, names
+    return frame, {"run_id": called[0]} if called else {}
 
 
 def run_logs(folder: Path) -> pd.DataFrame:

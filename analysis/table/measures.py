@@ -15,8 +15,6 @@ from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.words import MAX_NAMED, accuracy_of, did_you_mean, measured_by
 
-KIND = "kind"
-"""Compares kinds of probes within a row."""
 ACCURACIES = ("top1", "last_top1")
 
 
@@ -28,7 +26,7 @@ class Measure:
     """Column of the table, or top1 or last_top1 of a probe."""
     task: str = ""
     kind: str = ""
-    """Kind of the probe; empty where kinds are what is compared."""
+    """Kind of the probe."""
 
     @property
     def name(self) -> str:
@@ -67,32 +65,27 @@ class Measure:
         return f"{100 * value:.2f} points" if self.is_accuracy else f"{value:.4f}"
 
 
-def wanted_measures(rows: pd.DataFrame, names: Sequence[str], by: str) -> list[Measure]:
+def wanted_measures(rows: pd.DataFrame, names: Sequence[str]) -> list[Measure]:
     """Find measures by name: a column, or `top1`, `top1:TASK` or `top1:TASK:KIND` with or without `top1:`.
 
-    None named: the validation loss and every probe's accuracy. Compared by `KIND`, accuracies of all kinds are one.
+    None named: the validation loss and every probe's accuracy.
     """
-    within_row = by == KIND
     entries = [entry for each in rows["probes"] for entry in each] if "probes" in rows else []
-    pairs = dict.fromkeys((str(e["task"]), "" if within_row else str(e["kind"])) for e in entries)
+    pairs = dict.fromkeys((str(e["task"]), str(e["kind"])) for e in entries)
     of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in pairs]
-    if within_row and not of_probes:
-        raise AnalysisError(f"The table has no probes to compare by {by}; probe its runs first.")
     if names:
-        return [*dict.fromkeys(m for name in names for m in _named(rows, our_name(rows, name), of_probes, within_row))]
-    has_loss = not within_row and "val_loss" in rows and rows["val_loss"].notna().any()
+        return [*dict.fromkeys(m for name in names for m in _named(rows, our_name(rows, name), of_probes))]
+    has_loss = "val_loss" in rows and rows["val_loss"].notna().any()
     if not (has_loss or of_probes):
         raise AnalysisError(f"The table has neither val_loss nor probes; name a column with {option('measure')}.")
     return [Measure(column="val_loss")] * bool(has_loss) + of_probes
 
 
-def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure], within_row: bool) -> list[Measure]:
+def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure]) -> list[Measure]:
     column, task, kind = [*name.split(":"), "", ""][:3]
     if name not in rows and column in {m.task for m in of_probes}:
         column, task, kind = "top1", column, task
     is_accuracy = column in ACCURACIES and column not in rows
-    if within_row and not is_accuracy:
-        raise AnalysisError(f"Within a row only accuracies are compared; {name!r} is none.")
     numeric = [] if is_accuracy else [str(each) for each in rows.select_dtypes("number").columns]
     if name in numeric:
         return [Measure(column=name)]
@@ -115,7 +108,7 @@ def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
     ours = our_name(frame, name)
     if ours in frame or "probes" not in frame or not any(map(len, complete(frame)["probes"])):
         return frame, ours
-    probe, *others = found = wanted_measures(complete(frame), [name], by="")
+    probe, *others = found = wanted_measures(complete(frame), [name])
     if others:
         named = ", ".join(m.name for m in found[:MAX_NAMED])
         raise AnalysisError(f"{name!r} is {len(found)} accuracies ({named}); name one of them.")
@@ -134,7 +127,7 @@ def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.
     for m in measures:
         mine = rows.drop(columns="probes", errors="ignore")
         if m.is_accuracy and m.column not in rows:
-            mine = probes[(probes["task"] == m.task) & (probes["kind"].eq(m.kind) | (m.kind == ""))]
+            mine = probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)]
         parts.append(mine.assign(measure=m.name, value=mine[m.column]))
     long = pd.concat(parts, ignore_index=True)
     if by not in long:

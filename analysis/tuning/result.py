@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,40 @@ from aimscale.analysis.display import Drawing, Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.groups import SAME_DATA
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array
-from aimscale.analysis.laws.product import EXPONENTS
+from aimscale.analysis.laws.base import Array, Columns, Law, Parameter, Params, coefficient
 from aimscale.analysis.table.names import Exclusion
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface
 from aimscale.analysis.words import Flag, flag_words, human, percent, some
+
+STEEPEST = 4.0
+"""Exponents are searched between minus this and this."""
+EXPONENTS = {"N": "a", "D": "b"}
+"""Variable -> its exponent."""
+
+
+def _product(x: Columns, t: Params, *, variables: tuple[str, ...]) -> tuple[Array]:
+    return (np.exp(sum(t[EXPONENTS[v]] * (x.log(v) - np.log(t[f"{v}0"])) for v in variables)),)
+
+
+def _product_report(p: Params, *, variables: tuple[str, ...]) -> dict[str, Array]:
+    powers = {EXPONENTS[v]: p[EXPONENTS[v]] for v in variables}
+    return {"c": p["c"] * np.prod([p[f"{v}0"] ** -p[EXPONENTS[v]] for v in variables], axis=0), **powers}
+
+
+def product(*variables: str) -> Law:
+    """Make y = c N^a D^b, with exponents of either sign, in N, D or both."""
+    return Law(
+        name="product",
+        formula=f"y = {' '.join(['c', *(f'{v}^{EXPONENTS[v]}' for v in variables)])}",
+        variables=variables,
+        linear=(coefficient("c"),),
+        nonlinear=tuple(Parameter(name=EXPONENTS[v], bounds=(-STEEPEST, STEEPEST)) for v in variables),
+        basis=partial(_product, variables=variables),
+        report=partial(_product_report, variables=variables),
+        constants={f"{v}0": 1.0 for v in variables},
+        source="Li et al. 2025 (Step Law), of learning rate and batch",
+    )
+
 
 OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
 """How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
@@ -45,7 +75,7 @@ SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
 class Rates(Result):
     """Best learning rate (and batch) by size and data, their laws, and what was lost by others."""
 
-    plot = Drawing("rates.plot_rates")
+    plot = Drawing("scaling.plot_rates")
 
     table: pd.DataFrame
     """A row per cell: N, D, num_rows; of each setting _used (of the lowest loss), _tried (how many), _best, _lo, _hi;

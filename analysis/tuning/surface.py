@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.fitting.covariance import half_width
-from aimscale.analysis.fitting.inference import CONFIDENCE
 from aimscale.analysis.laws.base import Array
 
 WINDOW = 0.01
@@ -95,7 +94,7 @@ class Surface:
 
     def half(self, errors: Array) -> Array:
         """Return half of Student's interval; NaN where no error can be told."""
-        return half_width(errors, self.degrees, CONFIDENCE) if self.degrees > 0 else np.full_like(errors, np.nan)
+        return half_width(errors, self.degrees) if self.degrees > 0 else np.full_like(errors, np.nan)
 
     def regret_of_own(self, settings: Array) -> Array:
         """Return the regret of a setting (cells, p) of every cell by its own optimum, and its interval: (cells, 3)."""

@@ -42,7 +42,7 @@ def study_of(folder: Path) -> Study:
 def first_lines(folder: Path = TABLES) -> str:
     """Write README's text about a run of the demo: the report's own findings and summary, but for what to run next."""
     study = study_of(folder)
-    lines = [f"- **{each.sentence}.** {each.detail}" for each in findings(study)]
+    lines = [f"- **{each.title}.** {each.caption}" for each in findings(study)]
     lines += [f"- **{line.question.rstrip('?')}**: {line.answer}" for line in verdict(study)[:-1]]
     lines += ["", ranges(pd.read_csv(folder / SEEDS))]
     text = "\n".join([*lines, ""])

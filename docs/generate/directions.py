@@ -12,8 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from aimscale.analysis.effects.contrasts import contrast
-from aimscale.analysis.effects.gains import ASKS_OTHERWISE, Gain, gains
-from aimscale.analysis.effects.result import Contrast, Contrasts
+from aimscale.analysis.effects.result import Contrast
 from aimscale.analysis.table.read import read_tables
 
 PAGE = Path(__file__).parents[1] / "study/cifar.md"
@@ -36,14 +35,14 @@ KINDS = ("linear", "attentive", "knn")
 
 
 def table() -> str:
-    """Write a row per change: loss, compute at the same size, and each kind of probe."""
+    """Write a row per change: loss, compute, and each kind of probe."""
     rows = read_tables([RESULTS / "cifar.parquet", RESULTS / "cifar-directions.parquet"])
     rows = rows[rows["size"].isin(["w20-d2", "w52-d2"])]
     return "\n".join([*_lines(rows), ""])
 
 
 def _lines(rows: pd.DataFrame) -> Iterator[str]:
-    yield "| change | validation loss, % | worth in compute | linear, points | attentive | k-NN |"
+    yield "| change | validation loss, % | FLOPs, % | linear, points | attentive | k-NN |"
     yield "|---|---|---|---|---|---|"
     ignored = {"data_fingerprint": ["unique_images"]}
     contrasts = {by: contrast(rows, by=by, ignore=ignored.get(by, [])) for _, by, _ in CHANGES}
@@ -52,8 +51,8 @@ def _lines(rows: pd.DataFrame) -> Iterator[str]:
         by_kind = {name.rsplit(":", 1)[-1]: each for name, each in found.items() if name != "val_loss"}
         loss = found.get("val_loss")
         cells = [
-            "another question" if by in ASKS_OTHERWISE else _ratio(loss),
-            _worth(contrasts[by], level),
+            "another question" if by == "patch_order" else _ratio(loss),
+            _flops(rows, by, level),
             *(_points(by_kind[kind]) for kind in KINDS),
         ]
         yield f"| {words} | {' | '.join(cells)} |"
@@ -75,12 +74,11 @@ def _bold(found: Contrast, value: float, low: float, high: float) -> str:
     return text if not found.is_significant else f"**{text}**"
 
 
-def _worth(found: Contrasts, level: str) -> str:
-    gain = next((each for each in gains(found) if isinstance(each, Gain) and each.level == level), None)
-    if gain is None:
-        return "–"
-    text = f"{gain.factor:.2f} [{gain.low:.2f}, {gain.high:.2f}]"
-    return f"**{text}**" if gain.low > 1 or gain.high < 1 else text
+def _flops(rows: pd.DataFrame, by: str, level: str) -> str:
+    ignored = ["unique_images"] if by == "data_fingerprint" else []
+    found = contrast(rows, by=by, ignore=ignored, measures=["flops_train"]).contrasts
+    ratio = next(each.ratio for each in found if each.level == level)
+    return f"{100 * (ratio - 1):+.0f}"
 
 
 def rewrite(page: str) -> str:

@@ -26,9 +26,8 @@ directions = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-directions.p
 CALLS = {
     "law": ("A law and its points, a line per budget", 'figure = fit(demo, laws.CHINCHILLA).plot(x="N")'),
     "compute": (
-        "Loss against compute, with the law of the envelope",
-        'lowest = fit(read_tables([f"{study}/cifar.parquet"], where=["envelope"]), "power_offset:C")\n'
-        'figure = plot_points(cifar, "flops_train", by="params_total", envelope=lowest)',
+        "Loss against compute, a line per size",
+        'figure = plot_points(cifar, "flops_train", by="params_total")',
     ),
     "frontier": ("The compute-optimal size, by two approaches", "figure = frontier(isoflop).plot()"),
     "accuracy": (

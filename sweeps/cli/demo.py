@@ -71,7 +71,7 @@ def command(
     study = read_study([collect(sweep, runs, cards).table], {}, (), ())
     report = write_page(study)
     for each in findings(study):
-        typer.echo(f"{each.sentence}.")
+        typer.echo(f"{each.title}.")
     typer.echo(f"report: {report.resolve()}")
 
 

@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "next": ("aimscale.sweeps.cli.next", "Choose the runs that make a forecast most certain for their price."),
         "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 2 and 3."),
         "rates": (
-            "aimscale.analysis.cli.rates:rates",
+            "aimscale.analysis.cli.effects:rates",
             "Best learning rate and batch by size and data; what others lost.",
         ),
         "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),

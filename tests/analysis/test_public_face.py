@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_names_complete_and_are_what_they_say():
     names = dir(analysis)
-    assert {"fit", "held_out", "read_table", "noise", "contrast", "compare", "write_report", "laws"} <= set(names)
+    assert {"fit", "held_out", "read_table", "contrast", "compare", "write_report", "laws"} <= set(names)
     for name in names:
         value = getattr(analysis, name)
         assert inspect.ismodule(value) == (name == "laws"), name

@@ -25,9 +25,8 @@ from scipy.optimize import minimize
 from scipy.stats import t as student
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import CONFIDENCE
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.inference import CONFIDENCE
-from aimscale.analysis.forecasts.curves import Cache
 from aimscale.analysis.forecasts.forecaster import (
     DOF,
     LOSSES,
@@ -37,7 +36,7 @@ from aimscale.analysis.forecasts.forecaster import (
     accuracy_forecaster,
     forecaster,
 )
-from aimscale.analysis.forecasts.points import JOINT
+from aimscale.analysis.forecasts.points import JOINT, Cache
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.read import parse_columns, probe_frame, read_table
 

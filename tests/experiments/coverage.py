@@ -21,14 +21,12 @@ import pandas as pd
 from simulated_tables import ERRORS, EXPONENT, LOG_K, TRUTH, Cell, cells, each_table, markdown, parser, run
 
 from aimscale.analysis import contrast, correlate, fit, forecast, held_out, laws
-from aimscale.analysis.effects.gains import Gain, gains
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.optimum.frontier import Frontier
+from aimscale.analysis.optimum.frontier import Frontier, parametric_frontier
 from aimscale.analysis.optimum.isoflop import isoflop_frontier
-from aimscale.analysis.optimum.parametric import parametric_frontier
 
-ACCURACY_SD, EFFECT, R_D, CORRELATION, GAIN = 0.01, 0.004, 6.0, 0.6, 1.2
-"""True values of the other studies: an accuracy's error, a contrast, the worth of repeats, a correlation, a gain."""
+ACCURACY_SD, EFFECT, R_D, CORRELATION = 0.01, 0.004, 6.0, 0.6
+"""True values of the other studies: an accuracy's error, a contrast, the worth of repeats, a correlation."""
 CORRELATIONS = {"pearson": CORRELATION, "spearman": 6 / np.pi * np.arcsin(CORRELATION / 2)}
 """Method -> true value."""
 REACH = 92, 99
@@ -152,14 +150,6 @@ def effects(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: 
     table = pd.concat(logs, ignore_index=True)
     one = contrast(table, by="prefix", measures=["log_loss"], ignore=["loss"]).contrasts[0]
     record.add("contrast", one.low, one.high, one.difference, EFFECT)
-    if cell.design.isoflop:
-        return  # sizes have too few budgets each for curves to read a worth from
-    inner = other[other["D"].between(1.01 * other["D"].min(), 0.99 * other["D"].max())]
-    faster = [cell.measured(plain, rng), cell.measured(inner.assign(D=GAIN * inner["D"]), rng)]
-    table = pd.concat(faster, ignore_index=True).drop(columns=["N", "D", "C"]).rename(columns={"loss": "val_loss"})
-    for each in gains(contrast(table, by="prefix", measures=["val_loss"])):
-        if isinstance(each, Gain):
-            record.add("gain", *np.log([each.low, each.high, each.factor, GAIN]))
 
 
 def accuracies(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: Record) -> None:

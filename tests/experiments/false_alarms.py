@@ -18,7 +18,7 @@ from simulated_tables import Cell, cells, each_table, markdown, parser, run
 
 from aimscale.analysis import fit
 from aimscale.analysis.cli.laws import tested
-from aimscale.analysis.fitting.objectives import OBJECTIVES
+from aimscale.analysis.fitting.problem import OBJECTIVES
 from aimscale.analysis.fitting.result import Fit, held_out_cautions
 from aimscale.analysis.words import Flag
 
@@ -27,7 +27,7 @@ CAUTIONS = {"The": CANNOT_TEST, "Fitted": "no better than a line", "Only": "few 
 """First word of a held-out test's caution -> its short name."""
 HARMLESS = (
     *("few_values", "from_above", "factor", "reaches_bound", "lower_bound", "upper_bound"),
-    *("narrow", "one_variable", "collinear", "unseen", "few_groups"),
+    *("one_variable", "collinear", "unseen", "few_groups"),
 )
 """Kinds of flags that say what the rows cannot tell, and accuse nothing."""
 MOST = 0.05

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.objectives import huber_log
+from aimscale.analysis.fitting.problem import huber_log
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.next.proposal import buy

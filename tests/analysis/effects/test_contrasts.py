@@ -115,15 +115,6 @@ def test_one_pair_at_each_of_two_sizes_has_no_interval():
     assert {flag.kind for flag in found.flags} == {"one_pair", "unseen_prefix"}
 
 
-def test_kinds_of_probes_are_compared_within_a_row(known_study):
-    df = with_probes(known_study({"sizes": ["s1", "s3", "s5"]}))
-    (kinds,) = contrast(df, by="kind").contrasts
-    assert (kinds.baseline, kinds.level) == ("attentive", "linear")
-    assert kinds.difference == pytest.approx(-0.02)
-    assert kinds.num_run_pairs == 9
-    assert kinds.num_pairs == 45
-
-
 @pytest.mark.parametrize("by", ["target", "objective.loss"])  # the second is of a field that a user added
 def test_losses_on_another_target_are_not_subtracted_but_accuracies_are(known_study, by):
     df = with_probes(known_study(DIRECTION, DIRECTION | {"target": "raw", "effect": 0.3}))
@@ -173,7 +164,6 @@ def test_what_is_not_paired_is_refused_with_the_reason(known_study):
         ({"by": "target"}, "normalised"),
         ({"by": "prefix", "measures": ["size"]}, "'size'"),
         ({"by": "prefix", "measures": ["top1:pets"]}, "top1:pets"),
-        ({"by": "kind"}, "kind"),
         ({"by": "prefix", "ignore": ["nothing"]}, "'nothing'"),
     ):
         with pytest.raises(AnalysisError, match=words):

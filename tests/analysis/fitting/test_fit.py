@@ -8,8 +8,7 @@ import pytest
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.objectives import HUBER_LOG, huber_log
-from aimscale.analysis.fitting.problem import global_minimum, make_problem, minimise
+from aimscale.analysis.fitting.problem import HUBER_LOG, global_minimum, huber_log, make_problem, minimise
 from aimscale.analysis.laws.base import Columns
 from aimscale.analysis.laws.catalogue import Law, coefficient, exponent
 

@@ -8,7 +8,7 @@ from tables import law_grid
 
 from aimscale.analysis import fit, held_out, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.holdout import largest
+from aimscale.analysis.fitting.estimate import largest
 
 
 def test_the_largest_values_stay_together_and_leave_two():

@@ -8,8 +8,7 @@ import pytest
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.objectives import LSQ
-from aimscale.analysis.fitting.problem import make_problem
+from aimscale.analysis.fitting.problem import LSQ, make_problem
 from aimscale.analysis.laws.base import Columns
 
 BOARD = Path(__file__).parents[2] / "board"
@@ -19,7 +18,6 @@ U = np.array([1e8, 1e9, 1e10])[np.arange(N.size) % 3]
 CHINCHILLA = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 FARSEER = {"E": 1.9, "B": 0.4, "d": 0.3, "s1": -0.18, "alpha": -0.15, "s2": -0.2, "beta": -0.17}
 FARSEER |= {"s3": 0.11, "gamma": 0.1}
-OVERFITTING = CHINCHILLA | {"G": 0.8, "R0": 40.0}
 TRUTHS = [
     ("power_offset", X, {"E": 0.1, "A": 3, "a": 0.3}),
     ("power", X, {"A": 3, "a": 0.3}),
@@ -27,7 +25,6 @@ TRUTHS = [
     ("kaplan", {"N": N, "D": D}, {"K": 2.0, "aN": 0.2, "aD": 0.25, "w": 0.8}),
     ("coupled", {"N": N, "D": D}, {"E": 1.5, "K": 0.9, "alpha": 0.4, "beta": 0.45, "c": 0.6, "w": 1.3}),
     ("farseer", {"N": N, "D": D}, FARSEER),
-    ("overfitting", {"N": N, "D": D, "U": U}, OVERFITTING),
     ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
     ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
     ("repeated_both", {"N": N, "D": D, "U": U, "V": U / 20}, CHINCHILLA | {"R_D": 15.0, "R_N": 5.0}),
@@ -44,7 +41,7 @@ def test_a_law_is_recovered_from_its_own_values(name, x, truth):
     assert result.estimate.params == pytest.approx(truth, rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "x", "truth"), [t for t in TRUTHS if t[0] in ("coupled", "farseer", "overfitting")])
+@pytest.mark.parametrize(("name", "x", "truth"), [t for t in TRUTHS if t[0] in ("coupled", "farseer")])
 def test_the_printed_parameters_are_those_of_the_formula(name, x, truth):
     law = laws.find_law(name).centred(Columns(x))
     p = law.reported(truth)
@@ -53,19 +50,7 @@ def test_the_printed_parameters_are_those_of_the_formula(name, x, truth):
         written = np.exp(p["a3"] * N ** p["gamma"] + p["b3"]) + np.exp(p["a2"] * N ** p["beta"] + p["b2"]) * D**-power
     else:
         written = p["E"] + (p["A"] * N ** -p["alpha"] + p["B"] * D ** -p["beta"]) ** p.get("c", 1.0)
-    if name == "overfitting":
-        repeats = np.maximum(D / U, 1) - 1
-        written += p["G"] * N / np.minimum(U, D) * repeats / (repeats + p["R0"])
     assert law.value(x, truth) == pytest.approx(written, rel=1e-9)
-
-
-def test_a_penalty_is_found_where_the_mean_scale_has_no_repeats():
-    rare = np.where(np.arange(N.size) % 5 == 0, 1e8, 1e12)
-    x = {"N": N, "D": D, "U": rare}
-    df = pd.DataFrame({**x, "y": laws.OVERFITTING.value(x, OVERFITTING)})
-    result = fit(df, "overfitting", y="y", objective="log_lsq")
-    assert result.params == pytest.approx(OVERFITTING, rel=1e-4)
-    assert not result.flags
 
 
 def test_at_one_size_the_data_half_of_the_law_of_repeats_is_fitted():

@@ -10,9 +10,8 @@ from tables import law_grid
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.approaches import frontier
-from aimscale.analysis.optimum.frontier import Cost, NoFrontier
+from aimscale.analysis.optimum.frontier import Cost, NoFrontier, parametric_frontier
 from aimscale.analysis.optimum.isoflop import isoflop_frontier
-from aimscale.analysis.optimum.parametric import parametric_frontier
 from aimscale.analysis.table.measures import to_minimise
 
 BOARD = Path(__file__).parents[2] / "board"

@@ -17,8 +17,7 @@ from aimscale.analysis import correlate, fit
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.approaches import frontier
-from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
-from aimscale.analysis.plots.intervals import plot_contrasts
+from aimscale.analysis.plots.accuracy import plot_accuracy, plot_contrasts, plot_loss_accuracy
 from aimscale.analysis.plots.parts import log_axis
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import DOUBLE, inline_svg, new_figure, save, styled
@@ -39,13 +38,6 @@ def probes(grid):
 def law_lines(ax):
     """The lines of a law: without those of points, and without those of a legend."""
     return [line for line in ax.lines if len(line.get_xdata()) and line.get_linestyle() != "None"]
-
-
-def test_the_law_of_the_envelope_has_no_band(grid):
-    """Rows that are chosen for their low losses leave it no interval: at the smallest C it was a fivefold range."""
-    (ax,) = plot_points(grid, "D", envelope=fit(grid, "power_offset:D")).axes
-    assert [line.get_linestyle() for line in law_lines(ax)] == ["--"]
-    assert not ax.collections
 
 
 def test_units_are_named_for_our_tables_only(grid):

@@ -16,8 +16,7 @@ import yaml
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.publication.card import About, energy
-from aimscale.analysis.publication.folder import _copy_tables, publish, verify
-from aimscale.analysis.publication.numbers import compare_numbers
+from aimscale.analysis.publication.folder import _copy_tables, compare_numbers, publish, verify
 
 ABOUT = About("Losses of a law", "CC-BY-4.0", authors=("A. Author",), watts=500, g_co2_per_kwh=100)
 

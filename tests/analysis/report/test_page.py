@@ -112,7 +112,7 @@ def test_every_section_figure_and_table_is_there(page):
     sections |= {"published", "methods", "provenance"}
     kinds = {f"{what}-{kind}" for what in ("accuracy", "loss-accuracy") for kind in ("attentive", "linear")}
     figures = {f"loss-{v}" for v in "NDC"} | kinds | {"frontier", "curves", "trajectory", "published-models"}
-    tables = {"results", "law-ND", "law-C", "heldout", "probes", "registered"}
+    tables = {"results", "law-ND", "heldout", "probes", "registered"}
     assert sections | figures | tables <= page.ids()
     assert sum(tag == "svg" for tag, _ in page.tags) >= len(figures)
     assert "What is missing" not in page.text
@@ -240,7 +240,7 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     say("report", tmp_path / "theirs.csv", *options)
     page = Page((tmp_path / "page.html").read_text())
     assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
-    assert not {"published", "changes", "noise"} & page.ids()
+    assert not {"published", "changes"} & page.ids()
     assert not any(ours in page.text for ours in ("AIM", "image", "MFU", "pixel head", "next-patch", "val_loss"))
     assert "N = size_m, D = tokens" in page.text
     with pytest.raises(AnalysisError, match=r"absent\.csv"):

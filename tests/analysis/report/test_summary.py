@@ -34,7 +34,7 @@ def test_a_departure_that_is_significant_and_small_is_told_and_changes_nothing(j
     assert any("0.14 %" in reason for reason in reasons)
     assert light(joint)[0] == "green"
     assert light(joint, flags=(tiny,), heldout=())[0] == "amber"  # nothing shows that it does not matter
-    for kind, number, expected in (("pattern", 2.0, "amber"), ("narrow", 1.5, "amber"), ("few_groups", 4, "green")):
+    for kind, number, expected in (("pattern", 2.0, "amber"), ("collinear", 0.99, "amber"), ("few_groups", 4, "green")):
         colour, reasons = light(joint, flags=(Flag(kind=kind, number=number, text=f"{kind} is said."),))
         assert (colour, any(kind in reason for reason in reasons)) == (expected, True)
 

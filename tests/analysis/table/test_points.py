@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis import correlate, fit, noise, read_table
+from aimscale.analysis import correlate, fit, read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.frontier import points_of
 from aimscale.analysis.table.points import complete, most_passes, passes_flags, usable_rows
@@ -19,8 +19,6 @@ def test_a_missing_status_counts_as_complete_everywhere(grid, status):
     assert fit(grid, "chinchilla").num_points == len(grid) - 1
     assert len(points_of(grid, "val_loss")) == len(grid) - 1
     assert len(usable_rows(grid).rows) == len(grid) - 1
-    table = noise(grid.assign(val_loss_se=0.001)).set_index("kind")
-    assert f" {len(grid) - 1} rows" in table.loc["images", "basis"]
     assert "1 row not complete (status)" in map(str, fit(grid, "chinchilla").exclusions)
     assert correlate(pd.DataFrame({"x": [1, 2, 3, 4.0], "y": [1, 2, 3, 5.0]}), x="x", y="y").table["num_points"][0] == 4
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
-from aimscale.analysis.laws.product import product
 from aimscale.analysis.report.study import study_tables
-from aimscale.analysis.tuning.tuned import tuned_where_known
+from aimscale.analysis.tuning.rates import tuned_where_known
+from aimscale.analysis.tuning.result import product
 
 STEPLAW = Path(__file__).with_name("steplaw.csv")
 """Runs of Step Law (Li et al. 2025, arXiv 2503.04715; CC BY 4.0, by way of ScaleBench) within 1.5 % of the best of
