@@ -98,7 +98,7 @@ class WandbLogger:
         with self._surviving():
             self._run = self._run or wandb.init(**about, mode="offline")
             # Decays and budgets go back in images_seen, which W&B's own step may not.
-            for name in ("images_seen", "val/images_seen", "train/images_done", "decay/images_done"):
+            for name in ("images_seen", "train/images_done", "decay/images_done"):
                 self._run.define_metric(name, hidden=True)
             self._run.define_metric("*", step_metric="images_seen")
             known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
@@ -117,11 +117,8 @@ class WandbLogger:
         """Plot numbers at their images seen."""
         if self._run is None:
             return
-        line: dict[str, Any] = {**values, "images_seen": images_seen}
-        if "val/loss" in values:  # the runs table shows the last of each name, and training may have continued
-            line["val/images_seen"] = images_seen
         with self._surviving():
-            self._run.log(line)
+            self._run.log({**values, "images_seen": images_seen})
 
     def close(self, state: State) -> None:
         """Send the rest, for at most `FINISH_S`, and how the job ended."""
