@@ -68,11 +68,11 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
 
 
 def first_host(node_list: str) -> str:
-    """Return the first name of a Slurm host list: `gpu[003-004,7],other` gives `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", node_list)
+    """Return the first name of a Slurm host list: `r[1-2]i[0,3]n07,other` gives `r1i0n07`."""
+    match = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", node_list)
     if match is None:
         raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match[0])
 
 
 def gpu_index(placement: Placement, num_visible: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from aimscale.harness.log.expected import ExpectedPoint
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
+from aimscale.harness.run.files import write_text
 from aimscale.harness.run.row import planned_columns
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
@@ -31,6 +33,14 @@ def refuse_missing(config: RunConfig) -> None:
         raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")
 
 
+def _images_done(run: RunDir) -> Iterator[int]:
+    """Yield the images done at each of a run's lines; one that a kill cut off is skipped."""
+    with contextlib.suppress(FileNotFoundError), run.metrics.open() as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                yield json.loads(line)["images_done"]
+
+
 class TensorBoardLogger:
     """Writer of event files in `tensorboard/` of the run directory, a new one at every start."""
 
@@ -38,7 +48,7 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
-        self.logged_until = run.read_status().images_done
+        self.logged_until = max(_images_done(run), default=0)
         """Images done up to which earlier starts logged everything."""
 
     def log_values(self, images_seen: int, values: Mapping[str, float]) -> None:
@@ -52,8 +62,16 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+def _wandb_id(run: RunDir, config: RunConfig) -> str:
+    """Return the id of this directory's run at W&B; a run that is trained again, in another one, has another id."""
+    path = run.path / "wandb-id"
+    if not path.exists():
+        write_text(path, f"{config.run_id}-{uuid.uuid4().hex[:8]}")
+    return path.read_text()
+
+
 class WandbLogger:
-    """Weights & Biases run, one for each of our runs; offline it is kept in `wandb/` of the run directory.
+    """Weights & Biases run, one for each run directory; offline it is kept in `wandb/` of the run directory.
 
     The configuration has the columns of the run's rows that are known before training at its top, to plot against and
     to be read back. Trouble with W&B never ends the training: without the service, a start is kept offline.
@@ -70,7 +88,7 @@ class WandbLogger:
         columns = planned_columns(config)
         about: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "aimscale"),
-            "id": config.run_id,
+            "id": _wandb_id(run, config),
             "name": config.run_id,
             "resume": "allow",
             "dir": str(run.path),

@@ -31,6 +31,8 @@ MAX_SKIPPED_STEPS = 20
 """Maximum number of consecutive non-finite steps; with more, the run has diverged."""
 RECENT_LINES = 10
 """Number of last lines over which the rate in `status.json` is taken, from which the time left follows."""
+STATUS_INTERVAL_S = 5.0
+"""Interval between lines that are shown in `status.json`, s, whose renaming burdens the server of a shared disk."""
 
 
 class Recorder:
@@ -53,7 +55,7 @@ class Recorder:
         self._begin_interval()
         self._recent: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=RECENT_LINES)
         """Time, images, and the longest wait for images of a rank, by line; s."""
-        self._attempt = run.read_status().attempt
+        self._attempt, self._shown = run.read_status().attempt, float("-inf")
 
     def enter(self, segment: Segment) -> None:
         """Begin a segment, or resume it after a restart."""
@@ -133,15 +135,17 @@ class Recorder:
         append_line(self._run.metrics, line)
         self._recent.append((wall_s, num_images, max(waits_s)))
         recent_s, recent_images, recent_waits_s = map(sum, zip(*self._recent, strict=True))
-        branch = line["branch"]
-        self._run.write_status(
-            durable=False,
-            phase="train" if branch is None else "decay",
-            heartbeat=line["time"],
-            images_per_s=recent_images / recent_s,
-            data_wait=recent_waits_s / recent_s,
-            **{key: line[key] for key in SHOWN},
-        )
+        branch, is_last = line["branch"], line["images_seen"] == self.metrics.segment.stop
+        if is_last or self._counted_until - self._shown > STATUS_INTERVAL_S:
+            self._shown = self._counted_until
+            self._run.write_status(
+                durable=False,
+                phase="train" if branch is None else "decay",
+                heartbeat=line["time"],
+                images_per_s=recent_images / recent_s,
+                data_wait=recent_waits_s / recent_s,
+                **{key: line[key] for key in SHOWN},
+            )
         for logger in self.loggers:
             if self.metrics.images_done > logger.logged_until:  # else it is trained again
                 is_cosine = self._config.training.schedule.kind == "cosine"

@@ -5,8 +5,11 @@ One list for all: the trainer works it off, and launchers start runs that have o
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from aimscale.aim.errors import UserError
+from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.probe.files import (
     entries_of,
     finished_entries,
@@ -25,7 +30,9 @@ from aimscale.harness.probe.files import (
 from aimscale.harness.run.budgets import missing_budgets, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir, probe_key
+from aimscale.harness.run.files import read_object, write_json
 from aimscale.harness.run.identity import is_measurement
+from aimscale.harness.run.lock import writer_folder
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
 """Columns of a row that a validation file holds under the same names."""
@@ -49,14 +56,40 @@ def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
     """List what `config` asks of a run and is missing; a run is finished when the list is empty.
 
     A result is there if its file is, for the present weights, settings and data, and if the budget's row says so too.
-    Data that cannot be read count as unchanged.
+    Data that cannot be read count as unchanged. A process that holds the run notes when nothing is missing, so that a
+    look at many runs need not read their results.
     """
+    note = run.path / "complete.json"
+    with contextlib.suppress(UserError):  # damaged
+        if (read_object(note) or {}).get("inventory") == _inventory(run, config):
+            return []
     found = [Pending(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
     rows = {row["images_seen"]: row for row in run.read_rows()}
     for budget in saved_budgets(run):
         if budget in config.evaluation.budgets:
             found += pending_evaluations(run, config, budget, rows.get(budget, {}))
+    if not found and writer_folder(note):
+        write_json(note, {"inventory": _inventory(run, config)}, durable=False)
     return found
+
+
+def _inventory(run: RunDir, config: RunConfig) -> str:
+    """Digest what `pending_work` depends on: what is asked for, of which data, and each file with its size and time."""
+    asked = config.evaluation
+    paths = [asked.validation.path, *(path for each in asked.probes for path in (each.train, each.test))]
+    root, files = str(run.path), [str(run.results)]
+    for name in ("budgets", "validation", "probes"):
+        files += [f"{folder}/{file}" for folder, _, names in os.walk(f"{root}/{name}") for file in names]
+    stats = [(file.removeprefix(root), *_size_and_time(file)) for file in sorted(files)]
+    text = repr([config.run_id, asked.model_dump_json(), *map(fingerprint, paths), stats])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _size_and_time(file: str) -> tuple[int, int]:
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        found = os.stat(file)
+        return found.st_size, found.st_mtime_ns
+    return 0, 0
 
 
 def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: dict[str, Any]) -> Iterator[Pending]:

@@ -46,7 +46,7 @@ from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.probe.heads.training import TEST_BATCH, HeadTraining, predict_test_split, search_heads
-from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
+from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 
 Detail = dict[str, Any]
 """Contents of a task's file about one kind of probe: a row's entry, per-class counts and the grid."""
@@ -55,12 +55,10 @@ Detail = dict[str, Any]
 def probe_backbone(
     backbone: Backbone,
     section: ProbeSection,
+    config: RunConfig,
     *,
-    model_section: ModelSection,
-    seed: int,
-    runtime: RuntimeConfig,
-    max_bad_fraction: float,
     out: Path | None,
+    model_section: ModelSection | None = None,
     group: Group = ALONE,
     report_progress: ProgressCallback = ignore_progress,
 ) -> list[dict[str, Any]]:
@@ -68,10 +66,11 @@ def probe_backbone(
 
     Args:
         backbone: weights loaded, on its device; used in the task's precision afterwards.
-        seed: splits the hold-out, draws the heads' start and the order of images.
+        config: the run whose geometry of images, seed (of the hold-out, the heads' start and the order of images),
+            runtime and `data.max_bad_fraction` are used.
         out: folder of the evaluation's file; kinds that it has of the same weights, settings, data and seed are not
             done again. None reads and writes nothing.
-        max_bad_fraction: share of undecodable images above which a split is refused; fewer are left out.
+        model_section: geometry of the images, where it is not the run's.
         group: the ranks that share the images; all of them call this and get the same entries, rank 0 writes.
         report_progress: called by all ranks together, often; may raise to stop.
 
@@ -87,7 +86,8 @@ def probe_backbone(
         raise ProbeError(f"{backbone.name} has no causal attention; leave task '{section.task}' out")
     if impossible := [kind for kind in section.kinds if kind in backbone.impossible]:
         raise ProbeError(f"{backbone.name} cannot have probes of kind '{impossible[0]}'; leave that kind out")
-    train, test = open_task(section, model_section, runtime, max_bad_fraction)
+    model_section, seed = model_section or config.training.model, config.training.seed
+    train, test = open_task(section, model_section, config.runtime, config.training.data.max_bad_fraction)
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
     key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)

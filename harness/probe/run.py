@@ -104,10 +104,7 @@ def probe_run(
                 entries = probe_backbone(
                     backbone,
                     section,
-                    model_section=config.training.model,
-                    seed=config.training.seed,
-                    runtime=config.runtime,
-                    max_bad_fraction=config.training.data.max_bad_fraction,
+                    config,
                     out=run.probes_dir(budget),
                     group=group,
                     report_progress=numbered_progress(report_progress, number, len(budgets) * len(sections)),
@@ -149,11 +146,9 @@ def probe_baseline(
         entries = probe_backbone(
             backbone,
             section.model_copy(update={"kinds": kinds}),
-            model_section=model_section,
-            seed=config.training.seed,
-            runtime=config.runtime,
-            max_bad_fraction=config.training.data.max_bad_fraction,
+            config,
             out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
+            model_section=model_section,
             group=group,
             report_progress=numbered_progress(report_progress, number, len(sections)),
         )

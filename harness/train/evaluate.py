@@ -21,7 +21,7 @@ from aimscale.harness.log.expected import read_expected
 from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name
-from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, update_row
+from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, pending_work, update_row
 from aimscale.harness.probe.run import load_budget, probe_run
 from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
@@ -73,6 +73,7 @@ def evaluate_run(
                 scalars |= expected_scalars(expected.budgets, budget, "val/loss")
             for logger in loggers:
                 logger.log_values(budget, scalars)
+    group.from_first(lambda: pending_work(run, config))  # notes that nothing is
 
 
 def _entered(run: RunDir, config: RunConfig, budget: int) -> list[Pending]:

@@ -107,7 +107,7 @@ class ActiveRun:
             exit_code,
             claims=self.claims,
             stop_requested=stop_requested,
-            failed_early_on=nodes[0] if is_early and len(nodes) == 1 else None,
+            early_on=nodes if is_early else (),
         )
 
     def describe_end(self, outcome: Outcome) -> str:

@@ -243,7 +243,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
         if found.startable:
             RunDir.create(record.path, run.config)
             _write_forecasts(worker, [run])
-            record.write_status(state="queued", reason=None, reason_class=None)
+            record.write_status(state="queued", reason=None, reason_class=None, failed_on=None)
             probes = {"AIMSCALE_PROBES": "apart"} if run.probe_devices < run.devices else {}
             active_run = ActiveRun(
                 run,
@@ -306,12 +306,15 @@ def _collect_ended(worker: Worker) -> None:
 
 
 def _suspect_node(worker: Worker, active_run: ActiveRun) -> None:
-    """Take no more runs after two in a row that failed before their first step: the node may be broken."""
+    """Take no more runs after two in a row that failed on one node before their first step: it may be broken."""
     before = [run_id for run_id, outcome in worker.ended[-2:-1] if outcome == "given back"]
     if before and before != [active_run.run.run_id] and not worker.broken:
-        why = active_run.record.read_status().reason
-        worker.broken = f"two runs in a row failed on {worker.nodes[0]} before their first step ({why})"
-        worker.events.append(f"{worker.broken}; no more runs are started here")
+        records = RunRecord(worker.sweep.run_dir(before[0])), active_run.record
+        (node,), (other,) = (record.read_attempts()[-1]["failed_nodes"] for record in records)
+        if node == other:
+            why = active_run.record.read_status().reason
+            worker.broken = f"two runs in a row failed on {node} before their first step ({why})"
+            worker.events.append(f"{worker.broken}; no more runs are started here")
 
 
 def print_events(worker: Worker, tell: Callable[[str], str | None] = str) -> None:

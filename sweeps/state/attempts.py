@@ -22,6 +22,7 @@ from aimscale.harness.run.directory import (
     SHARED,
     ReasonClass,
 )
+from aimscale.harness.run.failures import blames_another_rank
 from aimscale.harness.run.lock import Holder
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
@@ -42,6 +43,11 @@ NODE_REASONS = ("node", "code", "data")
 RANK_EXIT_TIMEOUT_S = 10.0
 """Time to wait for the ranks of a killed torchrun to exit, s: a process on a GPU takes seconds to free its memory."""
 
+_FAILED_TASK = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: (.*)$", re.MULTILINE)
+"""Words of srun about a rank that failed: its node, and how it ended."""
+_OF_TORCHRUN = r"^[WE]\d{4} .*torch/distributed/elastic/multiprocessing/api\.py.*"
+_FAILED_RANK = re.compile(_OF_TORCHRUN + r" failed \(exitcode: (-?\d+)\) local_rank: (\d+)", re.MULTILINE)
+"""Words of torchrun about the rank that failed first: its exit code and its number."""
 _OUT_OF_MEMORY = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
 
 
@@ -52,7 +58,7 @@ def record_end(
     *,
     claims: tuple[str, str | None],
     stop_requested: bool,
-    failed_early_on: str | None = None,
+    early_on: Sequence[str] = (),
 ) -> Outcome:
     """Record how an attempt ended and return what follows; the caller holds the claim.
 
@@ -62,11 +68,11 @@ def record_end(
         exit_code: of the process, negative for a signal.
         claims: token of the claim under which the attempt started, and the token that `status.json` held before.
         stop_requested: whether a person asked the run to stop.
-        failed_early_on: node of an attempt that ended before its first step; None if it made progress.
+        early_on: nodes of an attempt that ended before its first step; empty if it made progress.
     """
     if _is_held_elsewhere(run, exit_code, claims):
         return "elsewhere"  # this attempt never got the run's lock, or lost it
-    exit_code = _rank_exit_code(run, exit_code, claims[0])
+    exit_code = _rank_exit_code(run, attempt, exit_code, claims[0])
     is_killed_as_asked = stop_requested and exit_code == -signal.SIGKILL  # by a second Ctrl-C
     if exit_code in (EXIT_PREEMPTED, -signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT) or is_killed_as_asked:
         return _record_preemption(run, attempt, exit_code, stop_requested)
@@ -77,13 +83,31 @@ def record_end(
     reason, reason_class = _failure_reason(run, attempt, exit_code)
     state = "diverged" if exit_code == EXIT_DIVERGED else "failed"
     failed_on = run.write_status(state=state, reason=reason, reason_class=reason_class).failed_on
-    node = failed_on if failed_on is not None else failed_early_on or ""
-    may_be_node = failed_early_on and reason_class in NODE_REASONS and failed_on != SHARED
+    node = failed_on if failed_on is not None else _first_to_fail(run, attempt, reason, early_on)
+    may_be_node = early_on and node != SHARED and reason_class in NODE_REASONS
     given_back = bool(may_be_node and not set(run.failed_nodes(given_back=True)) - {node})
     _append_attempt(run, attempt, exit_code, reason, reason_class, node, given_back=given_back)
     if given_back:
         return "given back"
     return "retry" if may_retry(run.read_attempts(), reason_class) else "failed"
+
+
+def _first_to_fail(run: RunRecord, attempt: int, reason: str, early_on: Sequence[str]) -> str:
+    """Return the node whose rank failed first, before any rank could write that down; `SHARED` if it is unknown.
+
+    Of several nodes, srun names the first in the log. A rank that lost another may be the first to exit, though, while
+    the other one stands still.
+    """
+    if len(early_on) < 2:
+        return early_on[0] if early_on else SHARED
+    node, how = _first_failed_task(run, attempt)
+    return SHARED if node not in early_on or (blames_another_rank(reason) and how.startswith("Exited")) else node
+
+
+def _first_failed_task(run: RunRecord, attempt: int) -> tuple[str, str]:
+    """Return the node of the rank that srun saw fail first, and how it ended; empty if srun names none."""
+    found = _FAILED_TASK.search(_read_text(run.attempt_log(attempt)))
+    return (found[1], found[2]) if found else ("", "")
 
 
 def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | None]) -> bool:
@@ -99,7 +123,7 @@ def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | 
     return run.read_status().claim not in claims
 
 
-def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
+def _rank_exit_code(run: RunRecord, attempt: int, exit_code: int, claim: str) -> int:
     """Return the exit code that the run's status implies; torchrun and srun return one code for all ranks."""
     status, by_signal = run.read_status(), exit_code > 128
     if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
@@ -107,7 +131,13 @@ def _rank_exit_code(run: RunRecord, exit_code: int, claim: str) -> int:
         codes |= {"failed": EXIT_CRASHED}
         if status.state in codes:
             return codes[status.state]
-    return 128 - exit_code if by_signal else exit_code
+    if not by_signal:
+        return exit_code
+    # after one rank has failed, srun terminates the others, and returns their signal
+    _, how = _first_failed_task(run, attempt)
+    if how.startswith("Exited with exit code "):
+        return int(how.split()[4])
+    return -signal.SIGKILL if how.startswith("Killed") else 128 - exit_code
 
 
 def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_requested: bool) -> Outcome:
@@ -129,15 +159,29 @@ def _record_preemption(run: RunRecord, attempt: int, exit_code: int, stop_reques
 
 def _failure_reason(run: RunRecord, attempt: int, exit_code: int) -> tuple[str, ReasonClass]:
     """Return the reason and its class, from the run's status or the last line of its log where they state one."""
-    status = run.read_status()
-    if exit_code == -signal.SIGKILL:
-        return "killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
-    if status.state in ("failed", "diverged") and status.reason and status.reason_class:
-        return status.reason, status.reason_class
-    lines = [line.strip() for line in _read_text(run.attempt_log(attempt)).splitlines() if line.strip()]
+    status, killed = run.read_status(), "" if exit_code == -signal.SIGKILL else None
+    reason = status.reason if status.state in ("failed", "diverged") else None
+    if not reason or blames_another_rank(reason):
+        killed = _killed_rank(run, attempt) or killed
+    if killed is not None:
+        return f"{killed}killed by the system (SIGKILL), usually out of memory; use a smaller micro-batch", "oom"
+    if reason and status.reason_class:
+        return reason, status.reason_class
+    text = re.sub(_OF_TORCHRUN, "", _FAILED_RANK.split(_read_text(run.attempt_log(attempt)))[0], flags=re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd"))] or lines
     how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     kinds: dict[int, ReasonClass] = {EXIT_DIVERGED: "nan", EXIT_USER_ERROR: "config"}
     return lines[-1][:300] if lines else f"ended with {how}", kinds.get(exit_code, "code")
+
+
+def _killed_rank(run: RunRecord, attempt: int) -> str | None:
+    """Return the first words of a sentence about a rank that was killed, if torchrun or srun saw it fail first."""
+    found = _FAILED_RANK.search(_read_text(run.attempt_log(attempt)))
+    if found and int(found[1]) == -signal.SIGKILL:
+        return f"rank {found[2]} was "
+    node, how = _first_failed_task(run, attempt)
+    return f"a rank on {node} was " if how.startswith("Killed") else None
 
 
 def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | None) -> None:

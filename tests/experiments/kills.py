@@ -30,7 +30,7 @@ from aimscale.harness.data.store.pack import Listing, pack_images
 from aimscale.harness.run.directory import RunDir
 
 MOMENTS = ("start", "train", "save", "probe")
-VICTIMS = ("rank0", "rank1", "worker", "launcher")
+VICTIMS = ("launcher", "torchrun", "rank0", "rank1", "server", "worker")
 BUDGET = 512
 LIMIT_S = 120.0
 
@@ -38,10 +38,8 @@ LIMIT_S = 120.0
 def cells() -> Iterator[str]:
     """Names of all cells that there are."""
     for ranks, workers, moment, victim in itertools.product((1, 2), (0, 2), MOMENTS, VICTIMS):
-        is_there = (victim != "rank1" or ranks == 2) and (
-            victim != "worker" or (workers and moment in ("train", "save"))
-        )
-        if is_there:
+        has_victim = {"torchrun": ranks == 2, "rank1": ranks == 2} | dict.fromkeys(("server", "worker"), workers)
+        if has_victim.get(victim, True) and (moment != "probe" or victim not in ("server", "worker")):
             yield f"{ranks}-{workers}-{moment}-{victim}"
 
 
@@ -58,7 +56,7 @@ def write_data(folder: Path) -> None:
 
 def write_sweep(folder: Path, ranks: int, workers: int) -> Path:
     """Write a sweep of one run, which saves at every fourth step and probes at its end."""
-    probe = {"train": str(folder / "fit"), "test": str(folder / "test"), "kinds": ["attentive"], "iterations": 300}
+    probe = {"train": str(folder / "fit"), "test": str(folder / "test"), "kinds": ["attentive"], "iterations": 100}
     sweep = {
         "name": f"kills-{ranks}-{workers}",
         "sizes": ["w16-d2"],
@@ -91,7 +89,7 @@ def launch(sweep: Path, root: Path, ranks: int, log: Path) -> subprocess.Popen[b
 
 
 def processes(run: Path) -> Iterator[tuple[int, int, list[str], dict[str, str]]]:
-    """Yield id, parent, words and environment of the live processes that work on a run."""
+    """Yield id, parent, words and environment of the live processes that its launch started, the launch included."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -100,21 +98,27 @@ def processes(run: Path) -> Iterator[tuple[int, int, list[str], dict[str, str]]]
         except (OSError, ValueError):
             continue
         environment = dict(each.partition("=")[::2] for each in told)
-        if str(run) in words or "forkserver" in " ".join(words):
+        if environment.get("AIMSCALE_CACHE") == str(run.parents[2] / "cache"):
             yield int(folder.name), parent, words, environment
 
 
 def find_victim(run: Path, victim: str) -> int | None:
-    """Return the id of a rank of a run, or of a loader process of its last rank."""
+    """Return the id of a run's torchrun or rank, or of its last rank's fork server or loader process."""
     found = [*processes(run)]
+    if victim == "torchrun":
+        return next((pid for pid, _, words, _ in found if "torch.distributed.run" in words), None)
     ranks = {
         int(environment.get("RANK", "0")): pid
         for pid, _, words, environment in found
         if str(run) in words and "torch.distributed.run" not in words
     }
-    if victim != "worker":
+    if victim.startswith("rank"):
         return ranks.get(int(victim.removeprefix("rank")))
-    servers = [pid for pid, parent, _, _ in found if ranks and parent == ranks[max(ranks)]]
+    servers = [
+        pid for pid, parent, words, _ in found if ranks and parent == ranks[max(ranks)] and "forkserver" in str(words)
+    ]
+    if victim == "server":
+        return next(iter(servers), None)
     return next((pid for pid, parent, _, _ in found if parent in servers), None)
 
 
@@ -177,11 +181,15 @@ def try_cell(folder: Path, cell: str, whole: Any) -> str:
         how += f", and by ranks that outlived it, {time.monotonic() - killed:.0f} s after the kill"
     is_equal = run.model_file(BUDGET).exists() and outcome(run) == whole
     has_traceback = "Traceback" in log.read_text()
+    deadline = time.monotonic() + LIMIT_S
+    while (num_left := len([*processes(run.path)])) and time.monotonic() < deadline:
+        time.sleep(0.1)
     noticed = "-" if noticed_s is None else f"{noticed_s:.0f} s"
     is_late = " LATE" * ((noticed_s if noticed_s is not None else ended_s) > LIMIT_S)
     return (
         f"noticed after {noticed}{is_late}, ended after {ended_s:.0f} s; finished by {how}; "
         f"{'bitwise equal' if is_equal else 'NOT EQUAL'}{', a TRACEBACK' if has_traceback else ''}"
+        f"{f', {num_left} processes LEFT' if num_left else ''}"
     )
 
 

@@ -156,6 +156,17 @@ def test_a_rank_that_hangs_on_another_node_ends_the_others_and_no_sound_node_is_
     assert record.failed_nodes() == []  # the others cannot tell which of them stands still
 
 
+def test_of_two_nodes_the_broken_one_is_blamed_and_not_that_of_the_worker(fault: Any) -> None:
+    case = fault(fault="broken", override=TWO_RANKS)
+    case.launch()
+    case.wait(lambda: case.records[0].read_attempts(), "an attempt")
+    case.wait_empty_queue()
+    first, *_ = case.records[0].read_attempts()
+    assert first["given_back"]
+    assert case.records[0].failed_nodes() == ["node2"]
+    assert "uncorrectable ECC error" in first["reason"]
+
+
 def test_cancel_saves_and_does_not_come_back_until_it_is_retried(fault: Any, undisturbed: Losses) -> None:
     case = fault()
     case.launch()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ class DatasetInfo:
                 raise ValueError(f"version {version}; this program reads {FORMAT_VERSION}")
             names = values.pop("classes")
             return cls(**values, classes=None if names is None else tuple(names))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{where} cannot be used ({error}); run `aimscale data index` again") from error
 
 
@@ -100,7 +102,8 @@ def read_info(path: str) -> DatasetInfo:
             from aimscale.harness.data.store.remote import read_bytes  # fsspec is slow to import
 
             return DatasetInfo.from_json(read_bytes(where), where)
-        return DatasetInfo.from_json(Path(where).read_bytes(), where)
+        found = os.stat(where)
+        return _read_file(where, found.st_ino, found.st_mtime_ns, found.st_size)
     except FileNotFoundError as error:
         if "://" not in path and not Path(path).is_dir():
             there = [each.parent.name for each in Path(path).parent.glob(f"*/{DATASET_FILE}")]
@@ -112,6 +115,12 @@ def read_info(path: str) -> DatasetInfo:
         raise DataError(f"{path} has no index; run `aimscale data index {path}` or `aimscale data pack`") from error
     except (OSError, ValueError) as error:  # the latter: a NUL in the path
         raise DataError(f"cannot read the index of {path!r}: {error}") from error
+
+
+@functools.lru_cache(1024)
+def _read_file(where: str, *stat: int) -> DatasetInfo:
+    """Read the file `where`, once for each state of it: a look at a thousand runs asks for it thousands of times."""
+    return DatasetInfo.from_json(Path(where).read_bytes(), where)
 
 
 def find_info(path: str) -> DatasetInfo | None:

@@ -108,7 +108,9 @@ class ShardDataset:
 
     def key(self, i: int) -> str:
         """Return the key of sample i: its path in the shard without extension."""
-        import pyarrow.parquet as pq  # here: its allocator starts a thread, which loader processes do not need
+        # imported here: its allocator starts a thread, which loader processes do not need
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
         where = join(self.path, INDEX_FILE)
         try:
@@ -120,7 +122,7 @@ class ShardDataset:
                 group = int(np.searchsorted(ends, i, side="right"))
                 keys = file.read_row_group(group, columns=["key"], use_threads=False)["key"]
                 return str(keys[i - ends[group]].as_py())
-        except Exception as error:  # of pyarrow's many types, for a damaged file
+        except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:
             raise DataError(f"{where} cannot be read ({error}); run `aimscale data index` again") from error
 
     @property

@@ -119,7 +119,7 @@ def _label(path: str, key: str, members: Members) -> int | None:
         elif "json" in members:
             record = json.loads(members["json"][1])
             value = next((record[name] for name in _LABEL_KEYS if type(record.get(name)) is int), None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
     if value is not None and not 0 <= value <= MAX_LABEL:
         raise DataError(f"the label of sample '{key}' of {path} is {value}; class numbers lie in 0..{MAX_LABEL}")

@@ -107,10 +107,11 @@ class CachedReader:
 
     def _opened(self, name: str) -> io.FileIO:
         """Open a shard in the cache, once it is there."""
-        while True:
-            with contextlib.suppress(FileNotFoundError):
-                return open(self._path(name), "rb", buffering=0)
-            self._fetch(name, is_ahead=False)
+        with contextlib.suppress(FileNotFoundError):
+            return open(self._path(name), "rb", buffering=0)
+        fetched = self._fetch(name, is_ahead=False)
+        assert fetched is not None, "room was made, or an error raised"
+        return fetched
 
     def _use(self, name: str) -> bool:
         """Mark a shard as in use, for all processes of the machine; False if it is not in the cache."""
@@ -129,15 +130,17 @@ class CachedReader:
 
     def _fetch_wanted(self) -> None:
         while self._wanted:
-            has_room = False
+            fetched = None
             with contextlib.suppress(OSError, DataError):  # raised where the shard is read
-                has_room = self._fetch(self._wanted.popleft(), is_ahead=True)
-            if not has_room:
+                fetched = self._fetch(self._wanted.popleft(), is_ahead=True)
+            if fetched is None:
                 self._paused_until = time.monotonic() + _RETRY_S
                 self._wanted.clear()
+            else:
+                fetched.close()
 
-    def _fetch(self, name: str, *, is_ahead: bool) -> bool:
-        """Fetch a shard into the cache, unless another process does; False if there is no room ahead.
+    def _fetch(self, name: str, *, is_ahead: bool) -> io.FileIO | None:
+        """Fetch a shard into the cache, unless another process does, and open it; None if there is no room ahead.
 
         Raises:
             OSError: it cannot be fetched or written.
@@ -146,17 +149,18 @@ class CachedReader:
         target, size = self._path(name), self._sizes[name]
         partial = target.with_name(f"{target.name}{_PARTIAL}")
         with locked(partial):
-            if target.exists():  # another process has fetched it
-                return True
+            with contextlib.suppress(FileNotFoundError):
+                return open(target, "rb", buffering=0)  # another process has fetched it
             try:
                 while not self._make_room(partial, size, is_ahead=is_ahead):
                     if is_ahead:
-                        return False
+                        return None
                     time.sleep(0.1)  # until other processes have fetched theirs
                 if (found := download(join(self._location, name), partial)) != size:
                     raise OSError(f"it has {found:,} bytes, the index says {size:,}")
+                file = io.FileIO(partial)  # before others see the shard, who may evict it at once
                 partial.rename(target)
-                return True
+                return file
             finally:
                 partial.unlink(missing_ok=True)
 

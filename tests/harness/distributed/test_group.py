@@ -59,7 +59,13 @@ def test_alone_torchrun_and_slurm_end_in_the_same_placement() -> None:
     placed = find_placement(slurm)
     assert (placed.rank, placed.world_size, placed.local_rank, placed.address) == (5, 8, 1, "gpu003")
     assert placed.port == find_placement(slurm | {"SLURM_PROCID": "0"}).port != alone.port
-    for nodes, first in (("n1,n2", "n1"), ("gpu[07-12]", "gpu07"), ("a-[1,3]-ib", "a-1-ib"), ("r[2-3],other", "r2")):
+    for nodes, first in (
+        ("n1,n2", "n1"),
+        ("gpu[07-12]", "gpu07"),
+        ("a-[1,3]-ib", "a-1-ib"),
+        ("r[2-3],other", "r2"),
+        ("r[1-2]i[0-1]n[03,5],other", "r1i0n03"),
+    ):
         assert find_placement(slurm | {"SLURM_JOB_NODELIST": nodes}).address == first
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "9"}
     assert find_placement(batch_script).world_size == 1, "only what srun started is one of several"

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B hold every line and budget, also across a kill, under the run's id."""
+"""TensorBoard and W&B hold every line and budget, also across a kill, under the run's name."""
 
 from __future__ import annotations
 
@@ -110,6 +110,11 @@ def test_tensorboard_holds_every_line_of_a_killed_run_once_and_its_budgets_on_th
     assert not [name for name in found if any(str(budget) in name for budget in (64, 128))], "no panel for a budget"
 
 
+def open_and_close(rank: int, path: Path) -> None:
+    with open_loggers(RunDir(path), RunDir(path).load_config()):
+        pass
+
+
 @pytest.mark.usefixtures("offline")
 def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     tmp_path: Path, probed: Callable[[str], RunConfig], in_processes: Run
@@ -124,7 +129,10 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     assert [line["images_seen"] for line in lines if "val/loss" in line] == [64, 128]
     kept = records(run)
     starts = kept["run"]
-    assert {(each.run_id, each.run_group, each.project) for each in starts} == {(config.run_id, "my-sweep", "aimscale")}
+    assert len({each.run_id for each in starts}) == 1
+    assert {(each.display_name, each.run_group, each.project) for each in starts} == {
+        (config.run_id, "my-sweep", "aimscale")
+    }
     assert set(starts[0].tags) == {"w16-d2", "D=64", "D=128"}
     values = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
     assert values["params_total"] == run.read_rows()[0]["params_total"]
@@ -135,6 +143,9 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     assert table["images_seen"].tolist() == [64, 128]
     assert [each.exit_code for each in kept["exit"]] == [1, 0]
     assert len(kept["preempting"]) == 1
+    again = RunDir.create(tmp_path / "again", config)  # its lines must not meet those of the first
+    assert in_processes(open_and_close, again.path) == [0]
+    assert records(again)["run"][0].run_id != starts[0].run_id
 
 
 @pytest.mark.usefixtures("offline")

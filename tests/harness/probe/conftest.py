@@ -21,7 +21,7 @@ from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import SplitFeatures, extract_features
 from aimscale.harness.probe.features.images import LabelledImages, open_task
 from aimscale.harness.probe.protocol import probe_backbone
-from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
+from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig, run_config
 
 DIGITS = tuple("0123456789")
 FEWER = "98765430"
@@ -57,11 +57,16 @@ class Task:
         """Training and test images."""
         return open_task(self.section(), self.geometry, RuntimeConfig(), 0.0)
 
-    def probe(self, section: ProbeSection, backbone: Any = None, **options: Any) -> list[dict[str, Any]]:
+    def probe(
+        self, section: ProbeSection, backbone: Any = None, *, seed: int, max_bad_fraction: float = 0.01, **options: Any
+    ) -> list[dict[str, Any]]:
         """Probe a backbone, or the model, which is left as it was found."""
         backbone = backbone or AimBackbone(lambda: copy.deepcopy(self.model).float())
-        settings = {"model_section": self.geometry, "runtime": RuntimeConfig(), "max_bad_fraction": 0.01}
-        return probe_backbone(backbone, section, **settings | options)
+        data = {"sources": [{"path": str(self.root / "train")}], "max_bad_fraction": max_bad_fraction}
+        values = {"model": dict(self.geometry), "data": data, "budgets": [64], "seed": seed}
+        values |= {"optimiser": {"batch_size": 8}, "schedule": {"warmup_images": 16}}
+        config = run_config(values | {"validation": {"path": str(self.root / "test")}}, "the test")
+        return probe_backbone(backbone, section, config, **options)
 
     def features(self, images: LabelledImages, group: Group = ALONE, **options: Any) -> SplitFeatures:
         """Features of the model."""

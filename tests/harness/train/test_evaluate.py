@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from trainers import rows, train_in
 
+from aimscale.harness.probe import files
 from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
@@ -78,7 +79,7 @@ def test_kills_after_every_result_lose_none_and_double_none(
 
 
 def test_what_is_lost_or_asked_anew_is_lacking_and_nothing_else(
-    tmp_path: Path, asked: RunConfig, in_processes: Run
+    tmp_path: Path, asked: RunConfig, in_processes: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir.create(tmp_path / "run", asked)
     assert in_processes(train_in, run.path) == [0]
@@ -87,6 +88,9 @@ def test_what_is_lost_or_asked_anew_is_lacking_and_nothing_else(
         evaluation = asked.evaluation.model_copy(update=changes)
         return [str(each) for each in pending_work(run, asked.model_copy(update={"evaluation": evaluation}))]
 
+    with monkeypatch.context() as patch:  # of a thousand runs they are 100 MB
+        patch.setattr(files, "task_files", lambda *_: pytest.fail("the results of a finished run were read"))
+        assert words() == []
     first, second = asked.evaluation.probes
     assert words(budgets=(64, 128)) == ["training at 128"]
     assert words(probes=(first, second.model_copy(update={"kinds": ("linear", "knn")}))) == ["again at 64"]

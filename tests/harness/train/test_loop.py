@@ -105,7 +105,7 @@ STAGES = {
     "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
     "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
     "replace budgets/*/model.safetensors", "replace budgets/*/digest.json",
-    "replace results.json", "replace validation/*.npz", "rmdir *",
+    "replace results.json", "replace validation/*.npz", "replace complete.json", "rmdir *",
 }  # fmt: skip
 """Changes in a run directory, from taking the lock to giving it back."""
 

@@ -2,6 +2,7 @@
 
 STEP_S is the time a step takes longer, in seconds. FAULT=hog takes two gigabytes at the first step while the run
 directory has no file `healthy`. FAULT=stop stops rank 1 of the first attempt at its sixth step, as a hung node does.
+FAULT=broken ends what starts on node2 at once, as a node with a broken driver does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ num_steps = 0
 hoard: list[bytes] = []
 
 if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run; neither torchrun nor a loader's process
+    if os.environ.get("FAULT") == "broken" and os.environ.get("SLURMD_NODENAME") == "node2":
+        sys.exit("CUDA error: uncorrectable ECC error encountered")
+
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.step.engine import Engine
 

@@ -91,6 +91,30 @@ def test_a_run_that_failed_before_its_first_step_is_given_to_another_node_uncoun
     assert len(told(tmp_path)) == 2
 
 
+def test_of_several_nodes_the_one_that_failed_first_is_excluded(
+    write_sweep: Any,
+    worker_job: tuple[Callable[[], str], RunRecord],
+    program: Callable[[str, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Node2 cannot start the program; the worker, which node1 executes, tries two runs."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], base={"devices": 2}, slurm={"gpus": False})
+    prepare_directory(sweep)
+    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
+    words = ("no GPU", "srun: error: node2: task 1: Exited with exit code 1", "srun: error: node1: task 0: Terminated")
+    fails = "; ".join(['case "$*" in *sleep*) exit 1;; esac', *(f"echo '{each}'" for each in words), "exit 143"])
+    program("srun", fails)
+    program("sinfo", "echo node1; echo node2; echo node3")
+    program("scontrol", f'case "$*" in *hostnames*) echo node1; echo node2;; *) echo "$@" >> {tmp_path}/told;; esac')
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    assert execute_job(sweep.directory, JobShape(nodes=2, devices=1)) == "requeued"
+    assert told(tmp_path) == ["requeue 7", "update JobId=7 ExcNodeList=node2"]
+    assert [record.failed_nodes() for record in records] == [["node2"], ["node2"], []]
+    assert all(may_retry(record.read_attempts(), "code") for record in records)
+    assert {record.read_status().reason for record in records[:2]} == {"no GPU"}
+
+
 def test_a_node_without_the_gpus_that_were_asked_for_takes_no_run(
     worker_job: tuple[Callable[[], str], RunRecord],
     program: Callable[[str, str], None],

@@ -44,16 +44,37 @@ def test_time_limits_are_bounded_by_progress_alone(record: RunRecord) -> None:
     assert "slurm.time_limit_min" in str(record.read_status().reason)
 
 
+LOST = "another rank is gone or stands still, and its own entry in logs/ may say why"
+TERMINATED = "srun: error: node-1: task 0: Terminated"
+FIRST_EXITED = "srun: error: node-1: task 0: Exited with exit code 1"
+SECOND_EXITED = "srun: error: node-2: task 1: Exited with exit code 1"
+CRASHED = "srun: error: node-2: tasks 8-15: Segmentation fault"
+
+
 @pytest.mark.parametrize(
-    ("failed_on", "outcome", "nodes"),
-    [(None, "given back", ["node-1"]), ("node-2", "given back", ["node-2"]), (SHARED, "retry", [])],
-)
-def test_an_early_failure_is_given_to_another_node_unless_all_share_its_cause(
-    record: RunRecord, failed_on: str | None, outcome: str, nodes: list[str]
+    ("early_on", "failed_on", "log", "outcome", "nodes"),
+    [
+        (["node-1"], None, "", "given back", ["node-1"]),
+        (["node-1"], "node-2", "", "given back", ["node-2"]),
+        (["node-1"], SHARED, "", "retry", []),
+        (["node-1", "node-2"], "node-2", f"{TERMINATED}\n", "given back", ["node-2"]),
+        (["node-1", "node-2"], None, f"{SECOND_EXITED}\n{TERMINATED}", "given back", ["node-2"]),
+        (["node-1", "node-2"], None, f"{CRASHED}\n{TERMINATED}\n{LOST}", "given back", ["node-2"]),
+        # node-2 stands still, and node-1 is the first to say so
+        (["node-1", "node-2"], None, f"{FIRST_EXITED}\n{LOST}", "retry", []),
+        (["node-1", "node-2"], None, "srun: error: node-[1-2]: tasks 0-1: Exited with exit code 1", "retry", []),
+        (["node-1", "node-2"], None, "", "retry", []),
+    ],
+)  # fmt: skip
+def test_an_early_failure_is_given_to_others_than_the_node_that_failed_first(
+    record: RunRecord, early_on: list[str], failed_on: str | None, log: str, outcome: str, nodes: list[str]
 ) -> None:
-    record.write_status(state="failed", reason="r", reason_class="node", failed_on=failed_on, claim="mine")
+    reason = LOST if LOST in log else "r"
+    record.write_status(state="failed", reason=reason, reason_class="node", failed_on=failed_on, claim="mine")
+    record.logs.mkdir(parents=True)
+    record.attempt_log(1).write_text(log)
     claims = ("mine", None)
-    ended = record_end(record, 1, EXIT_CRASHED, claims=claims, stop_requested=False, failed_early_on="node-1")
+    ended = record_end(record, 1, EXIT_CRASHED, claims=claims, stop_requested=False, early_on=early_on)
     assert (ended, record.failed_nodes()) == (outcome, nodes)
 
 
@@ -104,6 +125,39 @@ def test_each_end_has_its_class_and_its_bound(
     clear_failure(record)
     assert may_retry(record.read_attempts(), kind)
     assert attempt(record, EXIT_FINISHED) == "finished"
+
+
+TORCHRUN = """\
+W1130 03:57:41.191000 10621 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 7 closing signal
+{said}E1130 03:57:54.986000 10621 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) \
+local_rank: 1 (pid: 8) of binary: python
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "reason", "kind"),
+    [
+        ({}, TORCHRUN.format(said="", code=-9), "rank 1 was killed by the system", "oom"),
+        ({}, TORCHRUN.format(said="NameError: uuid\n", code=1), "NameError: uuid", "code"),
+        ({}, TORCHRUN.format(said="", code=1), "ended with exit code 1", "code"),
+        (LOST, TORCHRUN.format(said="", code=-9), "rank 1 was killed by the system", "oom"),
+        (LOST, "srun: error: node-2: task 1: Killed", "a rank on node-2 was killed by the system", "oom"),
+        (LOST, f"{FIRST_EXITED}\nsrun: error: node-2: task 1: Killed", LOST, "node"),
+        ("disk is full", TORCHRUN.format(said="", code=-9), "disk is full", "node"),
+    ],
+)  # fmt: skip
+def test_the_rank_that_failed_first_says_why_and_not_the_program_that_started_it(
+    record: RunRecord, status: Any, log: str, reason: str, kind: str
+) -> None:
+    record.logs.mkdir(parents=True)
+    record.attempt_log(1).write_text(log)
+    written = {"state": "failed", "reason": status, "reason_class": "node"} if status else {}
+    assert attempt(record, EXIT_CRASHED, **written) == "retry"
+    found = record.read_status()
+    assert str(found.reason).startswith(reason)
+    assert found.reason_class == kind
 
 
 def test_reasons_that_take_turns_are_bounded_like_one(record: RunRecord) -> None:

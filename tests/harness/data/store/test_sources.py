@@ -9,7 +9,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from aimscale.harness.data.store.overlap import count_shared
 from aimscale.harness.data.store.shards import CACHE_FOLDER, CachedReader
 from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.lock import locked
 
 
 def encoded(rng: np.random.Generator, height: int, width: int, kind: str = "jpeg") -> bytes:
@@ -159,6 +160,33 @@ def test_cache_keeps_its_bound_and_touches_nothing_else(
     assert len(seen) > 2, "nothing was evicted"
     assert not [*cached.rglob("*.partial")]
     assert theirs.stat().st_size == 200_000
+
+
+def read_all(url: str, local: Path, root: Path, bound: int) -> int:
+    """Read a data set in a process of its own, from each shard in turn; returns the number of images."""
+    dataset = open_dataset(local)
+    reader = CachedReader(url, dataset.index.shard_sizes, root, bound)
+    numbers = np.argsort([offset for _, offset, _ in dataset.byte_ranges(range(len(dataset)))], kind="stable")
+    assert [reader.read(*dataset.byte_ranges([i])[0]) for i in numbers] == dataset.read_many(numbers)
+    return len(dataset)
+
+
+def test_two_processes_with_a_cache_for_one_shard_fetch_no_shard_in_vain(
+    small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def left_slowly(path: Path, **options: Any) -> Iterator[bool]:
+        with locked(path, **options) as is_mine:
+            yield is_mine
+        time.sleep(0.02 * (path.suffix == ".partial"))  # time enough for the other process to evict what was fetched
+
+    monkeypatch.setattr(shards, "locked", left_slowly)
+    bound = max(open_dataset(small_set).index.shard_sizes.values())
+    url, handler = serve(small_set)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        reading = pool.starmap_async(read_all, 2 * [(url, small_set, tmp_path / "cache", bound)])
+        num_read = sum(reading.get(timeout=120))
+    assert handler.asked.total() <= num_read
 
 
 def test_a_cache_that_loses_shards_costs_no_image_and_one_that_cannot_be_written_is_named(
