@@ -37,9 +37,9 @@ def fit(
     law: Annotated[
         str,
         typer.Option(
-            help="Law to fit; list prints all. A one-variable law names its variable, e.g. power_offset:N or power:C. "
-            "auto (auto:C of C alone), or several with commas: the first, or one that predicts the table's own larger "
-            "runs better in every backtest.",
+            help="Law to fit; list prints all. A law of one variable names it: power_offset:N. With auto (auto:C: laws "
+            "of C alone), or several names and commas, the first is taken, unless another one predicts the table's own "
+            "larger runs better in every backtest.",
             callback=list_laws,
             is_eager=True,
         ),
@@ -53,12 +53,11 @@ def fit(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="Column in proportion to which rows count; compute: as forecasts are fitted. Default: all alike."
-        ),
+        typer.Option(help="Column by which rows are weighted; compute: as forecasts do. Default: equal weights."),
     ] = None,
     hold_out: Annotated[
-        list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Test the law on its largest values, left out: N, or D:2 for two; may be repeated."),
     ] = None,
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
@@ -146,13 +145,13 @@ def forecast(
         list[str], typer.Option(help="A run's scale, N=1e9,D=2B (and U= where images repeat); may be repeated.")
     ],
     law: Annotated[
-        str, typer.Option(help="Laws to weigh: auto, auto:C of C alone, or names with commas; one law alone is itself.")
+        str, typer.Option(help="Laws to average: auto, auto:C (laws of C alone), or names with commas.")
     ] = "auto",
     register: Annotated[
         bool,
         typer.Option(
             "--register",
-            help="Append data hash, date and intervals to forecasts.jsonl beside the first table, before the run.",
+            help="Save the forecast, with date and hash of the data, in forecasts.jsonl next to the first table.",
         ),
     ] = False,
     y: options.LossColumn = "val_loss",

@@ -31,25 +31,25 @@ Tables = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        help="Columns as ours=theirs: N=num_params, N=params_total; or as a formula: C=6*N*D, L=1-acc. Accuracies as "
-        "TASK:KIND=theirs, and what the task has: TASK:chance=0.25, TASK:ideal=0 (the loss at which it is 1).",
+        help="Your columns as ours=theirs, N=num_params, or as a formula, C=6*N*D. Accuracies: TASK:KIND=theirs, with "
+        "TASK:chance=0.25 and TASK:ideal=0 (the loss at which the accuracy is 1) if known. May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]
 Where = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-24; main: the experiment with "
-        "most sizes and budgets; fresh: of a pool that is hardly repeated; envelope: that no row of less compute "
-        "beats. May be repeated.",
+        help="Keep only rows that meet a condition, such as prefix=paired, 'D>=8000' or size!=rung-24. Shortcuts: main "
+        "(the experiment with most sizes and budgets), fresh (a data pool that is hardly repeated), envelope (rows "
+        "that no cheaper row beats). May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]
 BestOf = Annotated[
     list[str] | None,
     typer.Option(
-        help="Where rows differ in these columns only (e.g. optimizer), keep the best; of learning rates, batches and "
-        "weight decays laws do so anyway. May be repeated.",
+        help="Keep the best of rows that differ only in these columns, such as optimizer. For learning rate, batch "
+        "size and weight decay laws do so anyway. May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -62,7 +62,7 @@ FigurePath = Annotated[
 ]
 Labels = Annotated[
     list[str] | None,
-    typer.Option("--label", help='Words in the figure: N="Parameters" for an axis, column or level. May be repeated.'),
+    typer.Option("--label", help='Name in the figure of an axis, column or level, N="Parameters". May be repeated.'),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -72,7 +72,8 @@ def plan(
         Path | None, typer.Option(help="Folder of `data pack --split`, with --suggest: what to train on.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Type of the GPU, such as A100, of which --suggest has HOURS; default: all here.")
+        str | None,
+        typer.Option(help="GPU for --suggest, such as A100: plan for one of them; default: all devices here."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -169,7 +169,7 @@ class _Batch:
         if failed and not any(job.has_begun for job in failed):
             raise SweepError(
                 f"all {len(failed)} jobs of the last launch ended before their workers began: {failed[-1].why} (see "
-                f"{failed[-1].log}); mend slurm.setup or slurm.python, or submit the same again by --retry"
+                f"{failed[-1].log}); fix slurm.setup or slurm.python, or submit the same again by --retry"
             )
 
     def _time_limit_min(self, runs: Sequence[Run], num_jobs: int) -> int:
