@@ -116,13 +116,21 @@ def then(
     columns: list[str] | None,
     where: list[str] | None,
     best: list[str] | None = None,
+    y: str = "val_loss",
 ) -> str:
     """Write what to run next on the same tables: verbs, each with further options behind it."""
     words = [NAMES.get(each, str(each)) for each in tables]
     for option, texts in (("--columns", columns), ("--where", where), ("--best-of", best)):
         words += [word for text in texts or [] for word in (option, text)]
-    given = shlex.join(words)
-    return "; ".join(f"aimscale {verb} {given} {rest}".strip() for verb, _, rest in (v.partition(" ") for v in verbs))
+    given, of_y = shlex.join(words), "" if y == "val_loss" else f"--y {shlex.quote(y)}"
+    parts = [verb.partition(" ") for verb in verbs]
+    lines = [("aimscale", verb, given, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
+    return "; ".join(" ".join(filter(None, line)) for line in lines)
+
+
+def can_report(df: pd.DataFrame) -> bool:
+    """Return whether a table holds what `report` needs."""
+    return bool({"val_loss", "probes"} & {*df})
 
 
 def say_next(commands: str) -> None:

@@ -6,6 +6,7 @@ checkpoint finds the line there. No row follows from it, and a missing one is ne
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
+
+_log = logging.getLogger(__name__)
 
 
 class LearningCurve:
@@ -87,7 +90,7 @@ class LearningCurve:
                 why = expected.reason_to_stop(deviation)
         for logger in self._loggers:
             logger.log_values(images_seen, scalars)
-        print(f"{images_seen:>10} images  validation loss {line['val_loss']:.4f}", flush=True)
+        _log.info("%10d images  validation loss %.4f", images_seen, line["val_loss"])
         return why
 
     @property

@@ -95,6 +95,7 @@ def launch(
         confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
     options = ["--on", on] if on else []
     options += [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
+    options += [*(["--devices", str(devices)] if devices else []), *["--allow-dirty"] * allow_dirty]
     result = LaunchResult()
     if place == "slurm":
         _launch_slurm(loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)

@@ -15,6 +15,7 @@ import typer.main
 
 from aimscale.aim.errors import UserError, check_training_installed, did_you_mean, printable
 from aimscale.analysis.errors import in_command
+from aimscale.harness.log.console import log_to_console
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
@@ -173,6 +174,7 @@ def _check_surroundings() -> None:
 def _run(argv: list[str] | None) -> Any:
     """Run the verb."""
     _check_surroundings()
+    log_to_console()
     try:
         with in_command():
             return typer.main.get_command(app)(args=argv, prog_name="aimscale")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +14,8 @@ from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 from aimscale.sweeps.state.record import RunRecord
+
+_log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 600.0
 """Time to wait for another launch of the sweep, s."""
@@ -36,7 +38,7 @@ def hold_submissions(sweep: Sweep) -> Iterator[None]:
         other = read_holder(path)
         who = f"process {other.pid} on {other.host}" if other else "another process"
         if not told:
-            print(told := f"waiting for {who}, which submits jobs of this sweep", file=sys.stderr, flush=True)
+            _log.warning(told := f"waiting for {who}, which submits jobs of this sweep")
         if time.monotonic() > deadline:
             raise SweepError(
                 f"{who} submits jobs of this sweep, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again"

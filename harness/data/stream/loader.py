@@ -11,8 +11,8 @@ import collections
 import contextlib
 import functools
 import itertools
+import logging
 import os
-import sys
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 
@@ -22,6 +22,8 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.stream.stream import Batch, Stream
+
+_log = logging.getLogger(__name__)
 
 ANSWER_S = 900.0
 """Seconds for which a micro-batch is waited for, half of what other ranks wait: a shard of 500 MB at .6 MB/s."""
@@ -149,7 +151,7 @@ class _Ring:
     def _batch(self, slot: int, part: range, bad_samples: tuple[str, ...]) -> Batch:
         """Make the batch of a slot that was filled."""
         for name in bad_samples[: max(0, _MAX_NAMED - self._num_named)]:
-            print(f"{name} cannot be decoded; another image takes its place", file=sys.stderr, flush=True)
+            _log.warning("%s cannot be decoded; another image takes its place", name)
         self._num_named += len(bad_samples)
         if self._free:
             pixels = self._view(slot)
