@@ -21,6 +21,21 @@ CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_tex
 """The context that Croissant 1.0 prescribes."""
 TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 """Kinds of numpy's types -> types of Croissant; all else is text."""
+FILES = {
+    "data": "tables, a row per run and data budget",
+    "report.html": "the page, in one file",
+    "numbers.json": "every number of the page, and how the tables were read",
+    "figures": "each figure as SVG, PDF and PNG, with a CSV of what it draws",
+    "tables": "each table for LaTeX (booktabs)",
+    "models": "configuration and card of every run; its weights where they are published",
+    "sweep.yaml": "what was run",
+    "environment.txt": "versions of the packages that trained",
+    "croissant.json": "the tables described for machines",
+    "CITATION.cff": "how to cite it",
+    "SHA256SUMS": "checksums of all files, for `sha256sum -c`",
+}
+"""Files of a folder that the card explains where they are there."""
+WRITTEN_LAST = ("SHA256SUMS",)
 
 
 def croissant(folder: Path, about: About) -> dict[str, Any]:
@@ -77,23 +92,6 @@ def _records(path: Path) -> dict[str, Any]:
             field["description"] = column.meaning + (f" ({column.unit})" if column.unit else "")
         fields.append(field)
     return {"@type": "cr:RecordSet", "@id": path.stem, "name": path.stem, "field": fields}
-
-
-FILES = {
-    "data": "tables, a row per run and data budget",
-    "report.html": "the page, in one file",
-    "numbers.json": "every number of the page, and how the tables were read",
-    "figures": "each figure as SVG, PDF and PNG, with a CSV of what it draws",
-    "tables": "each table for LaTeX (booktabs)",
-    "models": "configuration and card of every run; its weights where they are published",
-    "sweep.yaml": "what was run",
-    "environment.txt": "versions of the packages that trained",
-    "croissant.json": "the tables described for machines",
-    "CITATION.cff": "how to cite it",
-    "SHA256SUMS": "checksums of all files, for `sha256sum -c`",
-}
-"""Files of a folder that the card explains where they are there."""
-WRITTEN_LAST = ("SHA256SUMS",)
 
 
 class About(NamedTuple):

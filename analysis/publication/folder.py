@@ -20,7 +20,7 @@ import yaml
 
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.registry import REGISTER
+from aimscale.analysis.forecasts.forecast import REGISTER
 from aimscale.analysis.publication.card import About, croissant, folder_card, model_cards, sha256
 from aimscale.analysis.published.comparison import BASELINES_FILE
 from aimscale.analysis.report.page import write_page
@@ -35,6 +35,11 @@ NOT_PRINTED = ("forecaster",)
 NOTHING = "nothing"
 """Printed for a place that one side lacks."""
 NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:[e×]?[-+⁻⁰¹²³⁴⁵⁶⁷⁸⁹\d]*)")
+NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
+BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
+"""Files beside a table that its page reads."""
+VERSION = 1
+"""Rises when `numbers.json` changes its form."""
 
 
 class Source(NamedTuple):
@@ -132,13 +137,6 @@ def compare_numbers(published: Any, recomputed: Any) -> tuple[int, tuple[tuple[s
         if not _is_same(old, new):
             found.append((place, str(old), str(new)))
     return len(places), tuple(found)
-
-
-NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
-BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
-"""Files beside a table that its page reads."""
-VERSION = 1
-"""Rises when `numbers.json` changes its form."""
 
 
 def publish(

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -67,7 +68,7 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         warnings.simplefilter("ignore", UserWarning)  # DeepSpeed asks fake tensors for their address
         import_deepspeed()
         from deepspeed.accelerator import get_accelerator
-        from deepspeed.runtime.zero import stage3
+        from deepspeed.runtime.zero import partition_parameters, stage3
 
         accelerator = get_accelerator()
         if accelerator.device_name() != "cpu":
@@ -77,6 +78,8 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
         stack.enter_context(patch.object(stage3, "reduce_scatter_coalesced", _reduce_scatter))
+        stack.enter_context(patch.object(partition_parameters.AllGatherCoalescedHandle, "wait", _take_gathered))
+        stack.enter_context(patch.object(Tensor, "narrow", _narrow(Tensor.narrow, world_size)))
         if on_gpu:
             stack.enter_context(patch.object(aimscale.aim.layers, "keeps_scores", lambda heads: False))
         torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=store())
@@ -122,6 +125,32 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
         for name, buffer in each._buffers.items():
             each._buffers[name] = None if buffer is None else fn(buffer)
     return module
+
+
+def _narrow(narrow: Callable[..., Tensor], world_size: int) -> Callable[..., Tensor]:
+    """Make the shares of all ranks in a message one view, since DeepSpeed asks for each at every message."""
+    last: list[Any] = [None, None]  # weak references to a message and to a view of it
+
+    def shared(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+        if tensor.dim() != 1 or length * world_size != tensor.numel() or torch.is_grad_enabled():
+            return narrow(tensor, dim, start, length)
+        message, view = (each and each() for each in last)
+        if message is not tensor or view is None:
+            view = narrow(tensor, dim, start, length)
+            last[:] = weakref.ref(tensor), weakref.ref(view)
+        return view
+
+    return shared
+
+
+def _take_gathered(handle: Any, handle_dependency: bool = True) -> None:
+    """Give parameters their gathered values, as DeepSpeed's `AllGatherCoalescedHandle.wait` does."""
+    handle.allgather_handle.wait()
+    for parameter in () if handle.complete else handle.params:
+        gathered = handle.partitions[0].new_empty(parameter.ds_numel)
+        parameter.data = gathered.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
+        parameter.ds_status = type(parameter.ds_status).AVAILABLE
+    handle.complete = True
 
 
 def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
