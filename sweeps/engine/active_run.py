@@ -68,9 +68,6 @@ class ActiveRun:
 
         Args:
             environment: variables that confine the run to its devices.
-
-        Raises:
-            OSError: the log cannot be written, or no process can be created.
         """
         self.run, self.record, self.lock, self.claims, self.devices = run, record, lock, claims, devices
         self.attempt, self.progress_before = record.next_attempt(), self.progress()
