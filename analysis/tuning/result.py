@@ -24,7 +24,7 @@ STEEPEST = 4.0
 EXPONENTS = {"N": "a", "D": "b"}
 """Variable -> its exponent."""
 OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
-"""How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
+"""How a cell's optimum was found: inside the settings tried or as near as its error, beyond, not at all, by the law."""
 NO_OPTIMUM = {
     EDGE: "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
     NO_MINIMUM: "No lowest loss is seen at {}; the laws leave it out.",

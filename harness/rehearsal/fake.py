@@ -7,7 +7,6 @@ once. Both are torch's own, for its tests and compilers.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import warnings
 import weakref
@@ -24,22 +23,15 @@ import aimscale.aim.layers
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import Group, Placement, import_deepspeed, stop_group
 
-TESTED_TORCH = "2.13"
-"""Version that the tests passed with."""
+try:  # private, and all of it that is used
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+except ImportError as error:
+    raise UserError(f"torch {torch.__version__} lacks what a rehearsal needs ({error}); install 2.13") from error
 
 
 class RehearsalError(UserError):
-    """Rehearsal that is impossible in this process or with this version of torch."""
-
-
-def _private(module: str, name: str) -> Any:
-    """Import what is private of torch."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RehearsalError(
-            f"torch {torch.__version__} has no {module}.{name}, which a rehearsal needs; install {TESTED_TORCH}"
-        ) from error
+    """Rehearsal that is impossible in this process."""
 
 
 @contextlib.contextmanager
@@ -50,13 +42,8 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         on_gpu: whether attention keeps what a GPU's fused kernel does, or what a CPU does.
 
     Raises:
-        RehearsalError: this process has a process group, or uses another accelerator, or torch lacks what is needed.
+        RehearsalError: this process has a process group, or uses another accelerator.
     """
-    fake_tensor, fake_mode, unset_fake = (
-        _private("torch._subclasses.fake_tensor", name)
-        for name in ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily")
-    )
-    store = _private("torch.testing._internal.distributed.fake_pg", "FakeStore")
     if torch.distributed.is_initialized():
         raise RehearsalError("a rehearsal needs a process of its own, and this one has a process group")
     placement = Placement(rank=rank, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
@@ -82,10 +69,10 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         stack.enter_context(patch.object(Tensor, "narrow", _narrow(Tensor.narrow, world_size)))
         if on_gpu:
             stack.enter_context(patch.object(aimscale.aim.layers, "keeps_scores", lambda heads: False))
-        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=store())
+        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         stack.callback(stop_group)
-        stack.enter_context(fake_mode(allow_non_fake_inputs=True))
-        stack.enter_context(_HostValues(fake_tensor, unset_fake))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_HostValues())
         yield Group(placement, torch.device("cpu"), None)
 
 
@@ -93,22 +80,18 @@ class _HostValues(TorchDispatchMode):
     """Mode in which integers made from real ones stay real, since prefix lengths decide shapes, and in which a look at
     a fake value finds 0 or 1: no gradient overflows, and every norm is finite."""
 
-    def __init__(self, fake: type[Tensor], unset_fake: Callable[[], Any]) -> None:
-        super().__init__()
-        self._fake, self._unset_fake = fake, unset_fake
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], self._fake) and func is not torch.ops.aten._local_scalar_dense.default:
+        if args and isinstance(args[0], FakeTensor) and func is not torch.ops.aten._local_scalar_dense.default:
             return func(*args, **kwargs)
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], self._fake):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
             return 1.0 if tensors[0].dtype.is_floating_point else tensors[0].dtype is not torch.bool and 0
         is_host = tensors or func is torch.ops.aten.arange.default
         if kwargs.get("dtype", torch.int64).is_floating_point:
             is_host = False
-        if is_host and not any(isinstance(each, self._fake) or each.is_floating_point() for each in tensors):
-            with self._unset_fake():
+        if is_host and not any(isinstance(each, FakeTensor) or each.is_floating_point() for each in tensors):
+            with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
