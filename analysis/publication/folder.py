@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -196,7 +197,11 @@ def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
                 raise AnalysisError(f"two folders hold a {file.name}; publish their tables apart.")
             shutil.copyfile(file, folder / "data" / file.name)
             if file.suffix == ".parquet":
-                write_table(pq.read_table(file), folder / "data" / f"{file.stem}.csv")
+                try:
+                    table = pq.read_table(file)
+                except (pa.ArrowException, OSError) as error:
+                    raise AnalysisError(f"cannot read {file} as a table ({error}); write it again") from error
+                write_table(table, folder / "data" / f"{file.stem}.csv")
     return tuple(names)
 
 
