@@ -119,7 +119,7 @@ class Correlations(Result):
         found = [("caution", text.format(name, percent(chance, 3))) for name, chance in names.items()]
         found.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
-            found.append(("over all rows", "both may follow compute, and then they correlate whatever else they share"))
+            found.append(("over all rows", "both may follow compute, which alone makes them correlate"))
         for c in self:
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
             over += f" and {c.num_budgets} budgets" * bool(c.num_budgets)

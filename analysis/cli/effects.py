@@ -30,7 +30,9 @@ def contrast(
     ignore: Annotated[list[str] | None, typer.Option(help="Column that may differ within a pair.")] = None,
     as_law: Annotated[
         bool,
-        typer.Option("--as-law", help="Fit a law of the loss per level, together: the gain in compute by compute."),
+        typer.Option(
+            "--as-law", help="Fit the losses of both levels as laws: how the gain in compute changes with compute."
+        ),
     ] = False,
     columns: options.Columns = None,
     where: options.Where = None,
@@ -94,7 +96,8 @@ def rates(
         str, typer.Option(help="Law of the loss to fit as measured, and as if all runs were tuned.")
     ] = "chinchilla",
     target: Annotated[
-        str | None, typer.Option(help="A run's scale, N=1e9,D=2B: its best settings, and what would tell them better.")
+        str | None,
+        typer.Option(help="Print the best settings at this scale, N=1e9,D=2B, and the runs that would narrow them."),
     ] = None,
     write: Annotated[
         Path | None, typer.Option(help="Write the laws as a recipe that a sweep can name, FILE.yaml.")

@@ -11,7 +11,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_to_minimise, then, tuning_lines
+from aimscale.analysis.cli.options import can_report, show, table_to_minimise, then, tuning_lines
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import Flag, human, said_once
@@ -37,9 +37,9 @@ def fit(
     law: Annotated[
         str,
         typer.Option(
-            help="Law to fit; list prints all. A one-variable law names its variable, e.g. power_offset:N or power:C. "
-            "auto (auto:C of C alone), or several with commas: the first, or one that predicts the table's own larger "
-            "runs better in every backtest.",
+            help="Law to fit; list prints all. A law of one variable names it: power_offset:N. With auto (auto:C: laws "
+            "of C alone), or several names and commas, the first is taken, unless another one predicts the table's own "
+            "larger runs better in every backtest.",
             callback=list_laws,
             is_eager=True,
         ),
@@ -53,12 +53,11 @@ def fit(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(
-            help="Column in proportion to which rows count; compute: as forecasts are fitted. Default: all alike."
-        ),
+        typer.Option(help="Column by which rows are weighted; compute: as forecasts do. Default: equal weights."),
     ] = None,
     hold_out: Annotated[
-        list[str] | None, typer.Option(help="Test by leaving the largest out, e.g. N or D:2; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Test the law on its largest values, left out: N, or D:2 for two; may be repeated."),
     ] = None,
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
@@ -72,6 +71,7 @@ def fit(
     from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
+    typed_y = y
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     if found := several(law, df, y):
         if fix:
@@ -87,7 +87,8 @@ def fit(
     also = {"tuning": tuning, **({"laws": found.table} if found else {})}
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
-    following = then([*["frontier"] * splits, "report"], tables, columns, where, best_of)
+    verbs = [*["frontier"] * splits, *["report"] * can_report(df)]
+    following = then(verbs, tables, columns, where, best_of, typed_y)
     show(result, json, figure, labels=label, after=after, also=also, following=following)
 
 
@@ -146,13 +147,13 @@ def forecast(
         list[str], typer.Option(help="A run's scale, N=1e9,D=2B (and U= where images repeat); may be repeated.")
     ],
     law: Annotated[
-        str, typer.Option(help="Laws to weigh: auto, auto:C of C alone, or names with commas; one law alone is itself.")
+        str, typer.Option(help="Laws to average: auto, auto:C (laws of C alone), or names with commas.")
     ] = "auto",
     register: Annotated[
         bool,
         typer.Option(
             "--register",
-            help="Append data hash, date and intervals to forecasts.jsonl beside the first table, before the run.",
+            help="Save the forecast, with date and hash of the data, in forecasts.jsonl next to the first table.",
         ),
     ] = False,
     y: options.LossColumn = "val_loss",
@@ -166,6 +167,7 @@ def forecast(
     from aimscale.analysis.forecasts.registry import REGISTER
     from aimscale.analysis.forecasts.registry import register as write
 
+    typed_y = y
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
@@ -175,7 +177,7 @@ def forecast(
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    following = then([f"next --target {at[-1]} --budget GPU_HOURS"], tables, columns, where, best_of)
+    following = then([f"next --target {at[-1]}"], tables, columns, where, best_of, typed_y)
     show(found, json, after=after, also={"tuning": tuning}, following=following)
 
 
@@ -197,6 +199,7 @@ def frontier(
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
+    typed_y = y
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     chosen = several(law, df, y)
     found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
@@ -215,5 +218,5 @@ def frontier(
         words=found.summary(shown),
         after=tuning_lines(tuning),
         also={"optima": optima, "flags": found.cautions, "tuning": tuning},
-        following=then([*place, "report"], tables, columns, where, best_of),
+        following=then([*place, *["report"] * can_report(df)], tables, columns, where, best_of, typed_y),
     )

@@ -31,25 +31,25 @@ Tables = Annotated[
 Columns = Annotated[
     list[str] | None,
     typer.Option(
-        help="Columns as ours=theirs: N=num_params, N=params_total; or as a formula: C=6*N*D, L=1-acc. Accuracies as "
-        "TASK:KIND=theirs, and what the task has: TASK:chance=0.25, TASK:ideal=0 (the loss at which it is 1).",
+        help="Your columns as ours=theirs, N=num_params, or as a formula, C=6*N*D. Accuracies: TASK:KIND=theirs, with "
+        "TASK:chance=0.25 and TASK:ideal=0 (the loss at which the accuracy is 1) if known. May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]
 Where = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only rows that meet a condition, e.g. prefix=paired, 'D>=8000', size!=rung-24; main: the experiment with "
-        "most sizes and budgets; fresh: of a pool that is hardly repeated; envelope: that no row of less compute "
-        "beats. May be repeated.",
+        help="Keep only rows that meet a condition, such as prefix=paired, 'D>=8000' or size!=rung-24. Shortcuts: main "
+        "(the experiment with most sizes and budgets), fresh (a data pool that is hardly repeated), envelope (rows "
+        "that no cheaper row beats). May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]
 BestOf = Annotated[
     list[str] | None,
     typer.Option(
-        help="Where rows differ in these columns only (e.g. optimizer), keep the best; of learning rates, batches and "
-        "weight decays laws do so anyway. May be repeated.",
+        help="Keep the best of rows that differ only in these columns, such as optimizer. For learning rate, batch "
+        "size and weight decay laws do so anyway. May be repeated.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -62,7 +62,7 @@ FigurePath = Annotated[
 ]
 Labels = Annotated[
     list[str] | None,
-    typer.Option("--label", help='Words in the figure: N="Parameters" for an axis, column or level. May be repeated.'),
+    typer.Option("--label", help='Name in the figure of an axis, column or level, N="Parameters". May be repeated.'),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -116,13 +116,21 @@ def then(
     columns: list[str] | None,
     where: list[str] | None,
     best: list[str] | None = None,
+    y: str = "val_loss",
 ) -> str:
     """Write what to run next on the same tables: verbs, each with further options behind it."""
     words = [NAMES.get(each, str(each)) for each in tables]
     for option, texts in (("--columns", columns), ("--where", where), ("--best-of", best)):
         words += [word for text in texts or [] for word in (option, text)]
-    given = shlex.join(words)
-    return "; ".join(f"aimscale {verb} {given} {rest}".strip() for verb, _, rest in (v.partition(" ") for v in verbs))
+    given, of_y = shlex.join(words), "" if y == "val_loss" else f"--y {shlex.quote(y)}"
+    parts = [verb.partition(" ") for verb in verbs]
+    lines = [("aimscale", verb, given, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
+    return "; ".join(" ".join(filter(None, line)) for line in lines)
+
+
+def can_report(df: pd.DataFrame) -> bool:
+    """Return whether a table holds what `report` needs."""
+    return bool({"val_loss", "probes"} & {*df})
 
 
 def say_next(commands: str) -> None:

@@ -27,14 +27,18 @@ def report(
 
     Several tables make one page: laws are fitted to the experiment with most sizes and budgets, the rest are contrasts.
     """
+    from aimscale.analysis.report.page import write_page
+    from aimscale.analysis.report.study import next_scales, read_study
     from aimscale.analysis.table.read import parse_columns
 
-    named = parse_columns(columns or [])
-    page = analysis.write_report(tables, out, columns=named, where=where or [], best=best_of or [], figures=figures)
+    study = read_study(tables, parse_columns(columns or []), where or [], best_of or [])
+    page = write_page(study, out, figures)
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
-    options.say_next(then(["forecast --at N=SIZE,D=IMAGES"], tables, columns, where, best_of))
+    if study.get("forecast") is not None:
+        scale = ",".join(f"{name}={value:.4g}" for name, value in next_scales(study)[-1].items())
+        options.say_next(then([f"forecast --at {scale}"], tables, columns, where, best_of))
 
 
 def compare(

@@ -26,7 +26,10 @@ OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
 CAUTIONS = {
     "prefix": ("unseen_prefix", "Every model is validated with a bidirectional prefix; some were trained without one."),
-    "patch_order": ("other_patches", "Each order scores other patches after the prefix: another task for each."),
+    "patch_order": (
+        "other_patches",
+        "Each order scores different patches after the prefix, so losses measure different tasks.",
+    ),
     **dict.fromkeys(
         ("head_rule", "head_depth", "model.head_kind"),
         ("equal_images", "Equal images, not equal compute: a deeper or larger head costs more per image."),
@@ -86,10 +89,10 @@ def contrast(
     if by in CAUTIONS:
         flags.append(Flag(kind=CAUTIONS[by][0], subject=by, text=CAUTIONS[by][1]))
     if any(not each.over for each in found):
-        text = "One pair of runs a size tells nothing of seeds, so there is no interval; run more seeds."
+        text = "With one pair of runs per size the spread of seeds is unknown, so there is no interval; run more seeds."
         flags.append(Flag(kind="one_pair", text=text))
     if any(each.over == "runs" and each.num_sizes for each in found):
-        text = "Fewer than three sizes: intervals speak of these sizes alone; run more sizes to tell of others."
+        text = "Fewer than three sizes: intervals hold for these sizes only; run more sizes to cover others."
         flags.append(Flag(kind="these_sizes", text=text))
     equal = tuple(their_name(rows, name) for name in keys if design.varies(rows[name]))
     return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))

@@ -90,7 +90,7 @@ def _parameters(found: Estimate, intervals: Mapping[str, Interval]) -> Iterator[
             text = f"{p.name} is not identified: its interval reaches the bound {number:g}."
         elif may_be_nil and at_low and i.high > 0:
             kind, number, unknown = "from_above", i.high, alone
-            text = f"{p.name} is known from above only: the data allow any value from 0 to {human(i.high, 4)}."
+            text = f"{p.name} has only an upper bound: the data allow any value from 0 to {human(i.high, 4)}."
         elif i.low > 0 and i.high / i.low > (WIDE_FACTOR if is_linear else WIDE_EXPONENT_FACTOR):
             kind, number, unknown = "factor", i.high / i.low, {p.name} | alone
             text = f"{p.name} is known only within a factor of {human(number)}."
@@ -140,12 +140,12 @@ def _outliers(found: Estimate, points: Observations) -> Iterator[Flag]:
 def blind_flags(groups: Groups) -> Iterator[Flag]:
     """Flag kinds of groups that are too few to tell the error that their points share (`visible_groups`)."""
     for name in groups.unseen:
-        text = f"Too few {name} to estimate the error that all points of one share; the intervals assume none."
+        text = f"Too few {name} to estimate the error that points of one share; intervals assume that there is none."
         yield Flag(kind="unseen", subject=name, text=text)
     for name in groups.few:
         num = groups.counts[name]
-        text = f"Only {num} {name}: an error that all points of one share can hardly be estimated, and where there is "
-        text += "one, 95 % intervals cover about 90 %."
+        text = f"Only {num} {name}: the error that points of one share can hardly be estimated; where there is such an "
+        text += "error, 95 % intervals cover about 90 %."
         yield Flag(kind="few_groups", subject=name, number=num, text=text)
 
 
@@ -192,7 +192,7 @@ def _experiments(found: Estimate, rows: pd.DataFrame) -> Iterator[Flag]:
         if test and test[1] <= ALARM / len(names):
             off = 100 * float(np.ptp(np.bincount(codes, found.residual) / np.bincount(codes)))
             column, told = their_name(rows, name), p_value(test[1])
-            text = f"Rows of different {column} lie up to {off:.2g} % apart ({told}), so they are not of one law; "
+            text = f"Rows with different {column} differ by up to {off:.2g} % ({told}), so no one law fits them; "
             text += f"choose one by {option('where')}."
             yield Flag(kind="experiments", subject=column, number=off, p=test[1], text=text)
 

@@ -91,10 +91,10 @@ class Approaches(Result):
         """List flags and approaches that were not possible, what is lowest, how far the approaches differ, and how each
         was found."""
         cautions, top = [*self.cautions, *failed_words(self.failures)], self.largest_budget
-        found = [*(("caution", each) for each in cautions), ("lowest", self.measure)]
+        found = [*(("caution", each) for each in cautions), ("minimised", self.measure)]
         if len(self.frontiers) > 1:
-            apart = (f"{self.disagreement(c):.2f} times at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
-            found.append(("N* apart", ", ".join(apart)))
+            apart = (f"{self.disagreement(c):.2f} at {power_of_ten(c, 3)} FLOP" for c in (top, 100 * top))
+            found.append(("difference", f"N* differs by a factor of {', '.join(apart)}"))
         return [*found, *((f"approach {each.approach}", each.method_words) for each in self.frontiers)]
 
     def summary(self, flops: Array = None) -> str:

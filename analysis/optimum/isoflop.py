@@ -56,7 +56,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
     flops, (best, losses, slopes) = np.array([*found]), map(np.array, zip(*found.values(), strict=True))
     cost, through = cost_of(points), np.linalg.pinv(np.column_stack([np.ones(len(flops)), np.log(flops)]))
     line, flags = through @ best, list[Flag]()
-    covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to tell errors by"
+    covariance, degrees, method = np.full((2, 2), np.nan), 1.0, "no interval: too few points to estimate errors"
     if (surface := _surface(points, log_losses)) is not None:
         values, errors, degrees, flags = surface
         with contextlib.suppress(NoFrontier):  # the surface itself may have no minimum there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -60,7 +61,8 @@ def axis_label(
         return default
     if names and column in names:
         letter = LETTERS.get(column, "L")
-        return plain(names[column]) if letter in ("L", names[column]) else f"{letter}: {plain(names[column])}"
+        name = re.sub(r"\s*\*\s*", " × ", names[column].replace("`", ""))  # it may be a formula
+        return plain(name) if letter in ("L", name) else f"{letter}: {plain(name)}"
     label = plain(described(column).axis_label, 60)
     if not loss_unit:  # others count other things under our names
         return label.replace(", pixel head included", "").replace("training images", "samples")

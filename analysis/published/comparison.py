@@ -104,7 +104,9 @@ class Comparison(Result):
     def headline(self) -> str:
         """Say how much is comparable."""
         num = self.tasks["task"].nunique()
-        return f"{num} of the paper's {len(TASKS)} tasks beside AIM, {len(self.left_out)} things not comparable"
+        return (
+            f"{num} of the paper's {len(TASKS)} tasks compared with AIM, {len(self.left_out)} limits to the comparison"
+        )
 
     def facts(self) -> list[tuple[str, str]]:
         """Say what is not comparable, and how much is."""

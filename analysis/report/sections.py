@@ -247,7 +247,7 @@ def _published(study: Study) -> Iterator[Part]:
             yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot)
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
-            "stand beside AIM-7B's last six, chosen ones beside its best six."
+            "are compared with AIM-7B's last six, chosen ones with its best six."
         )
         yield Block("compare", "The same tasks, ours and theirs", found.tasks, note=note)
     if len(found.baselines):

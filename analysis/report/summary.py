@@ -28,7 +28,7 @@ SCALES = {"N": "size", "D": "amount of data", "C": "compute"}
 PIXELS = "raw-pixels"
 """The baseline that stands in the sentence: what features are made of."""
 Colour = Literal["green", "amber", "red"]
-HEADS = {"green": "Yes", "amber": "With care", "red": "No"}
+HEADS = {"green": "Yes", "amber": "With caution", "red": "No"}
 MAX_REASONS = 4
 """Doubts told in the summary; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern")
@@ -74,7 +74,7 @@ def _law_finding(law: Fit, whose: str) -> PageFigure:
     ]
     sentence = f"Left out, {told[0]}" if told else f"One law of {law.num_points} points, tested on none"
     details = [f"Left out, {each}." for each in told[1:]]
-    details += [f"{law.law.formula}, fitted to {law.num_points} of {law.num_rows} rows{whose}, with its 95 % interval."]
+    details += [f"The figure shows the law of all rows{whose}, {law.law.formula}, with its 95 % interval."]
     return PageFigure("loss-N", sentence, " ".join(details), partial(law.plot, x="N"))
 
 
@@ -225,7 +225,7 @@ def _forecast(study: Study) -> str:
         loss, low, high = (human(row[name], 4) for name in ("value", "pi_lo", "pi_hi"))
         parts.append(f"At N = {n}, D = {d} ({far} times beyond the table) a loss of {loss} [{low}, {high}].")
         repeats += map(str, passes_flags(study.usable, f"D = {d}", {"D": row["D"]}))
-    return " ".join([*parts, f"Intervals: {percent(CONFIDENCE)}, of one run.", *repeats])
+    return " ".join([*parts, f"Intervals are {percent(CONFIDENCE)}, for one new run.", *repeats])
 
 
 def _next(study: Study, joint: Fit | None) -> str:

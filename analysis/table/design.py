@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import pandas as pd
 
-from aimscale.analysis.table.accuracies import looks_like_accuracy
+from aimscale.analysis.table.accuracies import looks_like_accuracy, to_numbers
 from aimscale.analysis.table.names import CANONICAL, FOLDER, remember, their_name
 from aimscale.analysis.table.schema import COLUMNS, KNOWN
 
@@ -81,8 +81,9 @@ def foreign_settings(frame: pd.DataFrame, measured: Collection[str] = ()) -> lis
     scale, found = _varying(frame, ("params_total", "seed")), []
     for name in [name for name in plain if not looks_like_accuracy(frame, name)]:
         num_values = frame[name].nunique()
-        if pd.api.types.is_numeric_dtype(frame[name]):
-            whole = (frame[name].dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
+        numbers = to_numbers(frame[name])
+        if numbers.notna().equals(frame[name].notna()):  # 44M and 26.2 %, too
+            whole = (numbers.dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
             is_setting = (2 if whole else 3) * num_values <= len(frame)
         else:
             is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == num_values

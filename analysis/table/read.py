@@ -77,7 +77,13 @@ def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
         return frame
     ordered = frame.loc[complete(frame).index.append(frame.index).unique()]
     repeats = ordered.duplicated(keys) & ordered[keys].notna().all(axis=1)
-    return ordered[~repeats].sort_index(ignore_index=True)
+    rows = ordered[~repeats].sort_index(ignore_index=True)
+    if "val_loss" not in frame:
+        return rows
+    losses = ordered["val_loss"]
+    others = repeats & losses.notna() & (losses != ordered.groupby(keys)["val_loss"].transform("first"))
+    text = "with a run_id and D of an earlier table, and another loss: give each table's runs ids of their own"
+    return remember(rows, left_out=[Exclusion(kind="repeat", number=int(others.sum()), text=text)])
 
 
 def parse_columns(pairs: Iterable[str]) -> dict[str, str]:

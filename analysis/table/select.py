@@ -120,7 +120,7 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
     names += ["images_seen"] * ("params_total" in known) + ["params_total"] * ("images_seen" in known)
     for name in [name for name in names if name in rows and name not in known and varies(rows[name])]:
         called, number = their_name(frame, name), rows[name].nunique()
-        unknown = f"The rows differ in {called} ({number} values), which the law does not know"
+        unknown = f"The rows differ in {called} ({number} values), which is no variable of the law"
         text = f"{unknown}; choose one by {option('where')}."
         flags.append(Flag(kind="mixed", subject=called, number=number, text=text))
     if during := int((frame["status"] == "during").sum()) if "status" in frame else 0:

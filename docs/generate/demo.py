@@ -58,12 +58,13 @@ def section(folder: Path = TABLES) -> str:
 def ranges(seeds: pd.DataFrame) -> str:
     """Say in a sentence what all seeds show."""
     said = Counter(seeds["verdict"])
-    verdicts = " and ".join(f"{said[each]} times {each}" for each in HEADS.values() if said[each])
+    verdicts = " and ".join(f"{each} {said[each]} times" for each in HEADS.values() if said[each])
     errors = [f"{_span(seeds[v] * 100)} % (a straight line: {_span(seeds[f'{v}_line'] * 100)} %)" for v in ("N", "D")]
     return (
-        f"Over {len(seeds)} seeds the report answers {verdicts}; α is {_span(seeds['alpha'])}, β is "
-        f"{_span(seeds['beta'])}; left out, the largest size is predicted to {errors[0]}, the largest budget to "
-        f"{errors[1]}; loss and k-NN accuracy have r = {_span(seeds['r'])}."
+        f"We ran the demo with {len(seeds)} seeds. *Can it be trusted* was answered {verdicts}. α was "
+        f"{_span(seeds['alpha'])} and β {_span(seeds['beta'])}. The error on the left-out largest size was "
+        f"{errors[0]}, and on the largest budget {errors[1]}. The correlation of loss and k-NN accuracy was "
+        f"{_span(seeds['r'])}."
     )
 
 

@@ -77,7 +77,7 @@ def baseline(
         list[str] | None, typer.Option(help="Kind of probe (repeatable) instead of the task's own.")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Of a timm model: a file, or `hub` (fetched, or from its cache).")
+        str | None, typer.Option(help="Of a timm model: a file, `hub` (fetched, or from its cache) or `random`.")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,

@@ -82,7 +82,7 @@ def import_(
     config = run.load_config()
     typer.echo(
         f"wrote {run.path}: {config.training.model.size}, {config.evaluation.budgets[0]:,} images\n"
-        f"next: aimscale probe {shlex.quote(str(run.path))} --tasks TASKS.yaml"
+        f"to probe it on tasks of a file: aimscale probe {shlex.quote(str(run.path))} --tasks TASKS.yaml"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.row import planned_columns
+
+_log = logging.getLogger(__name__)
 
 NOT_PLOTTED = ("images_seen", "step", "branch", "time", "attempt")
 DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
@@ -117,7 +120,7 @@ class WandbLogger:
             ) from error
         except wandb.errors.Error as error:
             later = f"send this start later with `wandb sync` from {run.path}"
-            print(f"W&B cannot be reached ({_brief(error)}); {later}", flush=True)
+            _log.warning("W&B cannot be reached (%s); %s", _brief(error), later)
             wandb.teardown()  # else W&B thinks that the run is in use
         with self._surviving():
             self._run = self._run or wandb.init(**about, mode="offline")
@@ -134,7 +137,7 @@ class WandbLogger:
         try:
             yield
         except Exception as error:
-            print(f"W&B gets no more of this run ({_brief(error)}); its directory holds everything", flush=True)
+            _log.warning("W&B gets no more of this run (%s); its directory holds everything", _brief(error))
             self._run = None
 
     def log_values(

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.lock import check_writer
 from aimscale.harness.run.schedule import Segment
+
+_log = logging.getLogger(__name__)
 
 SHOWN = ("images_seen", "images_done", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")
 """Columns of a line that `status.json` shows, too."""
@@ -152,10 +155,9 @@ class Recorder:
                 logger.log_values(line["images_seen"], line_scalars(line, is_cosine=is_cosine))
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         part = "stable" if branch is None else f"decay to {branch}"
-        print(
+        _log.info(
             f"{line['images_seen']:>10} images  {part:<20} loss {loss}  {images_per_s:.0f} images/s  "
-            f"MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}",
-            flush=True,
+            f"MFU {100 * line['mfu']:.1f} % of the measured peak  lr {line['lr']:.2e}"
         )
 
     def progress(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.lock import writer_folder
+
+_log = logging.getLogger(__name__)
 
 PROTOCOL = 5
 """Version of how probes are trained and scored; results of other versions are not used."""
@@ -118,7 +120,7 @@ def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            print(f"{path} is damaged ({error}) and not used", file=sys.stderr, flush=True)
+            _log.warning("%s is damaged (%s) and not used", path, error)
         else:
             yield document
 

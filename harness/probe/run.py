@@ -140,7 +140,7 @@ def probe_baseline(
         target: `timm:NAME`, `random` or `raw-pixels`, see `harness.probe.features.backbones`.
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
-        weights: weights of a timm model: a file, or `hub`.
+        weights: weights of a timm model: a file, `hub` or `random`.
         group, report_progress: see `probe_run`.
 
     Raises:
@@ -148,6 +148,7 @@ def probe_baseline(
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)
+    folder = target.replace(":", "-").replace("/", "-") + ("-random" if weights == "random" else "")
     for number, section in enumerate(sections, start=1):
         kinds = tuple(kind for kind in section.kinds if kind not in backbone.impossible)
         if not kinds:
@@ -156,7 +157,7 @@ def probe_baseline(
             backbone,
             section.model_copy(update={"kinds": kinds}),
             config,
-            out=like.path / "baselines" / target.replace(":", "-").replace("/", "-"),
+            out=like.path / "baselines" / folder,
             model_section=model_section,
             group=group,
             report_progress=numbered_progress(report_progress, number, len(sections)),

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import zlib
@@ -28,6 +29,8 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.step.engine import Engine
+
+_log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 24
 
@@ -203,7 +206,7 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collect
             damaged[path] = error
             continue
         for bad, why in damaged.items() if group.is_first else ():
-            print(f"{why}; going on from {path.name} instead", flush=True)
+            _log.warning("%s; going on from %s instead", why, path.name)
             remove_dir(bad)
         return manifest
     if damaged:

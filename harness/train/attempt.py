@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import memory_advice
 from aimscale.harness.train.evaluate import evaluate_run
 from aimscale.harness.train.loop import Trainer
+
+_log = logging.getLogger(__name__)
 
 SAVES_MEMORY = "lower runtime.micro_batch, use more ranks, or set runtime.activation_checkpointing to true"
 
@@ -37,7 +40,7 @@ def train(path: Path, config: RunConfig | None = None) -> int:
     run = RunDir(path)
     config = config or run.load_config()
     if find_placement().world_size == 1 and run.read_status().state == "finished" and not pending_work(run, config):
-        print(f"{path} has finished; extend its budgets or probes in the sweep file, and launch, to go on")
+        _log.info("%s has finished; extend its budgets or probes in the sweep file, and launch, to go on", path)
         return EXIT_FINISHED
 
     def work(job: Job) -> None:

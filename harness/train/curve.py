@@ -8,6 +8,7 @@ checkpoint finds the line there. No row follows from it, and a missing one is ne
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.whole_weights import copied_model
 from aimscale.harness.train.evaluate import open_held_out
 from aimscale.harness.train.validation import HeldOut, validate
+
+_log = logging.getLogger(__name__)
 
 
 class LearningCurve:
@@ -101,7 +104,7 @@ class LearningCurve:
             logger.log_values(images_seen, scalars)
         said = [f"validation loss {line['val_loss']:.4f}"] if validation else []
         said += [f"{entry['task']} {entry['kind']} top-1 {100 * entry['top1']:.1f} %" for entry in line["probes"]]
-        print(f"{images_seen:>10} images  {', '.join(said)}", flush=True)
+        _log.info("%10d images  %s", images_seen, ", ".join(said))
         return why
 
     def _lacking(self, images_seen: int) -> tuple[str | None, Sequence[ProbeSection]]:

@@ -7,6 +7,7 @@ Existing results are kept.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.train.validation import HeldOut, completions, validate
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_run(
@@ -65,10 +68,8 @@ def evaluate_run(
             job.update_status(durable=False, phase=f"probe at {budget:,}", heartbeat=time.time())
             for _, entries in probe_run(run.path, budget, tasks, group=group, report_progress=report_progress):
                 for entry in entries if group.is_first else ():
-                    print(
-                        f"budget {budget}: {entry['task']}, {entry['kind']} top-1 {100 * entry['top1']:.1f} %",
-                        flush=True,
-                    )
+                    top1 = f"{100 * entry['top1']:.1f} %"
+                    _log.info("budget %d: %s, %s top-1 %s", budget, entry["task"], entry["kind"], top1)
         is_new = is_new or bool(owed)
         if is_new and loggers:
             row = update_row(run, config, budget)
@@ -101,7 +102,7 @@ def _compare(config: RunConfig, held_out: ShardDataset) -> None:
     try:
         pools = [open_dataset(each.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb) for each in sources]
     except DataError as error:
-        print(f"validation images were not compared with training images: {error}", flush=True)
+        _log.warning("validation images were not compared with training images: %s", error)
     else:
         refuse_overlap(pools, held_out)
 
@@ -121,6 +122,6 @@ def _validate(
         pictures = completions(model, held_out, group.device)
         losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
         update_row(run, config, budget)
-        print(f"budget {budget}: validation loss {losses.loss:.4f} +- {losses.standard_error:.4f}", flush=True)
+        _log.info("budget %d: validation loss %.4f +- %.4f", budget, losses.loss, losses.standard_error)
 
     group.from_first(keep)

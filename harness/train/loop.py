@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ from aimscale.harness.step.whole_weights import save_weights
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
 
+_log = logging.getLogger(__name__)
+
 
 class Trainer:
     """State of one run in this process, and its walk over the segments."""
@@ -74,7 +77,7 @@ class Trainer:
             measuring=measuring,
         )
         if measuring and not self.plan.measures and group.is_first:
-            print("nothing is measured during training: the device has no memory left for it", flush=True)
+            _log.warning("nothing is measured during training: the device has no memory left for it")
         self.engine = Engine(
             model_config,
             training.optimiser,
@@ -288,10 +291,9 @@ class Trainer:
         record_start(self.run, about | {"peak": dataclasses.asdict(self.peak), "startup_s": startup_s})
         done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())
-        print(
+        _log.info(
             f"{self.config.run_id}: {done} of {planned} images done, ZeRO {plan.zero_stage}, micro-batch "
             f"{plan.micro_batch}{' (lowered)' * plan.is_lowered}, {self.group.world_size} rank(s), "
             f"matrix-multiplication peak {self.peak.flops_per_s / 1e9:.0f} GFLOP/s (n = {self.peak.gemm_side}), "
-            f"ready after {startup_s:.1f} s",
-            flush=True,
+            f"ready after {startup_s:.1f} s"
         )

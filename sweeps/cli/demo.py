@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 if TYPE_CHECKING:
+    from aimscale.sweeps.engine.active_run import Event
     from aimscale.sweeps.plan.costs import CostCard
     from aimscale.sweeps.plan.planner import Run
     from aimscale.sweeps.plan.sweepfile import Sweep
@@ -24,7 +26,7 @@ FIRST_LAW = 3
 def command(
     root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = ROOT,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
+        int | None, typer.Option(min=1, help="GPUs to use, or CPU processes on a machine without GPUs; default: all.")
     ] = None,
 ) -> None:
     """Cut images from photographs, train and probe a grid of tiny models, fit the laws, write the report.
@@ -54,15 +56,16 @@ def command(
     runs = plan(sweep)
     cards = cost_cards(sweep, runs)
 
-    def tell(event: str) -> str | None:
+    def tell(event: Event) -> str | None:
         """Word an event of the launch: what the sizes that are trained say so far."""
-        if event.startswith(("started ", "resumed ")):
+        if event.kind == "started":
             return None
-        return _first_law(sweep, runs, cards) if event.startswith("finished ") else event
+        return _first_law(sweep, runs, cards) if event.kind == "finished" else str(event)
 
     result = launch(sweep, root, devices=devices, smallest_first=True, tell=tell)
     if result.interrupted:
-        typer.echo("next: aimscale demo")
+        given = [*([] if root == ROOT else ["--root", str(root)]), *(["--devices", str(devices)] if devices else [])]
+        typer.echo(f"next: {shlex.join(['aimscale', 'demo', *given])}")
         raise typer.Exit(EXIT_INTERRUPTED)
     if failed := failed_runs(result):
         print_next("logs", "demo", root, failed[0])

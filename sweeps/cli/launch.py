@@ -43,12 +43,14 @@ def launch(
     on: On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="GPUs to use, or processes where there is none; by default all.")
+        int | None, typer.Option(min=1, help="GPUs to use, or CPU processes on a machine without GPUs; default: all.")
     ] = None,
     hours: Annotated[
         float | None,
         typer.Option(
-            "--time-limit", min=0.001, help="Hours until this machine is gone; runs save before that (exit code 75)."
+            "--time-limit",
+            min=0.001,
+            help="Hours until this machine goes away; runs save before that, and the exit code is 75.",
         ),
     ] = None,
     retry: Annotated[
@@ -62,7 +64,7 @@ def launch(
         typer.Option(
             metavar="SD",
             min=1,
-            help="Save and end runs whose loss stays so many standard deviations above the forecast from smaller ones.",
+            help="Save and end runs whose loss stays this many standard deviations above its forecast.",
         ),
     ] = None,
     allow_dirty: Annotated[
@@ -70,7 +72,7 @@ def launch(
     ] = False,
     yes: Yes = False,
 ) -> None:
-    """Start what is missing, resume what died, evaluate what lacks it, skip what is done.
+    """Start, resume, evaluate or skip each run of a sweep.
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
@@ -93,6 +95,7 @@ def launch(
         confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
     options = ["--on", on] if on else []
     options += [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
+    options += [*(["--devices", str(devices)] if devices else []), *["--allow-dirty"] * allow_dirty]
     result = LaunchResult()
     if place == "slurm":
         _launch_slurm(loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)

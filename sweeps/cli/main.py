@@ -15,15 +15,19 @@ import typer.main
 
 from aimscale.aim.errors import UserError, check_training_installed, did_you_mean, printable
 from aimscale.analysis.errors import in_command
+from aimscale.harness.log.console import log_to_console
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
-        "demo": ("aimscale.sweeps.cli.demo", "Run the whole loop on bundled real images; ends at a report."),
-        "data": ("aimscale.harness.cli.data", "Images to indexed shards: pack, index, info."),
-        "plan": ("aimscale.sweeps.cli.plan:plan", "List the runs of a sweep, their cost, and what would stop them."),
+        "demo": ("aimscale.sweeps.cli.demo", "Train tiny models on bundled photographs and write a report."),
+        "data": ("aimscale.harness.cli.data", "Make indexed shards from images, and describe them."),
+        "plan": (
+            "aimscale.sweeps.cli.plan:plan",
+            "List the runs of a sweep, their cost, and mistakes that would stop them.",
+        ),
     },
     "Run": {
-        "launch": ("aimscale.sweeps.cli.launch:launch", "Start what is missing, resume what died, skip what is done."),
+        "launch": ("aimscale.sweeps.cli.launch:launch", "Start, resume or skip each run of a sweep, here or on Slurm."),
         "cancel": ("aimscale.sweeps.cli.launch:cancel", "Stop the runs of a sweep; each saves first."),
         "probe": ("aimscale.harness.cli.probe:probe", "Probe frozen features of one run."),
         "baseline": ("aimscale.harness.cli.probe:baseline", "Probe a timm model, random weights or raw pixels."),
@@ -31,23 +35,26 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Look": {
         "status": (
             "aimscale.sweeps.cli.sweep:status",
-            "Summarise a sweep: states, time left, what failed and why; --wait for its end.",
+            "Print states, time left, and what failed and why; --wait for the end.",
         ),
         "logs": ("aimscale.sweeps.cli.sweep:logs", "Print or follow the log of one run."),
-        "collect": ("aimscale.sweeps.cli.sweep:collect", "Gather every run's rows into one typed table."),
+        "collect": ("aimscale.sweeps.cli.sweep:collect", "Write the results of all runs to one table."),
     },
     "Analyse": {
         "fit": ("aimscale.analysis.cli.laws:fit", "Fit a scaling law to a table, with intervals and a held-out test."),
         "forecast": ("aimscale.analysis.cli.laws:forecast", "Forecast loss and accuracies, and register the forecast."),
-        "next": ("aimscale.sweeps.cli.next", "Choose the runs that make a forecast most certain for their price."),
-        "frontier": ("aimscale.analysis.cli.laws:frontier", "Compute-optimal size and data by approaches 2 and 3."),
+        "next": ("aimscale.sweeps.cli.next", "Choose the runs that narrow a forecast most for their cost."),
+        "frontier": ("aimscale.analysis.cli.laws:frontier", "Find the compute-optimal size and amount of data."),
         "rates": (
             "aimscale.analysis.cli.effects:rates",
-            "Best learning rate and batch by size and data; what others lost.",
+            "Find the best learning rate and batch size by model size and data.",
         ),
-        "correlate": ("aimscale.analysis.cli.effects:correlate", "Correlate loss with accuracy, and forecast it."),
+        "correlate": (
+            "aimscale.analysis.cli.effects:correlate",
+            "Correlate loss with accuracy, at equal compute and over all runs.",
+        ),
         "contrast": ("aimscale.analysis.cli.effects:contrast", "Compare the levels of one column, all else equal."),
-        "compare": ("aimscale.analysis.cli.report:compare", "Put runs beside the published baselines."),
+        "compare": ("aimscale.analysis.cli.report:compare", "Compare runs with published models and baselines."),
         "report": ("aimscale.analysis.cli.report:report", "Write one self-contained HTML page from a table."),
     },
     "Publish": {
@@ -55,7 +62,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("aimscale.analysis.cli.report:verify", "Recompute every number of a published folder."),
     },
     "Machine": {
-        "doctor": ("aimscale.sweeps.doctor", "Look at this machine: what works, and what to do about the rest."),
+        "doctor": ("aimscale.sweeps.doctor", "Check this machine, and say how to fix what does not work."),
         "bench": ("aimscale.harness.cli.bench", "Measure training and loading, or a whole GPU."),
         "weights": ("aimscale.harness.cli.runs", "Import and export official AIM weights."),
     },
@@ -64,9 +71,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 after a colon."""
 VERBS = {name: where for group in GROUPS.values() for name, where in group.items()}
 EXAMPLES = (
-    ("aimscale demo", "the whole loop on bundled images, to a report"),
-    ("aimscale launch mysweep.yaml", "train what a sweep lacks, here or on Slurm"),
-    ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "a law from anybody's table"),
+    ("aimscale demo", "train tiny models and write a report"),
+    ("aimscale launch mysweep.yaml", "train a sweep, here or on Slurm"),
+    ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "fit a law to any table"),
 )
 HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
 """Verbs that launches call and that --help does not list."""
@@ -175,6 +182,7 @@ def _run(argv: list[str] | None) -> Any:
         UserError: a package is missing because this installation is for analysis alone.
     """
     _check_surroundings()
+    log_to_console()
     try:
         with in_command():
             return typer.main.get_command(app)(args=argv, prog_name="aimscale")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ import yaml
 
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import show, table_to_minimise, then
-from aimscale.sweeps.cli.options import AsJson, Root
+from aimscale.analysis.errors import AnalysisError
+from aimscale.sweeps.cli.options import ROOT, AsJson, Root
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +29,10 @@ def command(
         list[str], typer.Argument(help="A launched sweep (runs are priced as `plan` does), or any tables, read as one.")
     ],
     target: Annotated[str, typer.Option(help="The scale to forecast: N=1e9,D=2B (and U= where images repeat).")],
-    budget: Annotated[float, typer.Option(min=0, help="GPU-hours to spend; of a table, at 400 TFLOP/s.")],
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPU-hours to spend, of a table at 400 TFLOP/s; default: half of the target's price."),
+    ] = None,
     write: Annotated[
         Path | None, typer.Option(help="Write the runs as a sweep file, ready for `plan` and `launch` (of a SWEEP).")
     ] = None,
@@ -36,7 +41,7 @@ def command(
     columns: options.Columns = None,
     where: options.Where = None,
     best_of: options.BestOf = None,
-    root: Root = Path("aimscale-runs"),
+    root: Root = ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Choose the runs, together, that make the forecast at the target most certain.
@@ -49,15 +54,16 @@ def command(
     from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
-    place = parse_scale(target, "--target")
+    place, typed_y = parse_scale(target, "--target"), y
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
         df, y, _ = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
-        found = next_runs(df, place, _table_candidates(df, place, y), budget=budget, law=law, y=y)
-        following = then(
-            [f"forecast --register --at {target}"], list(map(Path, sweep_or_tables)), columns, where, best_of
-        )
+        offer = _table_candidates(df, place, y)
+        budget = _half_price(offer, place) if budget is None else budget
+        found = next_runs(df, place, offer, budget=budget, law=law, y=y)
+        again = [f"forecast --register --at {target}"]
+        following = then(again, list(map(Path, sweep_or_tables)), columns, where, best_of, typed_y)
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -65,17 +71,32 @@ def command(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
                 f"as --write {sweep.base_dir / write.name}"
             )
-        df, y, _ = table_to_minimise([fresh_table(sweep)], columns, where, best_of, y)
-        found = next_runs(df, place, _sweep_candidates(sweep, df), budget=budget, law=law, y=y)
-        again = (
-            f"next {sweep.name} --target {target} --budget {budget:g} --write {sweep.base_dir / sweep.name}-next.yaml"
-        )
-        following = f"aimscale {f'plan {write}' if write else again}"
+        table = fresh_table(sweep)
+        df, y, _ = table_to_minimise([table], columns, where, best_of, y)
+        offer = _sweep_candidates(sweep, df)
+        budget = _half_price(offer, place) if budget is None else budget
+        found = next_runs(df, place, offer, budget=budget, law=law, y=y)
+        under = [] if root == ROOT else ["--root", str(root)]
+        if write is not None:
+            following = shlex.join(["aimscale", "plan", str(write), *under])
+        else:
+            file = sweep.base_dir / f"{sweep.name}-next.yaml"
+            options.NAMES[table] = sweep_or_tables[0]
+            more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
+            following = then([f"next --target {target} {more}"], [table], columns, where, best_of, typed_y)
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
     if write is not None and not as_json:
         typer.echo(f"wrote {write}", err=True)
     show(found, as_json, following=following)
+
+
+def _half_price(offer: pd.DataFrame, target: dict[str, float]) -> float:
+    """Return half of what a run at the target would cost, by the price of the largest candidate."""
+    if not {"N", "D"} <= target.keys():
+        raise AnalysisError("--target needs N and D, such as N=1e9,D=2B.")
+    largest = offer.iloc[int((offer["N"] * offer["D"]).to_numpy().argmax())]
+    return float(largest["price"] * target["N"] / largest["N"] * target["D"] / largest["D"] / 2)
 
 
 def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:

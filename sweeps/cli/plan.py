@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
+from aimscale.aim.config import RELEASED_SIZES, known_sizes, model_config
+from aimscale.aim.cost import param_count
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
 from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
@@ -58,6 +60,33 @@ Suggest = Annotated[
         help="Write SWEEP, a new file: the largest grid for --data that identifies a law within so many hours.",
     ),
 ]
+
+
+def list_sizes(wanted: bool) -> None:
+    """Print the named sizes with their shapes and parameters, if that is asked for."""
+    if not wanted:
+        return
+    models = [
+        model_config(name, head_rule="released" if name in RELEASED_SIZES else "proportional") for name in known_sizes()
+    ]
+    columns = [
+        Column(header="size", cell=lambda model: model.name, align_right=False),
+        Column(header="width", cell=lambda model: str(model.width)),
+        Column(header="depth", cell=lambda model: str(model.depth)),
+        Column(header="heads", cell=lambda model: str(model.num_heads)),
+        Column(header="backbone", cell=lambda model: format_number(param_count(model).trunk)),
+        Column(header="params (N)", cell=lambda model: format_number(param_count(model).total)),
+    ]
+    console = new_console()
+    console.print(fitted_table(columns, models, console.width))
+    typer.echo("N: with the head (of aim-*: the paper's), at 224 px in patches of 14")
+    typer.echo("other shapes: w<width>-d<depth>, or w<width>-d<depth>-h<heads>")
+    raise typer.Exit
+
+
+Sizes = Annotated[
+    bool, typer.Option("--sizes", callback=list_sizes, is_eager=True, help="List the named sizes and their parameters.")
+]
 Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
 
 
@@ -72,8 +101,10 @@ def plan(
         Path | None, typer.Option(help="Folder of `data pack --split`, with --suggest: what to train on.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Type of the GPU, such as A100, of which --suggest has HOURS; default: all here.")
+        str | None,
+        typer.Option(help="GPU for --suggest, such as A100: plan for one of them; default: all devices here."),
     ] = None,
+    sizes: Sizes = False,
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written.
@@ -240,6 +271,7 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
         Column(header="size", cell=lambda card: card.cell["size"], align_right=False),
         *axis_columns(cards),
         Column(header="params", cell=lambda card: format_number(card.params_total)),
+        Column(header="backbone", cell=lambda card: format_number(card.params_trunk), drop_order=6),
         span("images", lambda budget: format_number(budget.images_seen), 0),
         span("epochs", lambda budget: format_number(budget.epochs), 5),
         span("FLOPs", lambda budget: f"{budget.flops:.2e}", 1),

@@ -153,7 +153,7 @@ def logs(
         with contextlib.suppress(KeyboardInterrupt):
             _follow(_looker(loaded, name), record)
     elif (path := record.last_log()) is None:
-        raise SweepError(f"{name} has no log yet; it was never started")
+        raise SweepError(f"{name} has no log yet: no attempt has started")
     else:
         typer.echo(path.read_text(errors="replace"), nl=False)
 

@@ -8,20 +8,34 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.devices import TORCHRUN_ENVIRONMENT
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end
-from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.record import RUN_BEGINS, RunRecord
 
 KILL_MARGIN_S = 30.0
 """Time beyond its grace period after which a run that does not stop is killed, s."""
 
 Command = Callable[[Path, int], list[str]]
 """Function from (run directory, devices) to the command that executes the run."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a worker tells while it executes runs."""
+
+    text: str
+    """Line to print."""
+    kind: Literal["started", "finished", "other"] = "other"
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class ActiveRun:
@@ -113,8 +127,17 @@ class ActiveRun:
             early_on=nodes if is_early else (),
         )
 
-    def describe_end(self, outcome: Outcome) -> str:
+    def start_event(self) -> Event:
+        """Say that the attempt began."""
+        started, resumed = RUN_BEGINS
+        again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
+        return Event(f"{resumed if again else started}{self.record.name}{again}", "started")
+
+    def end_event(self, outcome: Outcome) -> Event:
         """Say how the attempt ended."""
+        return Event(self._describe_end(outcome), "finished" if outcome == "finished" else "other")
+
+    def _describe_end(self, outcome: Outcome) -> str:
         name, status = self.record.name, self.record.read_status()
         match outcome:
             case "finished":

@@ -15,7 +15,7 @@ from rich.live import Live
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.files import read_object, write_json, write_text
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.active_run import Command
+from aimscale.sweeps.engine.active_run import Command, Event
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
 from aimscale.sweeps.plan.checks import check, data_digests, raise_on_problems
@@ -50,7 +50,7 @@ def launch(
     stop_sd: float | None = None,
     show_progress: bool = True,
     smallest_first: bool = False,
-    tell: Callable[[str], str | None] = str,
+    tell: Callable[[Event], str | None] = str,
     command: Command | None = None,
 ) -> LaunchResult:
     """Execute what is missing, resume what died and skip what is done; return when nothing is left to start.
@@ -170,7 +170,7 @@ def load_plan(
 
 @contextmanager
 def _progress_display(
-    get_status: Callable[[], SweepStatus], show_progress: bool, tell: Callable[[str], str | None]
+    get_status: Callable[[], SweepStatus], show_progress: bool, tell: Callable[[Event], str | None]
 ) -> Iterator[Callable[[Worker], None]]:
     """Yield the progress callback of `run_worker`: the status on a terminal, else lines, or only events."""
     console, next_look = new_console(), 0.0

@@ -8,6 +8,7 @@ early enough for its runs to save. SIGTERM from Slurm reaches all processes of t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.log.console import log_to_console
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
 from aimscale.sweeps.engine.launch import load_plan, prepare_launch
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
@@ -35,6 +37,8 @@ from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape
 from aimscale.sweeps.slurm.submit import Submission, submit
 from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
+
+_log = logging.getLogger(__name__)
 
 
 class WorkerJobError(UserError):
@@ -93,9 +97,9 @@ def _release_nodes(sweep: Sweep, runs: Sequence[Run]) -> bool:
     try:
         slurm.command("scontrol", "update", f"JobId={job_id}", f"NodeList={first}")
     except SlurmError as error:
-        print(f"could not return nodes ({error}); `aimscale launch` submits a job for the probes", flush=True)
+        _log.warning("could not return nodes (%s); `aimscale launch` submits a job for the probes", error)
         return False
-    print(f"returned all nodes but {first}: only probes are left", flush=True)
+    _log.info("returned all nodes but %s: only probes are left", first)
     os.environ["SLURM_JOB_NODELIST"] = first
     return True
 
@@ -210,6 +214,7 @@ def _relay_warnings() -> Iterator[None]:
 def main() -> int:
     """Be the worker of a job; the last line of its log says how it ended."""
     directory, *shape = sys.argv[1:]
+    log_to_console()
     signal.signal(signal.SIGUSR2, lambda *_: None)  # unlike an ignored signal, this can be handled while runs execute
     print(f"{WORKER_BEGINS}: job {slurm.current_job_id()} on {os.environ.get('SLURM_JOB_NODELIST')}", flush=True)
     try:

@@ -21,7 +21,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import handling_stop_signals
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.active_run import ActiveRun, Command
+from aimscale.sweeps.engine.active_run import ActiveRun, Command, Event
 from aimscale.sweeps.engine.devices import DevicePool, Machine
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_RECORD, Sweep
@@ -73,8 +73,8 @@ class Worker:
     """Ids of the runs that were evaluated here."""
     skipped: dict[str, RunState] = field(default_factory=dict)
     """Last state of each run that is not executed here."""
-    events: list[str] = field(default_factory=list)
-    """Messages that are not printed yet."""
+    events: list[Event] = field(default_factory=list)
+    """What is not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
     is_blocked: bool = False
@@ -192,7 +192,7 @@ def _check_directory(worker: Worker) -> None:
     """Stop if the sweep's directory was moved or removed; runs would make it anew, and begin again."""
     if not worker.stopping and not (worker.sweep.directory / SWEEP_RECORD).is_file():
         worker.broken = f"{worker.sweep.directory} was moved or removed while it was in use"
-        worker.events.append(worker.broken)
+        worker.events.append(Event(worker.broken))
         _stop_all(worker)
 
 
@@ -221,7 +221,8 @@ def _start_waiting_runs(worker: Worker) -> None:
                 return  # the job was sized for this run, which smaller ones would delay
             elif not worker.active and not worker.is_blocked:
                 worker.is_blocked = True
-                worker.events.append("waiting for devices, which other launches on this machine use")
+                what = "other launches of this user use all devices of this machine; runs start as these become free"
+                worker.events.append(Event(f"waiting: {what} (to share, give each launch --devices)"))
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found
@@ -262,8 +263,7 @@ def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) ->
     worker.active.append(active_run)
     if worker.stopping:  # the signal came while it was being started
         active_run.stop(worker.machine.stop_signal)
-    started = "started" if active_run.attempt == 1 else f"resumed (attempt {active_run.attempt})"
-    worker.events.append(f"{started} {record.name}")
+    worker.events.append(active_run.start_event())
     return None
 
 
@@ -272,7 +272,7 @@ def _write_forecasts(worker: Worker, runs: Sequence[Run]) -> None:
     try:
         write_expected(worker.sweep, worker.planned, runs)
     except (OSError, UserError) as error:
-        worker.events.append(f"no new forecasts of runs: {error}")
+        worker.events.append(Event(f"no new forecasts of runs: {error}"))
 
 
 def _collect_ended(worker: Worker) -> None:
@@ -288,10 +288,10 @@ def _collect_ended(worker: Worker) -> None:
             if not (worker.sweep.directory / SWEEP_RECORD).is_file():
                 raise UserError(f"{worker.sweep.directory} is gone")
             outcome = active_run.record_end(exit_code, stop_requested=stop_requested, nodes=worker.nodes)
-            worker.events.append(active_run.describe_end(outcome))
+            worker.events.append(active_run.end_event(outcome))
         except (OSError, UserError) as error:
             outcome = "failed"
-            worker.events.append(f"left {run.run_id}: how it ended cannot be written down ({error})")
+            worker.events.append(Event(f"left {run.run_id}: how it ended cannot be written down ({error})"))
         if active_run.has_evaluated:
             worker.evaluated[run.run_id] = None
         active_run.lock.release()
@@ -314,10 +314,10 @@ def _suspect_node(worker: Worker, active_run: ActiveRun) -> None:
         if node == other:
             why = active_run.record.read_status().reason
             worker.broken = f"two runs in a row failed on {node} before their first step ({why})"
-            worker.events.append(f"{worker.broken}; no more runs are started here")
+            worker.events.append(Event(f"{worker.broken}; no more runs are started here"))
 
 
-def print_events(worker: Worker, tell: Callable[[str], str | None] = str) -> None:
+def print_events(worker: Worker, tell: Callable[[Event], str | None] = str) -> None:
     """Print the worker's messages, one per line, as `tell` words them: a `Report` for logs."""
     for event in worker.events:
         if (line := tell(event)) is not None:
@@ -338,7 +338,7 @@ def _stop_all(worker: Worker) -> None:
     """Ask every run to save and exit, once."""
     if not worker.stopping:
         worker.stopping = True
-        worker.events.append("stopping: every run saves first (a second Ctrl-C kills)")
+        worker.events.append(Event("stopping: every run saves first (a second Ctrl-C kills)"))
         for active_run in worker.active:
             active_run.stop(worker.machine.stop_signal)
 
@@ -349,5 +349,5 @@ def _signal_runs(worker: Worker) -> None:
         if active_run.kill_at is None and active_run.record.cancelled.exists():
             active_run.stop(worker.machine.stop_signal)
         elif active_run.kill_at is not None and time.time() > active_run.kill_at:
-            worker.events.append(f"killing {active_run.record.name}, which did not stop")
+            worker.events.append(Event(f"killing {active_run.record.name}, which did not stop"))
             active_run.kill()

@@ -130,7 +130,7 @@ def _check_config(sweep: Sweep, run: Run, device: Device) -> Iterator[Finding]:
         where = "slurm.gpus asks for no GPU" if slurm else "this machine has no GPU"
         yield "runtime.device", f"cuda is asked for, and {where}; use cpu or auto"
     if runtime.compile is True and not device.is_gpu:
-        yield "runtime.compile", "blocks are compiled on a GPU alone, and these runs have a CPU; use auto"
+        yield "runtime.compile", "only a GPU compiles blocks, and these runs use the CPU; use auto"
 
 
 class _DataChecks:

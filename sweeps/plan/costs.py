@@ -67,6 +67,9 @@ class CostCard:
     is_tuning: bool
     """Whether the run is one of `tune`, beside the grid."""
     params_total: int
+    """Parameters of backbone, head and preprocessor: N."""
+    params_trunk: int
+    """Parameters of the backbone alone, by which the paper names its sizes."""
     budgets: tuple[BudgetCost, ...]
     images_executed: int
     """Images trained on: those of the stable phase and of the decay branch of every budget."""
@@ -199,6 +202,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         cell=run.cell,
         is_tuning=run.is_tuning,
         params_total=params.total,
+        params_trunk=params.trunk,
         budgets=tuple(
             BudgetCost(
                 images_seen=budget,
@@ -246,13 +250,17 @@ def _cautions(
         lacks_memory: whether the devices have no memory for evaluation during training.
     """
     training = run.config.training
-    epochs = card.budgets[-1].epochs or 0.0
-    if epochs > FAR_TOO_MANY_EPOCHS:
-        words = f"{epochs:,.0f} EPOCHS of {unique:,} images: learnt by heart; take more images or smaller budgets"
-        yield "budgets", words
+    epochs, on_plateau = card.budgets[-1].epochs or 0.0, _plateau_end(run, card)
+    if unique and epochs > FAR_TOO_MANY_EPOCHS:
+        may_shrink = FAR_TOO_MANY_EPOCHS * unique >= on_plateau
+        instead = " or smaller budgets" if may_shrink else ": smaller budgets would lie on the first plateau"
+        yield "budgets", f"{epochs:,.0f} EPOCHS of {unique:,} images: learnt by heart; take more images{instead}"
     elif epochs > MAX_EPOCHS:
         yield "budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}"
-    yield from _plateau_cautions(run, card)
+    if short := [budget for budget in run.budgets if budget < on_plateau]:
+        steps = f"{', '.join(f'{each:,}' for each in short)} images are at most {short[-1] // card.batch_size:,} steps"
+        why = f"{steps}: on the first plateau, where a loss follows no law"
+        yield "budgets", f"{why}; at a batch of {card.batch_size} begin at {float(f'{on_plateau:.2g}'):,.0f}"
     if card.device.is_gpu and card.limit == "loader":
         loaded, wanted = card.rates.loaded_per_s, card.rates.compute_per_s
         words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
@@ -274,22 +282,15 @@ def _cautions(
         yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
 
 
-def _plateau_cautions(run: Run, card: CostCard) -> Iterator[Finding]:
-    """Yield a caution about budgets that end before the loss follows a law."""
+def _plateau_end(run: Run, card: CostCard) -> float:
+    """Return the images before which the loss follows no law yet; 0 where that is not known or does not matter."""
     if run.is_tuning or run.config.training.model.parametrisation != "standard":
-        return
+        return 0.0
     scale = Scale(width=model_of(run.config.training).width, params_total=card.params_total, budget=run.budgets[0])
     usual = get_recipe("small").fields(scale)["optimiser"]
     usual_lr = usual["lr_peak"] * math.sqrt(card.batch_size / usual["batch_size"])
     rate = min(max(card.lr_peak / usual_lr, PLATEAU_RATES[0]), PLATEAU_RATES[1])
-    needed = PLATEAU_STEPS * card.batch_size / rate
-    short = [budget for budget in run.budgets if budget < needed]
-    if short:
-        words = (
-            f"{', '.join(f'{budget:,}' for budget in short)} images are at most {short[-1] // card.batch_size:,} steps"
-        )
-        why = "on the first plateau, where a loss follows no law"
-        yield "budgets", f"{words}: {why}; at a batch of {card.batch_size} begin at {float(f'{needed:.2g}'):,.0f}"
+    return PLATEAU_STEPS * card.batch_size / rate
 
 
 def _pool_size(sweep: Sweep, config: RunConfig, lookup: DatasetLookup) -> int | None:

@@ -135,7 +135,7 @@ class SlurmSection(Section):
     extra: Annotated[dict[str, Any], AfterValidator(_check_sbatch_options)] = Field(default_factory=dict)
     """Further sbatch options by long name, e.g. {account: vision, mem: 200G, qos: high, constraint: h100}."""
     setup: tuple[str, ...] = ()
-    """Shell lines run before the workers, e.g. module loads."""
+    """Shell lines run before the workers, e.g. module loads; one that fails ends the job, unless it ends in || true."""
     python: Command | None = None
     """Interpreter of the workers (a venv's, or a command that enters a container with Slurm's commands); null takes the
     launcher's own."""

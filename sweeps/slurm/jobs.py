@@ -14,7 +14,7 @@ from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import is_held, read_holder
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
-from aimscale.sweeps.state.record import WORKER_BEGINS
+from aimscale.sweeps.state.record import RUN_BEGINS, WORKER_BEGINS
 
 WORKER_ENDS = "worker ends"
 """First words of the line that a worker prints when it ends without an error of its own."""
@@ -128,7 +128,7 @@ def _failed_job(sweep: Sweep, job_id: str) -> FailedJob | None:
     _, begun, said = text.rpartition(WORKER_BEGINS)
     lines = [line.strip() for line in (said if begun else text).splitlines() if line.strip()]
     last = printable(lines[-1])[:300] if lines else "its log is empty"
-    took_run = any(line.startswith(("started ", "resumed ")) for line in lines)
+    took_run = any(line.startswith(RUN_BEGINS) for line in lines)
     if begun and (last.startswith(WORKER_ENDS) or (took_run and not last.startswith("aimscale: "))):
         return None
     return FailedJob(job_id=job_id, why=last.removeprefix("aimscale: "), log=log, has_begun=bool(begun))

@@ -7,6 +7,7 @@ that can start, less the jobs that already wait or run without one.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shlex
 import sys
@@ -27,6 +28,8 @@ from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs,
 from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.sweep_dir import hold_sweep
+
+_log = logging.getLogger(__name__)
 
 WORKER_MODULE = "aimscale.sweeps.engine.slurm_worker"
 TIME_FACTOR, SHORTEST_LIMIT_MIN = 2, 60
@@ -91,10 +94,6 @@ def submit(
         return batch.submit(runs)
 
 
-def _print(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
-
-
 def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
     """Distribute `free` jobs over arrays that want so many each, one job at a time in turn."""
     granted = [0] * len(num_wanted)
@@ -132,10 +131,8 @@ class _Batch:
             if num_jobs:
                 submitted += self._submit_shape(shape, shape_runs, num_jobs)
             elif want and all(job.shape != shape for job in live):
-                _print(
-                    f"no job for {len(shape_runs)} runs of {shape.nodes} x {shape.devices}: slurm.max_jobs is "
-                    f"reached; launch again when jobs have ended"
-                )
+                what = f"{len(shape_runs)} runs of {shape.nodes} x {shape.devices}"
+                _log.warning("no job for %s: slurm.max_jobs is reached; launch again when jobs have ended", what)
         return submitted
 
     def _cancel_outdated(self, live: Sequence[LiveJob]) -> list[LiveJob]:
@@ -143,7 +140,7 @@ class _Batch:
         outdated = [job for job in live if job.info.phase == "pending" and job.request != self.request]
         if outdated:
             slurm.command("scancel", "--quiet", "--state=PENDING", *(job.info.job_id for job in outdated))
-            _print(f"cancelled {len(outdated)} pending jobs, whose request in the sweep file has changed since")
+            _log.info("cancelled %d pending jobs, whose request in the sweep file has changed since", len(outdated))
         return [job for job in live if job not in outdated]
 
     def _submit_shape(self, shape: JobShape, runs: Sequence[Run], num_jobs: int) -> Iterator[Submission]:
@@ -174,7 +171,7 @@ class _Batch:
         if failed and not any(job.has_begun for job in failed):
             raise SweepError(
                 f"all {len(failed)} jobs of the last launch ended before their workers began: {failed[-1].why} (see "
-                f"{failed[-1].log}); mend slurm.setup or slurm.python, or submit the same again by --retry"
+                f"{failed[-1].log}); fix slurm.setup or slurm.python, or submit the same again by --retry"
             )
 
     def _time_limit_min(self, runs: Sequence[Run], num_jobs: int) -> int:
@@ -209,12 +206,19 @@ class _Batch:
             "array_parallelism": size,
             "wckey": None,  # submitit's own is refused where Slurm enforces wckeys
             # USR2 is ignored until the worker handles it, which knows its time limit
-            "setup": ["trap '' USR2", *_environment(self.snapshot), *section.setup],
+            "setup": ["trap '' USR2", *_environment(self.snapshot), *_ending_on_failure(section.setup)],
             "additional_parameters": {**options, **section.extra},
             "stderr_to_stdout": True,
             "use_srun": False,
         }
         return _make_sbatch_string(f"exec {python} -u -m {shlex.join(words)}", self.folder, **fields)
+
+
+def _ending_on_failure(setup: Sequence[str]) -> list[str]:
+    """Return shell lines that end the job with a sentence if one of them fails; not at lines of a file they source."""
+    say = 'echo "aimscale: slurm.setup failed with exit code $status: $BASH_COMMAND"'
+    check = f"status=$?; if [ ${{#BASH_SOURCE[@]}} -lt 2 ]; then {say}; exit $status; fi"
+    return [f"trap {shlex.quote(check)} ERR", *setup, "trap - ERR"] if setup else []
 
 
 def _digest(text: str) -> str:

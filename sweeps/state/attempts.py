@@ -280,6 +280,7 @@ def _append_attempt(
         attempt=attempt,
         started=run.read_status().started,
         ended=ended,
+        host=run.read_status().host,
         device_hours=run.attempt_device_hours(ended),
         exit_code=exit_code,
         saved=run.saved_progress(),

@@ -19,6 +19,8 @@ from aimscale.sweeps.plan.sweepfile import SweepError
 
 WORKER_BEGINS = "worker begins"
 """First words of the line that a Slurm job's worker prints when it begins."""
+RUN_BEGINS = ("started ", "resumed ")
+"""First words of the lines that a worker prints when it starts a run."""
 
 
 class RunRecord(RunDir):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +15,8 @@ from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 from aimscale.sweeps.state.record import RunRecord
+
+_log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 600.0
 """Time to wait for another launch of the sweep, s."""
@@ -44,7 +46,7 @@ def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
             other = read_holder(path)
             who = f"process {other.pid} on {other.host}" if other else "another process"
             if not told:
-                print(told := f"waiting for {who}, which {doing}", file=sys.stderr, flush=True)
+                _log.warning(told := f"waiting for {who}, which {doing}")
             if time.monotonic() > deadline:
                 raise SweepError(f"{who} {doing}, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
     except OSError as error:

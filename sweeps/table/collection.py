@@ -65,7 +65,8 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
         OSError: its directory cannot be written.
     """
     if not sweep.runs_dir.is_dir():
-        raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; launch it first, or check --root")
+        where = f"launch it first, or name its folder, ROOT/{sweep.name}"
+        raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; {where}")
     left_out = unplanned_runs(sweep, runs)
     if left_out and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(

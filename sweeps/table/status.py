@@ -45,7 +45,7 @@ class RunStatus:
     eta_s: float | None = None
     """Time to its end, s, evaluation included, if it runs."""
     place: str = ""
-    """Slurm job that executes it, or else the machine."""
+    """Machine that executes it, or executed it last, with its Slurm job."""
     evaluated: int = 0
     """Number of `to_evaluate` that are done."""
     device_hours: float = 0.0
@@ -198,13 +198,13 @@ def _inspect_run(found: RunState, card: CostCard, pending: Mapping[int, JobInfo]
 
 def _inspect_files(line: RunStatus, found: RunState, card: CostCard, pending: JobInfo | None) -> RunStatus:
     """Add what the files of a run tell to its line."""
-    run, record, status, place = found.run, found.record, found.status, ""
+    run, record, status = found.run, found.record, found.status
     if found.startable and pending is not None:
         line = replace(line, state="queued", status=replace(status, reason=pending.reason or status.reason))
-    if found.is_active:
-        worker = found.worker if record.is_claimed() else None
+    worker = found.worker if found.is_active and record.is_claimed() else None
+    if place := (worker.host if worker else status.host) or "":
         job_id = (worker.facts.get("job_id") if worker else None) or status.job_id
-        place = f"job {job_id}" if job_id else (worker.host if worker else status.host) or ""
+        place += f" (job {job_id})" if job_id else ""
     is_held, rows = found.state == "running", record.read_rows()
     losses = {
         row["images_seen"]: row["val_loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -53,7 +54,8 @@ def _optional(header: str, value: Callable[[Any], Any], text: Callable[[Any], st
 
 
 def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
-    """Make a table with a line for each run."""
+    """Make a table with a line for each run, and its node unless all are executed on this machine."""
+    is_elsewhere = bool({line.place for line in lines} - {"", socket.gethostname()})
     columns = [
         Column(header="run", cell=lambda line: line.run_id, align_right=False),
         *axis_columns(lines),
@@ -68,8 +70,8 @@ def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
         *(_optional(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
         Column(header="evaluated", cell=_evaluated, drop_order=2),
         _optional("ETA", lambda line: line.eta_s, format_duration, 2),
-        Column(header="node", cell=lambda line: line.place, align_right=False, drop_order=6),
-        _optional("heartbeat", _since_heartbeat, format_duration, 7),
+        Column(header="node", cell=lambda line: line.place if is_elsewhere else "", align_right=False, drop_order=6),
+        _optional("last sign", _since_heartbeat, lambda age_s: f"{format_duration(age_s)} ago", 7),
     ]
     return fitted_table(columns, lines, width)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,8 @@ from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.stream import masks
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from aimscale.aim.config import ModelConfig
@@ -87,7 +89,7 @@ class EvalImages:
             raise DataError(f"none of {images} can be decoded: {some(names)}; restore its shards")
         refuse_bad(images, len(names), number, self._max_bad_fraction, lambda: names[-1])
         if group.is_first and len(names) > self._num_named:
-            print(f"left out of {self.dataset.path}, cannot be decoded: {some(names)}", file=sys.stderr, flush=True)
+            _log.warning("left out of %s, cannot be decoded: %s", self.dataset.path, some(names))
         self._num_named = len(names)
 
 

@@ -11,8 +11,8 @@ import collections
 import contextlib
 import functools
 import itertools
+import logging
 import os
-import sys
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.stream.stream import Batch, Stream
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from aimscale.harness.distributed.group import Group
@@ -156,7 +158,7 @@ class _Ring:
     def _batch(self, slot: int, part: range, bad_samples: tuple[str, ...]) -> Batch:
         """Make the batch of a slot that was filled."""
         for name in bad_samples[: max(0, _MAX_NAMED - self._num_named)]:
-            print(f"{name} cannot be decoded; another image takes its place", file=sys.stderr, flush=True)
+            _log.warning("%s cannot be decoded; another image takes its place", name)
         self._num_named += len(bad_samples)
         if self._free:
             pixels = self._view(slot)

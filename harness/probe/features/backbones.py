@@ -2,7 +2,7 @@
 
 AIM, and the models it is compared with through the same probes on the same images:
 
-    timm:NAME     a vision transformer of timm with weights from a file or from the hub
+    timm:NAME     a vision transformer of timm with weights from a file, from the hub, or untrained
     random        the run's own architecture with untrained weights
     raw-pixels    the normalised pixels themselves
 """
@@ -173,11 +173,11 @@ def baseline(
     Args:
         target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
-        weights: weights of a timm model: a file, or `hub` (downloaded, or from the hub's local cache).
+        weights: weights of a timm model: a file, `hub` (downloaded, or from the hub's local cache) or `random`.
     """
     section = like.training.model
     if target.startswith(TIMM) != (weights is not None):
-        raise ProbeError(f"--weights (a file, or hub) is needed for {TIMM}NAME, and for no other baseline")
+        raise ProbeError(f"--weights (a file, hub or random) is needed for {TIMM}NAME, and for no other baseline")
     if target == "raw-pixels":
         return PixelBackbone(), section
     if target == "random":
@@ -188,14 +188,14 @@ def baseline(
         raise ProbeError(f"there is no baseline '{target}'; {hint}")
     if section.channels != 3:
         raise ProbeError(f"timm models take 3 channels, the tasks of this run have {section.channels}")
-    model = _create(target.removeprefix(TIMM), weights)
+    model = _create(target.removeprefix(TIMM), weights, like.training.seed)
     size = int(model.pretrained_cfg["input_size"][1])
-    name = f"{target} ({'hub weights' if weights == 'hub' else weights})"
+    name = f"{target} ({f'{weights} weights' if weights in ('hub', 'random') else weights})"
     return TimmBackbone(model, name, device), ModelSection(size=target, image_size=size, patch_size=section.patch_size)
 
 
-def _create(name: str, weights: str) -> Any:
-    """Create a timm model with its weights."""
+def _create(name: str, weights: str, seed: int) -> Any:
+    """Create a timm model with its weights; random ones are those of the seed, on every rank."""
     import timm
     from timm.models import load_state_dict
 
@@ -203,9 +203,11 @@ def _create(name: str, weights: str) -> Any:
         hint = did_you_mean(name, timm.list_models(), "timm has")
         raise ProbeError(f"timm has no model '{name}'; {hint}")
     try:
-        model = timm.create_model(name, pretrained=weights == "hub", num_classes=0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = timm.create_model(name, pretrained=weights == "hub", num_classes=0)
         # plain tensors only (no pickled code); timm unwraps 'model', 'state_dict' and 'module.' prefixes
-        loaded = {} if weights == "hub" else load_state_dict(weights, weights_only=True)
+        loaded = {} if weights in ("hub", "random") else load_state_dict(weights, weights_only=True)
         missing = model.load_state_dict(loaded, strict=False).missing_keys if loaded else []
     except Exception as error:  # of many types: the hub is out of reach, the file holds no weights
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -18,7 +18,7 @@ from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.approaches import frontier
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_contrasts, plot_loss_accuracy
-from aimscale.analysis.plots.parts import log_axis
+from aimscale.analysis.plots.parts import axis_label, log_axis
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
 from aimscale.analysis.plots.style import DOUBLE, inline_svg, new_figure, save, styled
 from aimscale.analysis.words import human
@@ -194,6 +194,10 @@ def test_many_points_are_all_drawn_and_make_no_large_page():
     figure = plot_points(many, "params_total", by="images_seen")
     assert figure.drawn["what"].eq("measured").sum() == len(many)
     assert len(inline_svg(figure, "many", "losses")) < 300_000
+
+
+def test_an_axis_of_a_computed_column_reads_as_words():
+    assert axis_label("images_seen", names={"images_seen": "`Tokens (B)`*1e9"}) == "D: Tokens (B) × 1e9"
 
 
 @pytest.mark.parametrize("column", ["params_total", "flops_train"])

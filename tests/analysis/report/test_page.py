@@ -237,7 +237,10 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
     frame = pd.DataFrame(sweep_rows())[["params_total", "images_seen", "val_loss"]]
     frame.set_axis(["size_m", "tokens", "loss"], axis=1).to_csv(tmp_path / "theirs.csv", index=False)
     options = ["--columns", "N=size_m,D=tokens,L=loss", "--out", tmp_path / "page.html"]
-    say("report", tmp_path / "theirs.csv", *options)
+    last = say("report", tmp_path / "theirs.csv", *options).splitlines()[-1]
+    assert re.fullmatch(r"next: aimscale forecast \S+ --columns \S+ --at N=[\de+.]+,D=[\de+.]+", last), (
+        "no placeholders"
+    )
     page = Page((tmp_path / "page.html").read_text())
     assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
     assert not {"published", "changes"} & page.ids()

@@ -10,6 +10,7 @@ from commands import answer, say
 
 from aimscale.analysis import contrast, correlate, fit, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError, in_command
+from aimscale.analysis.table.design import foreign_settings
 from aimscale.analysis.table.names import left_out_of
 from aimscale.analysis.table.points import best_of
 from aimscale.analysis.table.read import parse_columns
@@ -187,3 +188,33 @@ def test_at_most_five_names_stand_in_an_error_the_nearest_first():
         correlate(df, x="Lerning_rate", y="column_01")
     with pytest.raises(AnalysisError, match="N of L = E"):
         fit(df, "chinchilla")
+
+
+def test_other_runs_of_an_equal_id_are_counted_and_repeats_of_one_run_are_not(theirs, tmp_path):
+    """Numbers as ids are equal in any two tables; a run that stands in both is read once, silently."""
+    one = theirs.assign(run_id=range(len(theirs)))
+    other = one.assign(loss=one["loss"].where(one.index < 57, 1.01 * one["loss"]))
+    for name, rows in (("one", one), ("other", other)):
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    both = read_tables([tmp_path / "one.csv", tmp_path / "other.csv"], parse_columns([COLUMNS]))
+    assert len(both) == 60
+    assert [(each.kind, each.number) for each in left_out_of(both)] == [("repeat", 3)]
+    assert not left_out_of(read_tables([tmp_path / "one.csv", tmp_path / "one.csv"], parse_columns([COLUMNS])))
+
+
+def test_per_cents_are_measurements_and_words_are_settings(theirs, tmp_path):
+    cells = theirs["loss"].map(lambda loss: f"{100 - 10 * loss:.0f} %")
+    theirs.assign(hella=cells, optimizer=theirs.index % 2).replace({"optimizer": {0: "adam", 1: "muon"}}).to_csv(
+        tmp_path / "theirs.csv", index=False
+    )
+    found = foreign_settings(read_table(tmp_path / "theirs.csv", parse_columns([COLUMNS])))
+    assert {"hella", "optimizer"} & {*found} == {"optimizer"}
+
+
+def test_what_to_run_next_keeps_the_loss_that_was_named_and_runs(theirs, tmp_path):
+    table = tmp_path / "theirs.csv"
+    theirs.rename(columns={"loss": "bits"}).to_csv(table, index=False)
+    given = f"{table} --columns N=num_params,D=tokens,C=flops --best-of lr --y bits"
+    last = say("fit", *given.split()).splitlines()[-1]
+    assert last == f"next: aimscale frontier {given}", "a report needs val_loss"
+    say(*last.split()[2:])

@@ -172,7 +172,7 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
 
 @pytest.mark.usefixtures("offline")
 def test_trouble_with_wandb_is_said_before_training_or_survived(
-    tmp_path: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No login is a mistake of the user's; no network keeps the start here; what fails later ends the logging only."""
     wandb = pytest.importorskip("wandb")
@@ -194,6 +194,5 @@ def test_trouble_with_wandb_is_said_before_training_or_survived(
         logger.log_values(24, {"val/loss": 0.4})
     wandb.teardown()  # as at the end of the process
     assert [line["val/loss"] for line in history(run)] == [0.5]
-    said = capsys.readouterr().out
-    assert "cannot be reached" in said
-    assert "gets no more" in said
+    assert "cannot be reached" in caplog.text
+    assert "gets no more" in caplog.text

@@ -98,7 +98,7 @@ def test_the_search_finds_the_block_that_holds_the_answer(task: Any) -> None:
 
 @pytest.mark.parametrize("kinds", [("linear", "attentive", "knn"), ("lora",)], ids=str)
 def test_images_that_rot_after_indexing_are_left_out_as_if_they_had_never_been_there(
-    task: Any, tmp_path: Path, spoil: Callable[..., Path], kinds: Sequence[str], capsys: pytest.CaptureFixture[str]
+    task: Any, tmp_path: Path, spoil: Callable[..., Path], kinds: Sequence[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     sides = {}
     for name, folder, samples in (("train", "some", [0, 5, 79]), ("test", "test", [2, 399])):
@@ -113,7 +113,7 @@ def test_images_that_rot_after_indexing_are_left_out_as_if_they_had_never_been_t
         found.append(task.probe(wanted, seed=0, out=None, max_bad_fraction=0.1))
     assert [{**entry, "evaluation": ""} for entry in found[0]] == [{**entry, "evaluation": ""} for entry in found[1]]
     assert {(entry["num_fit"] + entry["num_holdout"], entry["n"]) for entry in found[0]} == {(77, 398)}
-    assert open_dataset(sides["train"][0]).describe(79) in capsys.readouterr().err
+    assert open_dataset(sides["train"][0]).describe(79) in caplog.text
     rotten = wanted.model_copy(update={name: side[0] for name, side in sides.items()})
     with pytest.raises(DataError, match="3 of 80 images of"):
         task.probe(rotten, seed=0, out=None, max_bad_fraction=0.0025)

@@ -68,7 +68,7 @@ def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(run: RunDir) -
     assert run.read_rows() == before
 
 
-def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
     config, (row,) = run.load_config(), run.read_rows()
     entries = answer("probe", run.path, "--device", "cpu", "--kind", "knn")
     run.results.unlink()
@@ -82,7 +82,7 @@ def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, capsys: pyte
     assert run.read_rows() == [row]
     next(run.probes_dir(64).glob("digits-*.json")).write_text('{"probes": [3]}')
     update_row(run, config, 64)  # a damaged file is named, and is none
-    assert "damaged" in capsys.readouterr().err
+    assert "damaged" in caplog.text
 
 
 def test_imported_weights_are_probed_like_any_run(task: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`aimscale next`: from a collected sweep to the sweep of the runs worth buying."""
 
 import json
+import shlex
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: An
     assert 0 < hours <= budget * 1.01  # budgets of one size share a trunk: never dearer than one by one
     assert {r.cell["seed"] for r in runs} == {0}
     assert yaml.safe_load(out.read_text())["base"] == yaml.safe_load(collected.text)["base"]
+
+
+def test_the_next_line_runs_as_printed_under_another_root_and_without_a_budget(collected: Any) -> None:
+    text = say("next", collected.source, "--root", collected.root, "--target", "N=1e7,D=100k", "--y", "val_loss")
+    (line,) = [each for each in text.splitlines() if each.startswith("next: aimscale next ")]
+    written = say(*shlex.split(line)[2:])
+    (plan_line,) = [each for each in written.splitlines() if each.startswith("next: aimscale plan ")]
+    _, _, verb, file, *options = shlex.split(plan_line)
+    assert (verb, options) == ("plan", ["--root", str(collected.root)])
+    assert plan(load_sweep(file, collected.root))
 
 
 def test_mistakes_are_told_by_name(collected: Any, tmp_path: Any) -> None:

@@ -44,7 +44,7 @@ def test_a_launch_that_waits_for_devices_of_another_says_so(
     timer.start()
     assert len(launch(sweep, devices=1, command=stand_in()).finished) == 1
     said = capsys.readouterr().out
-    assert said.count("waiting for devices, which other launches on this machine use") == 1
+    assert said.count("waiting: other launches of this user use all devices of this machine") == 1
     assert "waiting" not in said[said.index("started") :]
 
 

@@ -17,6 +17,7 @@ import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine import active_run
 from aimscale.sweeps.engine import worker as engine
+from aimscale.sweeps.engine.active_run import Event
 from aimscale.sweeps.engine.devices import DevicePool, Machine
 from aimscale.sweeps.engine.launch import cancel, load_plan
 from aimscale.sweeps.plan.costs import grace_period_s
@@ -317,12 +318,11 @@ def test_a_job_takes_runs_of_its_own_shape_first(write_sweep: Any, stand_in: Any
     prepare_directory(sweep, runs)
     machine = Machine(devices=2, allow_fewer_devices=False)
     worker = engine.Worker(sweep=sweep, machine=machine, waiting=list(runs), command=stand_in(), job_id="7")
-    said: list[str] = []
-    result = engine.run_worker(worker, lambda worker: (said.extend(worker.events), worker.events.clear()))
+    told: list[Event] = []
+    result = engine.run_worker(worker, lambda worker: (told.extend(worker.events), worker.events.clear()))
     assert len(result.finished) == 4
-    order = [line.split()[0] for line in said if "rung-32" in line]
-    assert order == ["started", "finished"] * 2
-    assert all("rung-32" in line for line in said[:4])
+    assert [event.kind for event in told if "rung-32" in event.text] == ["started", "finished"] * 2
+    assert all("rung-32" in event.text for event in told[:4])
 
 
 def test_a_run_that_took_long_to_start_is_not_started_with_little_time(write_sweep: Any, stand_in: Any) -> None:

@@ -254,6 +254,17 @@ def test_many_epochs_are_shouted(write_sweep: Any) -> None:
     assert "64 EPOCHS of 20 images" in said(20)
 
 
+def test_no_caution_asks_for_smaller_budgets_that_another_warns_of(write_sweep: Any) -> None:
+    def cautions(unique: int, budget: int) -> list[str]:
+        sweep = write_sweep(sizes=["rung-32"], unique_images=[unique], budgets=[budget])
+        return [why for _, why in cost_cards(sweep, plan(sweep))[0].cautions]
+
+    few, _plateau = cautions(20, 1280)
+    assert few.endswith("take more images: smaller budgets would lie on the first plateau")
+    (enough,) = cautions(10_000, 1_000_000)
+    assert enough.endswith("take more images or smaller budgets")
+
+
 def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
     write_sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,7 +169,7 @@ def test_jobs_ask_for_the_time_that_their_runs_need(write_sweep: Any, submitted:
 
 
 def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
-    write_sweep: Any, submitted: Any, tmp_path: Path, capsys: Any
+    write_sweep: Any, submitted: Any, tmp_path: Path, caplog: Any
 ) -> None:
     wide = [{"when": {"size": "rung-48"}, "set": {"devices": 8}}]
     widest = [{"when": {"size": "rung-64"}, "set": {"devices": 16}}]
@@ -179,7 +179,7 @@ def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
     assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
     submit_for(write_sweep(slurm={"max_jobs": 2}, name="narrow", **fields))
     assert submitted("nodes")[3:] == ["1", "1"]
-    assert "no job for 2 runs of 2 x 8: slurm.max_jobs is reached" in capsys.readouterr().err
+    assert "no job for 2 runs of 2 x 8: slurm.max_jobs is reached" in caplog.text
     (tmp_path / "longest").write_text("0")
     submit_for(write_sweep(name="single", **fields))
     assert submitted("array")[5:] == [None] * 6
@@ -281,6 +281,28 @@ def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
     assert f"up to {format_duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_line_of_the_setup_that_fails_ends_the_job_and_status_says_which(
+    write_sweep: Any, submitted: Any, tmp_path: Path
+) -> None:
+    """As `set -e` would, but for lines inside a file that is sourced, of which many fail in any profile."""
+    (tmp_path / "profile").write_text("false\nmodule() { return 0; }\n")
+    begins = f"{tmp_path}/begins"
+    Path(begins).write_text("#!/bin/sh\necho worker begins: job 1\n")
+    Path(begins).chmod(0o755)
+    setups = (["false || true", f"source {tmp_path}/profile", "module load cuda"], ["module load cuda", "true"])
+    for setup, code in zip(setups, (0, 127), strict=True):
+        sweep = write_sweep(sizes=["rung-32"], slurm={"setup": setup, "python": begins})
+        (part,) = submit_for(sweep, retry=True)
+        (tmp_path / "slurm_script").write_text(part.script)
+        done = subprocess.run(["bash", tmp_path / "slurm_script"], capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert ("worker begins" in done.stdout) == (code == 0), done
+    submissions = slurm.submissions_file(sweep)
+    submissions.with_name(f"{part.job_id}.out").write_text(done.stderr + done.stdout)
+    (said,) = sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)), {}).failed_jobs
+    assert said.startswith("slurm.setup failed with exit code 127: module load cuda (1 jobs; see ")
+
+
 def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
     write_sweep: Any, submitted: Any
 ) -> None:
@@ -324,7 +346,7 @@ def test_a_torn_line_of_the_record_of_jobs_breaks_nothing(write_sweep: Any, subm
 
 
 def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
-    write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     sweep = write_sweep()
     monkeypatch.setattr(sweep_dir, "LOCK_TIMEOUT_S", 0.1)
@@ -334,7 +356,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
         pytest.raises(UserError, match="submits jobs of this sweep, for more than"),
     ):
         submit_for(sweep)
-    assert "waiting for process" in capsys.readouterr().err
+    assert "waiting for process" in caplog.text
 
 
 def test_the_script_asks_for_nothing_that_no_one_asked_for(write_sweep: Any) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -116,7 +118,7 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     queued = ["queued" if state in ("not started", "lost", "paused") else state for state in states]
     assert [line.state for line in with_jobs.runs] == queued
     assert with_jobs.runs[0].status.reason == "Priority"
-    assert (alone.runs[3].place, "job" in alone.runs[8].place) == ("job 7_1", False)
+    assert (alone.runs[3].place, "job" in alone.runs[8].place) == (f"{socket.gethostname()} (job 7_1)", False)
     assert alone.unplanned == ("old-run",)
     assert not new.path.exists()
     json.dumps(asdict(alone), allow_nan=False)
@@ -128,9 +130,30 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     assert "76 %" in said, "the run that waits for images is named"
     assert "29 %" not in said
     assert [line.split()[1] for line in said.splitlines() if line.startswith("data-bound")] == [alone.runs[3].run_id]
-    assert "job 7_1" in said
+    assert f"{socket.gethostname()} (job 7_1)" in said
     assert "status.json" in said
     assert not set(said) & {"\x1b", "\x07"}, "no run's words steer the terminal"
+
+
+def test_nodes_are_shown_unless_all_is_done_here(write_sweep: Any, launch: Any, stand_in: Any, capsys: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    launch(sweep, devices=1, command=stand_in())
+    first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
+
+    def said() -> str:
+        new_console().print(status_view(look(sweep), 200))
+        return str(capsys.readouterr().out)
+
+    capsys.readouterr()
+    for record in (first, second):
+        record.write_status(host=socket.gethostname())
+    assert socket.gethostname() not in said()
+    first.write_status(host="gpu-7", job_id="12_3")
+    assert "gpu-7 (job 12_3)" in said(), "of a finished run, too"
+    second.write_status(state="running", heartbeat=time.time() - 65)
+    with second.hold():
+        assert "last sign" in said()
+        assert "1m 5s ago" in said()
 
 
 def test_the_time_left_is_that_of_the_last_run_to_end(write_sweep: Any) -> None:

@@ -329,7 +329,7 @@ def test_bad_samples_are_replaced_alike_and_counted(
 
 
 def test_a_flipped_bit_of_a_picture_is_a_bad_sample_that_evaluations_leave_out_and_count(
-    small_set: Path, tmp_path: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
+    small_set: Path, tmp_path: Path, configure: Configure, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = shutil.copytree(small_set, tmp_path / "copy")
     ((name, offset, size),) = open_dataset(path).byte_ranges([33])
@@ -347,7 +347,7 @@ def test_a_flipped_bit_of_a_picture_is_a_bad_sample_that_evaluations_leave_out_a
         if fraction:
             images.agree(ALONE, np.arange(60))
             images.agree(ALONE, samples[[0]])  # a second look, without the bad one: it still counts
-            assert capsys.readouterr().err.count(named) == 1
+            assert caplog.text.count(named) == 1
         else:
             with pytest.raises(DataError, match=re.escape(f"1 of 60 images of {path} cannot be decoded, last {named}")):
                 images.agree(ALONE, np.arange(60))

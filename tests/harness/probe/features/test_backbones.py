@@ -96,6 +96,21 @@ def test_timm_blocks_are_raw_patch_tokens_of_images_in_the_models_own_normalisat
     torch.testing.assert_close(features, outputs[0][:, 1:], rtol=1e-4, atol=1e-4)  # without the class token
 
 
+def test_an_untrained_timm_model_is_that_of_the_seed_and_leaves_the_random_state_alone() -> None:
+    def first(seed: int) -> torch.Tensor:
+        like = LIKE.model_copy(update={"training": LIKE.training.model_copy(update={"seed": seed})})
+        backbone, _ = baseline(VIT, like, weights="random", device=torch.device("cpu"))
+        assert backbone.name == f"{VIT} (random weights)"
+        return backbone.features(torch.ones(1, 3, 224, 224), [0])
+
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(first(0), first(0))
+    assert torch.rand(1) == expected
+    assert not torch.equal(first(0), first(1))
+
+
 @pytest.mark.parametrize(
     ("target", "weights", "subject"),
     [
