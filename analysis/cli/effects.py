@@ -13,6 +13,8 @@ from aimscale.analysis.cli.options import show, table_of, then
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 
+MEASURED, TUNED = "best as measured", "as if tuned"
+
 
 def contrast(
     tables: options.Tables,
@@ -82,8 +84,6 @@ def correlate(
 
 if TYPE_CHECKING:
     from aimscale.analysis.fitting.result import Fit
-
-MEASURED, TUNED = "best as measured", "as if tuned"
 
 
 def rates(

@@ -11,7 +11,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import can_report, show, table_to_minimise, then, tuning_lines
+from aimscale.analysis.cli.options import can_report, show, table_to_minimise, then
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import Flag, human, said_once
@@ -83,7 +83,7 @@ def fit(
     chosen = found.law if found else law
     result = analysis.fit(df, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
     result = tested(result, df, hold_out or [])
-    after = [*tuning_lines(tuning), *(["", found.summary()] if found else [])]
+    after = ["", found.summary()] if found else []
     also = {"tuning": tuning, **({"laws": found.table} if found else {})}
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
@@ -163,16 +163,15 @@ def forecast(
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
-    from aimscale.analysis.forecasts.forecast import parse_scale
-    from aimscale.analysis.forecasts.registry import REGISTER
-    from aimscale.analysis.forecasts.registry import register as write
+    from aimscale.analysis.forecasts.forecast import REGISTER, parse_scale
+    from aimscale.analysis.forecasts.forecast import register as write
 
     typed_y = y
     df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
     found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
-    after = tuning_lines(tuning)
+    after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
@@ -216,7 +215,6 @@ def frontier(
         figure,
         labels=label,
         words=found.summary(shown),
-        after=tuning_lines(tuning),
         also={"optima": optima, "flags": found.cautions, "tuning": tuning},
         following=then([*place, *["report"] * can_report(df)], tables, columns, where, best_of, typed_y),
     )

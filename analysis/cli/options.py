@@ -105,11 +105,6 @@ def table_to_minimise(
     return (best_of(df, best, y) if best else corrected), y, words
 
 
-def tuning_lines(words: str) -> list[str]:
-    """Write how well the largest size is tuned, to stand below a result."""
-    return [f"tuning: {words}"] if words else []
-
-
 def then(
     verbs: Sequence[str],
     tables: Sequence[Path],
@@ -151,14 +146,15 @@ def show(
 ) -> None:
     """Draw a result where a figure is asked for, with `labels` such as N=Parameters, and print it.
 
-    It is printed in `words` (by default its summary) with the lines of `after` and what to run next, or as JSON with
-    what there is `also`.
+    It is printed in `words` (by default its summary) with how well the largest size is tuned (of `also`), the lines of
+    `after` and what to run next, or as JSON with what there is `also`.
     """
     if figure is not None:
         _draw(result, figure, labels or [])
     elif labels:
         raise AnalysisError("--label names what a figure shows; add --figure FIGURE.")
-    typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *after]))
+    tuning = [f"tuning: {told}"] if (told := (also or {}).get("tuning")) else []
+    typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *tuning, *after]))
     if following and not json:
         say_next(following)
 

@@ -25,6 +25,14 @@ from aimscale.analysis.words import did_you_mean
 
 COMPUTE = "compute"
 """Weights in proportion to a run's compute: what forecasts are fitted with."""
+INTERVAL_SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "own": (np.positive, np.positive),
+    "log": (np.log, np.exp),
+    "reciprocal": (np.reciprocal, lambda value: 1 / value if value > 0 else np.inf),
+}
+"""Scales on which an interval is symmetric: a function and its inverse."""
+GROUPS_OF = {"N": "sizes", "D": "budgets"}
+"""Variable -> the groups of points that may share an error at one value of it, as flags name them."""
 
 
 def fit(
@@ -117,14 +125,6 @@ def weights_of(rows: pd.DataFrame, by: str) -> Array:
     return values / values.mean()
 
 
-INTERVAL_SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "own": (np.positive, np.positive),
-    "log": (np.log, np.exp),
-    "reciprocal": (np.reciprocal, lambda value: 1 / value if value > 0 else np.inf),
-}
-"""Scales on which an interval is symmetric: a function and its inverse."""
-
-
 def intervals_of(found: Estimate, hidden: frozenset[str]) -> dict[str, Interval]:
     """Find 95 % intervals of the law's own, the reported and the derived parameters that are not held.
 
@@ -180,10 +180,6 @@ def _check_names(law: Law, fixed: dict[str, float], bounds: dict[str, tuple[floa
             raise AnalysisError(f"{name} of {law.formula} needs {what} numbers, so it cannot be {low:g}.")
         if name in bounds and not low < high:
             raise AnalysisError(f"The bounds of {name} are {low:g} and {high:g}; the first must be the smaller.")
-
-
-GROUPS_OF = {"N": "sizes", "D": "budgets"}
-"""Variable -> the groups of points that may share an error at one value of it, as flags name them."""
 
 
 def held_out(result: Fit, df: pd.DataFrame, *, by: str, num_values: int = 1) -> HeldOut:

@@ -19,6 +19,22 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.words import did_you_mean
 
+COMPLEX_STEP = 1e-30
+"""Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
+MIN_STARTS = 3
+"""Starts that are refined, or as many as there are non-linear parameters; 16 found none lower on public tables."""
+NEIGHBOURS = 8
+"""A point of the grid that is lower than so many nearest ones is the floor of a valley."""
+MAX_GRID_POINTS = 120
+"""Points that the grid looks at, evenly spaced: starts need no more, and are refined on all."""
+RIDGE = 1e-11
+"""Added to the squares of unit columns, of which two may be one at corners of the grid."""
+ROUGH, FINE = 1e-4, 1e-13
+"""Relative changes of objective, step and gradient at which a least-squares start and a minimum end."""
+MAX_EVALUATIONS = 200
+ON_BOUND = 1e-4
+"""A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -75,23 +91,6 @@ def find_objective(name: str | Objective) -> Objective:
     except (KeyError, ValueError):
         known = did_you_mean(base, OBJECTIVES, "the objectives are")
         raise AnalysisError(f"There is no objective named {name!r}; {known}") from None
-
-
-COMPLEX_STEP = 1e-30
-"""Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
-MIN_STARTS = 3
-"""Starts that are refined, or as many as there are non-linear parameters; 16 found none lower on public tables."""
-NEIGHBOURS = 8
-"""A point of the grid that is lower than so many nearest ones is the floor of a valley."""
-MAX_GRID_POINTS = 120
-"""Points that the grid looks at, evenly spaced: starts need no more, and are refined on all."""
-RIDGE = 1e-11
-"""Added to the squares of unit columns, of which two may be one at corners of the grid."""
-ROUGH, FINE = 1e-4, 1e-13
-"""Relative changes of objective, step and gradient at which a least-squares start and a minimum end."""
-MAX_EVALUATIONS = 200
-ON_BOUND = 1e-4
-"""A parameter this near its bound is tried on it: a trust region that stays inside only comes close."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,14 @@ JOINT = ("chinchilla", "overtrained", "coupled", "kaplan")
 WITH_REPEATS = "repeated"
 """Further candidate where rows see pools of several sizes more than once: of one pool, repeats and D are alike."""
 ONE_VARIABLE = ("power", "power_offset")
+SPARE_POINTS = 2
+"""Points that a law needs beyond its parameters, to tell its errors by."""
+THROUGH = " through the loss"
+"""End of the name of a curve that leads through the loss."""
+LEAST, UNKNOWN_ERROR = 1e-6, 1e3
+"""Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
+SLOPE_STEP = 1e-5
+"""Difference of ln loss by which the sigmoid's slope is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +137,6 @@ def table_points(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str, loss
         exclusions=used.exclusions,
         cost=cost_of(numbers) if {"N", "D", "C"} <= {*numbers} else None,
     )
-
-
-SPARE_POINTS = 2
-"""Points that a law needs beyond its parameters, to tell its errors by."""
-THROUGH = " through the loss"
-"""End of the name of a curve that leads through the loss."""
-LEAST, UNKNOWN_ERROR = 1e-6, 1e3
-"""Smallest loss or error rate that a curve returns; its error, of its logarithm, where the law itself is nil."""
-SLOPE_STEP = 1e-5
-"""Difference of ln loss by which the sigmoid's slope is told."""
 
 
 @dataclass(frozen=True, kw_only=True)

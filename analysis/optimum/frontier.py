@@ -22,6 +22,13 @@ from aimscale.analysis.table.names import our_name
 from aimscale.analysis.table.points import resolve_columns, usable_rows
 from aimscale.analysis.words import Flag, human
 
+FORM_ALONE = 1e-4
+"""An exponent whose interval is narrower than this is set by the law's form, not by the data."""
+SEARCH_SPAN, GRID = 100.0, 241
+"""A law is minimised within this factor of the measured sizes, from the lowest of so many."""
+NEWTON_STEPS, NEWTON_WIDTH = 8, 1e-3
+"""Newton's steps from there, by differences of ln N: of fixed width, so that N* moves smoothly with the parameters."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -135,14 +142,6 @@ class Frontier:
     def exponent_words(self) -> str:
         """Write the exponent with its interval."""
         return f"{self.exponent:.2f} {self.exponent_interval.words('.2f')}"
-
-
-FORM_ALONE = 1e-4
-"""An exponent whose interval is narrower than this is set by the law's form, not by the data."""
-SEARCH_SPAN, GRID = 100.0, 241
-"""A law is minimised within this factor of the measured sizes, from the lowest of so many."""
-NEWTON_STEPS, NEWTON_WIDTH = 8, 1e-3
-"""Newton's steps from there, by differences of ln N: of fixed width, so that N* moves smoothly with the parameters."""
 
 
 def log_optimum(params: Params, flops: Array, *, law: Law, cost: Cost, sizes: tuple[float, float]) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ SINGLE, DOUBLE = 3.3, 6.75
 """Widths of one column of a paper and of two, in inches."""
 ON_SCREEN = 2.3
 """Factor by which a page shows a figure larger than paper does, at most."""
+KINDS = ("svg", "pdf", "png")
+"""Formats of a saved figure."""
 INK, MUTED, PAPER = "#1b1f24", "#5b6470", "#ffffff"
 ORDERED = ("#31135f", "#433e85", "#2f6a8e", "#21908c", "#3fa860", "#86a81c", "#b58d00", "#a4631a")
 """Colours of ordered series."""
@@ -157,8 +159,13 @@ def _image(
     return buffer.getvalue()
 
 
-def save(figure: Figure, stem: str | Path) -> list[Path]:
+def save(figure: Figure, stem: str | Path, kinds: Sequence[str] = KINDS) -> list[Path]:
     """Write `stem`.svg, `stem`.pdf and `stem`.png at a paper's width, and `stem`.csv with exactly what is drawn.
+
+    Args:
+        figure: a figure of ours, or any other of matplotlib's.
+        stem: path of the files without their suffix.
+        kinds: formats to write, of svg, pdf and png.
 
     Returns:
         The paths; without the CSV where the figure was made elsewhere and only some of its axes were drawn here.
@@ -172,10 +179,10 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
     stem = Path(stem)
     if stem.name in ("", ".."):
         raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
-    contents = {".svg": _image(figure, "svg"), ".pdf": _image(figure, "pdf"), ".png": png_bytes(figure)}
+    contents = {f".{kind}": png_bytes(figure) if kind == "png" else _image(figure, kind) for kind in kinds}
     if isinstance(figure, ShownFigure):
-        contents[".csv"] = figure.drawn.to_csv(index=False).encode()
-    stem = stem.with_suffix("") if stem.suffix in (*contents, ".csv") else stem
+        contents[".csv"] = figure.drawn.to_csv(index=False, float_format="%.6g").encode()
+    stem = stem.with_suffix("") if stem.suffix[1:] in (*KINDS, "csv") else stem
     paths = [stem.with_name(stem.name + suffix) for suffix in contents]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)

@@ -21,18 +21,35 @@ CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_tex
 """The context that Croissant 1.0 prescribes."""
 TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 """Kinds of numpy's types -> types of Croissant; all else is text."""
+ENCODINGS = {".csv": "text/csv", ".parquet": "application/x-parquet"}
+"""Suffix of a table -> its media type."""
+FILES = {
+    "data": "tables, a row per run and data budget",
+    "report.html": "the page, in one file",
+    "numbers.json": "every number of the page, and how the tables were read",
+    "figures": "each figure as PDF, with a CSV of what it draws; the findings' as PNG, too",
+    "tables": "each table for LaTeX (booktabs)",
+    "models": "configuration and card of every run; its weights where they are published",
+    "sweep.yaml": "what was run",
+    "environment.txt": "versions of the packages that trained",
+    "croissant.json": "the tables described for machines",
+    "CITATION.cff": "how to cite it",
+    "SHA256SUMS": "checksums of all files, for `sha256sum -c`",
+}
+"""Files of a folder that the card explains where they are there."""
+WRITTEN_LAST = ("SHA256SUMS",)
 
 
 def croissant(folder: Path, about: About) -> dict[str, Any]:
-    """Describe the CSV tables of a folder: files with checksums, and columns with type and meaning."""
-    tables = sorted((folder / "data").glob("*.csv"))
+    """Describe the tables of a folder: files with checksums, and columns with type and meaning."""
+    tables = [path for path in sorted((folder / "data").iterdir()) if path.suffix in ENCODINGS]
     files = [
         {
             "@type": "cr:FileObject",
             "@id": path.name,
             "name": path.name,
             "contentUrl": str(path.relative_to(folder)),
-            "encodingFormat": "text/csv",
+            "encodingFormat": ENCODINGS[path.suffix],
             "sha256": sha256(path),
         }
         for path in tables
@@ -61,16 +78,18 @@ def sha256(path: Path) -> str:
 
 
 def _records(path: Path) -> dict[str, Any]:
-    """Describe the columns of a CSV file."""
-    frame = pd.read_csv(path, low_memory=False).dropna(axis="columns", how="all")
-    fields = []
-    for name, kind in ((str(name), frame[name].dtype.kind) for name in frame):
-        column = described(name)
+    """Describe the columns of a table, but for those of lists, such as `probes`, which Croissant 1.0 cannot name."""
+    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False)
+    frame, fields = frame.dropna(axis="columns", how="all"), []
+    for name, values in frame.items():
+        if values.map(pd.api.types.is_list_like).any():
+            continue
+        column = described(str(name))
         field = {
             "@type": "cr:Field",
             "@id": f"{path.stem}/{name}",
             "name": name,
-            "dataType": TYPES.get(kind, "sc:Text"),
+            "dataType": TYPES.get(values.dtype.kind, "sc:Text"),
             "source": {"fileObject": {"@id": path.name}, "extract": {"column": name}},
         }
         if column.meaning:
@@ -79,29 +98,14 @@ def _records(path: Path) -> dict[str, Any]:
     return {"@type": "cr:RecordSet", "@id": path.stem, "name": path.stem, "field": fields}
 
 
-FILES = {
-    "data": "tables, a row per run and data budget",
-    "report.html": "the page, in one file",
-    "numbers.json": "every number of the page, and how the tables were read",
-    "figures": "each figure as SVG, PDF and PNG, with a CSV of what it draws",
-    "tables": "each table for LaTeX (booktabs)",
-    "models": "configuration and card of every run; its weights where they are published",
-    "sweep.yaml": "what was run",
-    "environment.txt": "versions of the packages that trained",
-    "croissant.json": "the tables described for machines",
-    "CITATION.cff": "how to cite it",
-    "SHA256SUMS": "checksums of all files, for `sha256sum -c`",
-}
-"""Files of a folder that the card explains where they are there."""
-WRITTEN_LAST = ("SHA256SUMS",)
-
-
 class About(NamedTuple):
     """Facts of a publication that only its authors know."""
 
     title: str
     licence: str
-    """Licence of the data and of this folder, best as an SPDX identifier such as CC-BY-4.0."""
+    """Licence of this folder, best as an SPDX identifier such as CC-BY-4.0."""
+    images: str | None = None
+    """Data set that was trained on, and its licence."""
     authors: tuple[str, ...] = ()
     url: str | None = None
     """Where it will be found."""
@@ -141,7 +145,8 @@ def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About)
         "## Check it",
         "Any laptop recomputes every number of the page from the tables, without torch:",
         "```bash\npip install aimscale\naimscale verify .\n```",
-        f"## Licence\n\n{about.licence}" + (f", {', '.join(about.authors)}" if about.authors else ""),
+        f"## Licence\n\nThis folder: {', '.join((about.licence, *about.authors))}.",
+        f"Images that were trained on (not part of it): {about.images}." if about.images else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

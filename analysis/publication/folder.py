@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,18 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from aimscale.analysis.display import Result, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.registry import REGISTER
+from aimscale.analysis.forecasts.forecast import REGISTER
+from aimscale.analysis.plots.style import save
 from aimscale.analysis.publication.card import About, croissant, folder_card, model_cards, sha256
 from aimscale.analysis.published.comparison import BASELINES_FILE
 from aimscale.analysis.report.page import write_page
 from aimscale.analysis.report.study import Study, read_study
-from aimscale.analysis.table.schema import write_table
+from aimscale.analysis.report.summary import findings
 
 TOLERANCE = 1e-3
 """Relative difference up to which two numbers are the same: what three printed digits show. Between processors and
@@ -35,7 +33,11 @@ NOT_PRINTED = ("forecaster",)
 """Results of a study that the page does not show by themselves."""
 NOTHING = "nothing"
 """Printed for a place that one side lacks."""
-NUMBER = re.compile(r"[-+−]?\d[\d.,]*(?:[e×]?[-+⁻⁰¹²³⁴⁵⁶⁷⁸⁹\d]*)")
+NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
+BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
+"""Files beside a table that its page reads."""
+VERSION = 1
+"""Rises when `numbers.json` changes its form."""
 
 
 class Source(NamedTuple):
@@ -65,23 +67,22 @@ def page_numbers(study: Study) -> dict[str, Any]:
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk plain types: each number or text with its place, such as `law.params.alpha`."""
+    """Walk plain types: each number or word with its place, such as `law.params.alpha`, but no sentence: these are
+    made of the numbers, in the words of a release."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from _leaves(each, f"{place}.{key}" if place and key else f"{place}{key}")
     elif isinstance(value, list):
         for i, each in enumerate(value):
             yield from _leaves(each, f"{place}[{i}]")
-    else:
+    elif not isinstance(value, str) or " " not in value:
         yield place, value
 
 
 def _is_same(published: Any, recomputed: Any) -> bool:
-    """Compare two leaves: numbers within `TOLERANCE`, texts without the numbers in them, which stand beside them."""
+    """Compare two leaves: numbers within `TOLERANCE`, all else as it is."""
     if {type(published), type(recomputed)} <= {int, float}:
         return math.isclose(published, recomputed, rel_tol=TOLERANCE, abs_tol=1e-12)
-    if isinstance(published, str) and isinstance(recomputed, str):
-        return NUMBER.sub("#", published) == NUMBER.sub("#", recomputed)
     return bool(published == recomputed)
 
 
@@ -91,7 +92,7 @@ class Verification(Result):
 
     folder: str
     num_numbers: int
-    """Number of numbers and texts that were compared."""
+    """Number of numbers and words that were compared."""
     num_files: int
     """Number of files whose checksums were compared."""
     damaged: tuple[str, ...]
@@ -135,13 +136,6 @@ def compare_numbers(published: Any, recomputed: Any) -> tuple[int, tuple[tuple[s
     return len(places), tuple(found)
 
 
-NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
-BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
-"""Files beside a table that its page reads."""
-VERSION = 1
-"""Rises when `numbers.json` changes its form."""
-
-
 def publish(
     tables: Sequence[Path],
     out: Path,
@@ -183,7 +177,7 @@ def publish(
 
 
 def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
-    """Copy the tables and what the page reads beside them, also as CSV; return the tables' names in the folder."""
+    """Copy the tables and what the page reads beside them; return the tables' names in the folder."""
     names, copied = [], dict[str, Path]()
     (folder / "data").mkdir()
     for path in (each / "results.parquet" if each.is_dir() else each for each in tables):
@@ -196,21 +190,17 @@ def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
             if copied.setdefault(file.name, file) != file:
                 raise AnalysisError(f"two folders hold a {file.name}; publish their tables apart.")
             shutil.copyfile(file, folder / "data" / file.name)
-            if file.suffix == ".parquet":
-                try:
-                    table = pq.read_table(file)
-                except (pa.ArrowException, OSError) as error:
-                    raise AnalysisError(f"cannot read {file} as a table ({error}); write it again") from error
-                write_table(table, folder / "data" / f"{file.stem}.csv")
     return tuple(names)
 
 
 def _write_results(source: Source, folder: Path, about: About, add: Callable[[Path], None]) -> None:
     """Write page, figures, numbers, LaTeX tables, cards, citation and the description for machines."""
     study = source.study(folder)
-    write_page(study, folder, folder / "figures")
+    write_page(study, folder, folder / "figures", kinds=("pdf",))
+    for finding in findings(study):
+        save(finding.figure, folder / "figures" / finding.key, kinds=("png",))
     record = {"version": VERSION, "source": source._asdict(), "numbers": page_numbers(study)}
-    texts = {NUMBERS: json.dumps(record, indent=1, allow_nan=False), "CITATION.cff": _citation(about)}
+    texts = {NUMBERS: json.dumps(record, allow_nan=False), "CITATION.cff": _citation(about)}
     found = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
     for name, subject, each in found:
         if isinstance(each, Result) and len(each.table):
@@ -223,7 +213,7 @@ def _write_results(source: Source, folder: Path, about: About, add: Callable[[Pa
         (folder / name).write_text(text, encoding="utf-8")
     add(folder)
     described = croissant(folder, about)
-    (folder / "croissant.json").write_text(json.dumps(described, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "croissant.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(folder_card(study, source.tables, folder, about), encoding="utf-8")
 
 

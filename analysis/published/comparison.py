@@ -27,6 +27,18 @@ TASKS = (
     *("pcam", "rxrx1", "eurosat", "fmow", "infographic"),
 )
 """The fifteen benchmarks by the names that a sweep's `probes` must use to be compared, in the order of Table 6."""
+PROTOCOL = "attentive"
+"""The only probe kind that Table 6 reports."""
+ADAPTED = "lora"
+"""The kind of probe that is none: it adapts the backbone, and its accuracy is that of no frozen feature."""
+PAPER_SIDE = 224
+LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
+"""Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or unknown ones."""
+REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
+"""AIM-7B's row under the same choice of blocks."""
+BASELINES_FILE = "baselines.parquet"
+"""Raw pixels, random weights and timm models on the same probes, gathered by `aimscale collect` beside the table, which
+laws would take them for runs of; `size` names them."""
 
 
 def _read(name: str, shares: list[str]) -> pd.DataFrame:
@@ -65,20 +77,6 @@ def published_frame() -> pd.DataFrame:
 def best_frozen(task: str) -> str:
     """Find the row of Table 6 with the highest accuracy on a task."""
     return str(table6()[task].idxmax())
-
-
-PROTOCOL = "attentive"
-"""The only probe kind that Table 6 reports."""
-ADAPTED = "lora"
-"""The kind of probe that is none: it adapts the backbone, and its accuracy is that of no frozen feature."""
-PAPER_SIDE = 224
-LAST, CHOSEN, UNSAID = "last", "chosen", "not said"
-"""Blocks that a probe averages: the last six (the protocol's default), those that a hold-out chose, or unknown ones."""
-REFERENCE = {LAST: "aim-7B", CHOSEN: "aim-7B-best", UNSAID: "aim-7B"}
-"""AIM-7B's row under the same choice of blocks."""
-BASELINES_FILE = "baselines.parquet"
-"""Raw pixels, random weights and timm models on the same probes, gathered by `aimscale collect` beside the table, which
-laws would take them for runs of; `size` names them."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -17,7 +17,7 @@ import markupsafe
 import matplotlib as mpl
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.plots.style import save
+from aimscale.analysis.plots.style import KINDS, save
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import sections
 from aimscale.analysis.report.study import Study, read_study
@@ -61,8 +61,10 @@ def write_report(
     return write_page(read_study(paths, columns, where, best), out, figures)
 
 
-def write_page(study: Study, out: str | Path | None = None, figures: str | Path | None = None) -> Path:
-    """Write the page of a study, as `write_report` does; `out` may be a folder.
+def write_page(
+    study: Study, out: str | Path | None = None, figures: str | Path | None = None, kinds: Sequence[str] = KINDS
+) -> Path:
+    """Write the page of a study, as `write_report` does; `out` may be a folder, `kinds` are those of its figures.
 
     Raises:
         AnalysisError: the page cannot be written, or a `collect.json` beside its tables is damaged.
@@ -82,7 +84,7 @@ def write_page(study: Study, out: str | Path | None = None, figures: str | Path 
             sections=laid_out,
         )
         for drawn in (*found, *(part for each in laid_out for part in each.parts["PageFigure"])) if figures else ():
-            save(drawn.figure, Path(figures or "") / drawn.key)
+            save(drawn.figure, Path(figures or "") / drawn.key, kinds)
     path = Path(out or folders[0])
     path = path / "report.html" if path.is_dir() else path
     try:

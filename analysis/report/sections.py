@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from aimscale import analysis
-from aimscale.analysis.forecasts.registry import REGISTER, score_words, scores
+from aimscale.analysis.forecasts.forecast import REGISTER, score_words, scores
 from aimscale.analysis.published.comparison import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
@@ -28,6 +28,10 @@ SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr
 COUNTED = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
 PACKAGES = ("numpy", "scipy", "pandas", "seaborn", "matplotlib")
 """Packages whose versions may change a number or a figure."""
+Part = str | PageFigure | Block
+"""A paragraph, a figure, or a result."""
+WORTH = "After 0.69 R_D repeats another one is worth half of a new sample; R_D is 15.4 for language (Muennighoff 2023)."
+"""Note on the law of repeated data, whose worth after r repeats is exp(-r / R_D)."""
 
 
 def _known(frame: pd.DataFrame, *names: str) -> bool:
@@ -107,12 +111,6 @@ def provenance(study: Study) -> Iterator[tuple[str, str]]:
         stamps = frame["finished_at"].dropna().astype(str)
         yield "measured", f"{stamps.min()} to {stamps.max()}"
     yield from ((f"analysed with {name}", importlib.metadata.version(name)) for name in PACKAGES)
-
-
-Part = str | PageFigure | Block
-"""A paragraph, a figure, or a result."""
-WORTH = "After 0.69 R_D repeats another one is worth half of a new sample; R_D is 15.4 for language (Muennighoff 2023)."
-"""Note on the law of repeated data, whose worth after r repeats is exp(-r / R_D)."""
 
 
 class Section(NamedTuple):

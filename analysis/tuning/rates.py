@@ -34,6 +34,8 @@ SAME_VALUE = 1e-9
 """Optima whose logarithms differ by less are one number, through which a power law has no error to tell."""
 WIDEST = 1e30
 """Factor that sizes and data span at most."""
+UNCERTAIN = np.log(100)
+"""Half of an optimum's interval, in logarithms, from which no minimum was seen."""
 MOST_CELLS = 200
 """Cells that have an optimum of their own, evenly over all that have rates enough; others are judged by the law."""
 
@@ -42,9 +44,9 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
     """Find the best learning rate (and batch) of every size and amount of data, and what other settings lose.
 
     Rows of equal N and D that differ in their setting are a cell. Near its minimum ln loss is a parabola in the
-    logarithm of the setting; a cell with three rates or more has an optimum of its own, unless that lies outside the
-    rates that were tried. The optima follow lr* = c N^a D^b, fitted as every law here: errors are clustered by sizes
-    and by budgets. Cells of fewer rates are judged by the law.
+    logarithm of the setting; a cell with three rates or more has an optimum of its own, unless that lies beyond the
+    rates that were tried by more than its error. The optima follow lr* = c N^a D^b, fitted as every law here: errors
+    are clustered by sizes and by budgets. Cells of fewer rates are judged by the law.
 
     Args:
         df: one row per run and budget.
@@ -81,7 +83,7 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
     table = _table(used.numbers, cells, log_loss, list(names))
     tuned, surface = _surface(log_loss, cells, settings, table)
     table = _with_optima(table, tuned, surface, list(names))
-    laws = {name: law for name in names if (law := _law(table[table["found"] == OPTIMUM], name)) is not None}
+    laws = {name: law for i, name in enumerate(names) if (law := _law(table, tuned, surface, i, name)) is not None}
     return Rates(
         table=_with_regret(table, tuned, surface, laws, list(names)),
         laws=laws,
@@ -126,7 +128,7 @@ def _table(numbers: pd.DataFrame, cells: Array, log_loss: Array, settings: list[
 def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame) -> tuple[Array, Surface]:
     """Fit the surface to the rows near the minima of tuned cells; returns the numbers of these cells, too.
 
-    Curvature follows N and D where that leaves a minimum in every cell, else it is one for all.
+    Curvature follows N and D where losses show that and every cell keeps a minimum, else it is one for all.
     """
     keep = is_tuned(cells, settings)[cells]
     keep[keep] = near_minimum(log_loss[keep], np.unique(cells[keep], return_inverse=True)[1], settings[keep])
@@ -139,34 +141,43 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
         )
     near = log_loss[keep], np.searchsorted(tuned, cells[keep]), settings[keep]
     scale = scale_of(table)
-    surface = fit_surface(*near, scale[tuned])
-    if np.linalg.eigvalsh(surface.curvatures(scale)).min() <= 0:
-        surface = fit_surface(*near, scale[tuned, :1])
-    return tuned, surface
+    surface, varying = fit_surface(*near, scale[tuned, :1]), fit_surface(*near, scale[tuned])
+    has_minima = np.linalg.eigvalsh(varying.curvatures(scale)).min() > 0
+    return tuned, varying if has_minima and varying.is_better_than(surface) else surface
 
 
 def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: list[str]) -> pd.DataFrame:
     """Add optima with their intervals, and how each cell's was found."""
     half = surface.half(np.sqrt(np.maximum(np.diagonal(surface.optima_covariance, axis1=1, axis2=2), 0.0)))
-    inside, labels = np.ones(len(tuned), bool), table.index[tuned]
-    table = table.assign(found=UNKNOWN)
+    known, labels = surface.has_minimum & ~(half > UNCERTAIN).any(axis=1), table.index[tuned]
+    table, inside = table.assign(found=UNKNOWN), np.ones(len(tuned), bool)
     for best, reach, name in zip(surface.optima.T, half.T, settings, strict=True):
         low, high = (np.log(table[f"{name}_{end}"].to_numpy()[tuned]) for end in ("lowest", "highest"))
-        inside &= (low <= best) & (best <= high)
+        # to leave out whatever errs to the outside would draw the law to the settings tried
+        beyond = np.minimum(np.nan_to_num(reach), high - low)
+        inside &= (low - beyond <= best) & (best <= high + beyond)
         columns = [f"{name}_best", f"{name}_lo", f"{name}_hi"]
         table[columns] = np.nan
         with np.errstate(over="ignore"):  # of an optimum that is hardly known
             table.loc[labels, columns] = np.exp(np.column_stack([best, best - reach, best + reach]))
-    table.loc[labels, "found"] = np.where(surface.has_minimum, np.where(inside, OPTIMUM, EDGE), NO_MINIMUM)
+    table.loc[labels, "found"] = np.where(known, np.where(inside, OPTIMUM, EDGE), NO_MINIMUM)
     return table
 
 
-def _law(optima: pd.DataFrame, setting: str) -> Fit | None:
-    """Fit the law of the optima in the variables that vary; None where there are too few, or all are the same."""
+def _law(table: pd.DataFrame, tuned: Array, surface: Surface, number: int, setting: str) -> Fit | None:
+    """Fit the law of the optima in the variables that vary; None where there are too few, or all are the same.
+
+    The errors of the optima are given to the fit: scatter does not show what all share, and few optima may agree by
+    chance.
+    """
+    found = (table["found"] == OPTIMUM).to_numpy()[tuned]
+    optima, errors = table.iloc[tuned[found]], surface.optima_errors(number)[found]
     variables = [name for name in ("N", "D") if np.ptp(np.log(optima[name])) > SAME_DATA] if len(optima) else []
     if not variables or len(optima) < len(variables) + 2 or np.ptp(np.log(optima[f"{setting}_best"])) < SAME_VALUE:
         return None
     points = optima[variables].assign(setting=optima[f"{setting}_best"])
+    if surface.degrees > 0:
+        points = with_known_errors(points, "setting", KnownErrors(loadings=errors, degrees=surface.degrees))
     return fit(points, product(*variables), y="setting", objective="log_lsq", is_tested=False)
 
 

@@ -23,6 +23,26 @@ STEEPEST = 4.0
 """Exponents are searched between minus this and this."""
 EXPONENTS = {"N": "a", "D": "b"}
 """Variable -> its exponent."""
+OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
+"""How a cell's optimum was found: inside the settings tried or as near as its error, beyond, not at all, by the law."""
+NO_OPTIMUM = {
+    EDGE: "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
+    NO_MINIMUM: "No lowest loss is seen at {}; the laws leave it out.",
+}
+"""Why a tried cell has no optimum -> caution."""
+WORTH_SAYING = 1e-3
+"""Regret below which a run counts as tuned: about what two seeds of one run differ by."""
+NOT_TOLD = 0.1
+"""Upper end of a regret from which nothing is known of the tuning."""
+ONE_RATE = "not known: one rate a size"
+"""Verdict on a table in which no size has several rates."""
+MOST = 0.8
+"""Advice takes the cheapest runs that take away this share of the error that any can."""
+MULTIPLIER = "lr_multiplier"
+"""Column of the factor on a recipe's learning rate."""
+RECIPE_KEYS = {"lr": "lr_peak", "batch": "batch_size"}
+"""Setting -> key of a recipe."""
+SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
 
 
 def _product(x: Columns, t: Params, *, variables: tuple[str, ...]) -> tuple[Array]:
@@ -47,28 +67,6 @@ def product(*variables: str) -> Law:
         constants={f"{v}0": 1.0 for v in variables},
         source="Li et al. 2025 (Step Law), of learning rate and batch",
     )
-
-
-OPTIMUM, EDGE, NO_MINIMUM, BY_LAW, UNKNOWN = "inside", "edge", "no minimum", "by the law", "not known"
-"""How a cell's optimum was found: inside the settings tried, beyond them, not at all, by the law of other cells."""
-NO_OPTIMUM = {
-    EDGE: "The best setting lies beyond those that were tried at {}: try further ones; the laws leave it out.",
-    NO_MINIMUM: "No lowest loss is seen at {}; the laws leave it out.",
-}
-"""Why a tried cell has no optimum -> caution."""
-WORTH_SAYING = 1e-3
-"""Regret below which a run counts as tuned: about what two seeds of one run differ by."""
-NOT_TOLD = 0.1
-"""Upper end of a regret from which nothing is known of the tuning."""
-ONE_RATE = "not known: one rate a size"
-"""Verdict on a table in which no size has several rates."""
-MOST = 0.8
-"""Advice takes the cheapest runs that take away this share of the error that any can."""
-MULTIPLIER = "lr_multiplier"
-"""Column of the factor on a recipe's learning rate."""
-RECIPE_KEYS = {"lr": "lr_peak", "batch": "batch_size"}
-"""Setting -> key of a recipe."""
-SETTING_WORDS = {"lr": "learning rate", "batch": "batch"}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from scipy.stats import f as f_distribution
 
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.laws.base import Array
@@ -23,6 +24,8 @@ MIN_ROWS = 8
 """Rows of the lowest losses that count for two settings, whose parabola has six coefficients."""
 MIN_VALUES = 3
 """Different values of a setting that show a cell's minimum."""
+SIGNIFICANT = 0.05
+"""Level at which curvature is taken to vary: three more coefficients double the error of an optimum."""
 STEP = 1e-6
 """Step of numerical derivatives, relative to a coefficient's standard error: everything is nearly linear in that."""
 SINGULAR = 1e-6
@@ -61,6 +64,14 @@ class Surface:
         hessian, slopes = self.curvatures(self.scale, coefficients), coefficients[:, 1 : 1 + self.origin.shape[1]]
         return self.origin - np.einsum("cij,cj->ci", np.linalg.pinv(hessian), slopes)
 
+    def is_better_than(self, other: Surface) -> bool:
+        """Test at 5 % whether the further coefficients of this surface explain what another leaves over (F)."""
+        more, squares = other.degrees - self.degrees, self.degrees * self.noise**2
+        if min(more, self.degrees) < 1 or squares == 0:
+            return False
+        ratio = (other.degrees * other.noise**2 - squares) / more / self.noise**2
+        return bool(f_distribution.sf(ratio, more, self.degrees) < SIGNIFICANT)
+
     @cached_property
     def optima(self) -> Array:
         """Settings (cells, p) of the lowest loss, logarithms."""
@@ -70,6 +81,16 @@ class Surface:
     def optima_covariance(self) -> Array:
         """Covariance (cells, p, p) of each cell's `optima`."""
         return self._covariance_of(self.optima_of)
+
+    def optima_errors(self, setting: int) -> Array:
+        """Return the errors (cells, m + cells) of the optima of a setting by independent causes: those of curvature,
+        which all cells share, and of each cell alone."""
+        k = 1 + self.origin.shape[1]
+        common = self.covariance[:, k:, k:]
+        moved = self.covariance[:, :, k:] @ np.linalg.pinv(common) @ _roots(common)
+        shared = (self._gradient_of(self.optima_of) @ moved)[:, setting]
+        own = self.optima_covariance[:, setting, setting] - np.sum(shared**2, axis=1)
+        return np.column_stack([shared, np.diag(np.sqrt(np.maximum(own, 0.0)))])
 
     @cached_property
     def lowest(self) -> Array:
@@ -85,12 +106,16 @@ class Surface:
 
     def _covariance_of(self, function: Callable[[Array], Array]) -> Array:
         """Return the covariance (cells, m, m) of a function (cells, m) of each cell's row, by the delta method."""
+        gradient = self._gradient_of(function)
+        return gradient @ self.covariance @ np.swapaxes(gradient, 1, 2)
+
+    def _gradient_of(self, function: Callable[[Array], Array]) -> Array:
+        """Return the derivatives (cells, m, k) of a function (cells, m) by each cell's row."""
         values, steps = function(self.coefficients), np.zeros_like(self.covariance)
         size = STEP * np.sqrt(np.maximum(np.diagonal(self.covariance, axis1=1, axis2=2), 1e-24))
         np.einsum("cii->ci", steps)[:] = size
         moved = [function(self.coefficients + steps[:, j]) - values for j in range(size.shape[1])]
-        gradient = np.stack(moved, axis=2) / size[:, None]
-        return gradient @ self.covariance @ np.swapaxes(gradient, 1, 2)
+        return np.stack(moved, axis=2) / size[:, None]
 
     def half(self, errors: Array) -> Array:
         """Return half of Student's interval; NaN where no error can be told."""
@@ -111,6 +136,12 @@ class Surface:
         root = np.linalg.cholesky(self.curvatures(scale))
         away = np.einsum("nji,nj->ni", root, settings - optimum)
         return _shares(away, _along(away, np.einsum("nji,nj,njk->nik", root, half**2, root)))
+
+
+def _roots(covariance: Array) -> Array:
+    """Return roots R (n, m, m) of covariances (n, m, m) = R R'."""
+    size, turn = np.linalg.eigh(covariance)
+    return turn * np.sqrt(np.maximum(size, 0.0))[:, None]
 
 
 def _along(away: Array, covariance: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points
 from aimscale.analysis import probe_frame, read_table, read_tables
 
 demo = read_table("docs/figures/demo/results.parquet")
-study = "docs/study/results"
+study = "docs/study/published/cifar/data"
 cifar = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-next.parquet"])
 isoflop = read_table(f"{study}/cifar-isoflop.parquet")
 directions = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-directions.parquet"])
@@ -48,11 +49,9 @@ CALLS = {
     "contrast": ("One change, all else equal", 'figure = contrast(directions, by="prefix").plot()'),
 }
 """Name -> what the figure shows, and the call."""
-REPORTS = {
-    "demo-report": ["docs/figures/demo/results.parquet"],
-    "cifar-report": [f"docs/study/results/cifar{part}.parquet" for part in ("", "-next", "-isoflop", "-directions")],
-}
-"""Sample reports of the site, and the tables that each is written from."""
+STUDIES = ROOT / "docs/study/published"
+REPORTS = ("demo-report", *(f"{folder.name}-report" for folder in sorted(STUDIES.iterdir())))
+"""Sample reports of the site: the demo's, and those of published studies."""
 
 
 def markdown(folder: Path) -> str:
@@ -75,7 +74,7 @@ def markdown(folder: Path) -> str:
 def write_reports(folder: Path) -> None:
     """Write the sample reports into a folder that the site takes over as it is."""
     folder.mkdir(exist_ok=True)
-    for name, tables in REPORTS.items():
-        page = folder / f"{name}.html"
-        if not page.exists():
-            write_report([ROOT / table for table in tables], page)
+    for study in STUDIES.iterdir():
+        shutil.copyfile(study / "report.html", folder / f"{study.name}-report.html")
+    if not (page := folder / "demo-report.html").exists():
+        write_report(ROOT / "docs/figures/demo/results.parquet", page)

@@ -123,19 +123,24 @@ def peak_bytes_per_image(
     return kept + (max(_block_bytes(config, precision, math.ceil(scored_tokens))) if activation_checkpointing else 0)
 
 
+def copy_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Return the bytes that a copy of the weights takes while it is made: its own, and the largest one in float32."""
+    largest = MLP_RATIO * max(config.width, config.head.width) ** 2
+    return param_count(config).total * ELEMENT_BYTES[precision] + 4 * largest
+
+
 def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: bool) -> int:
     """Return the bytes on one rank, beside what training holds, while it measures during training.
 
-    They are a copy of the weights, the largest weight in float32, and a forward pass; with probes also the outputs of
-    all blocks three times: block by block, stacked, and in float32.
+    They are a copy of the weights and a forward pass; with probes also the outputs of all blocks three times: block by
+    block, stacked, and in float32.
     """
     element = ELEMENT_BYTES[precision]
     tokens, width = config.num_tokens, config.width
     block = max(_block_bytes(config, precision, tokens))
     sequence = block + 8 * config.channels * config.image_size**2 + element * tokens**2
     outputs = config.depth * tokens * width * (2 * element + 4) if is_probed else 0
-    passes = max(1, EVAL_TOKENS // tokens) * (sequence + outputs)
-    return param_count(config).total * element + 16 * width**2 + passes
+    return copy_bytes(config, precision) + max(1, EVAL_TOKENS // tokens) * (sequence + outputs)
 
 
 def _block_bytes(config: ModelConfig, precision: Precision, scored: int) -> tuple[int, int]:

@@ -7,9 +7,9 @@ once. Both are torch's own, for its tests and compilers.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -23,22 +23,15 @@ import aimscale.aim.layers
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed.group import Group, Placement, import_deepspeed, stop_group
 
-TESTED_TORCH = "2.13"
-"""Version that the tests passed with."""
+try:  # private, and all of it that is used
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+except ImportError as error:
+    raise UserError(f"torch {torch.__version__} lacks what a rehearsal needs ({error}); install 2.13") from error
 
 
 class RehearsalError(UserError):
-    """Rehearsal that is impossible in this process or with this version of torch."""
-
-
-def _private(module: str, name: str) -> Any:
-    """Import what is private of torch."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RehearsalError(
-            f"torch {torch.__version__} has no {module}.{name}, which a rehearsal needs; install {TESTED_TORCH}"
-        ) from error
+    """Rehearsal that is impossible in this process."""
 
 
 @contextlib.contextmanager
@@ -49,13 +42,8 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         on_gpu: whether attention keeps what a GPU's fused kernel does, or what a CPU does.
 
     Raises:
-        RehearsalError: this process has a process group, or uses another accelerator, or torch lacks what is needed.
+        RehearsalError: this process has a process group, or uses another accelerator.
     """
-    fake_tensor, fake_mode, unset_fake = (
-        _private("torch._subclasses.fake_tensor", name)
-        for name in ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily")
-    )
-    store = _private("torch.testing._internal.distributed.fake_pg", "FakeStore")
     if torch.distributed.is_initialized():
         raise RehearsalError("a rehearsal needs a process of its own, and this one has a process group")
     placement = Placement(rank=rank, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
@@ -67,7 +55,7 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         warnings.simplefilter("ignore", UserWarning)  # DeepSpeed asks fake tensors for their address
         import_deepspeed()
         from deepspeed.accelerator import get_accelerator
-        from deepspeed.runtime.zero import stage3
+        from deepspeed.runtime.zero import partition_parameters, stage3
 
         accelerator = get_accelerator()
         if accelerator.device_name() != "cpu":
@@ -77,12 +65,14 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
         stack.enter_context(patch.object(stage3, "reduce_scatter_coalesced", _reduce_scatter))
+        stack.enter_context(patch.object(partition_parameters.AllGatherCoalescedHandle, "wait", _take_gathered))
+        stack.enter_context(patch.object(Tensor, "narrow", _narrow(Tensor.narrow, world_size)))
         if on_gpu:
             stack.enter_context(patch.object(aimscale.aim.layers, "keeps_scores", lambda heads: False))
-        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=store())
+        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         stack.callback(stop_group)
-        stack.enter_context(fake_mode(allow_non_fake_inputs=True))
-        stack.enter_context(_HostValues(fake_tensor, unset_fake))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_HostValues())
         yield Group(placement, torch.device("cpu"), None)
 
 
@@ -90,22 +80,18 @@ class _HostValues(TorchDispatchMode):
     """Mode in which integers made from real ones stay real, since prefix lengths decide shapes, and in which a look at
     a fake value finds 0 or 1: no gradient overflows, and every norm is finite."""
 
-    def __init__(self, fake: type[Tensor], unset_fake: Callable[[], Any]) -> None:
-        super().__init__()
-        self._fake, self._unset_fake = fake, unset_fake
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], self._fake) and func is not torch.ops.aten._local_scalar_dense.default:
+        if args and isinstance(args[0], FakeTensor) and func is not torch.ops.aten._local_scalar_dense.default:
             return func(*args, **kwargs)
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], self._fake):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
             return 1.0 if tensors[0].dtype.is_floating_point else tensors[0].dtype is not torch.bool and 0
         is_host = tensors or func is torch.ops.aten.arange.default
         if kwargs.get("dtype", torch.int64).is_floating_point:
             is_host = False
-        if is_host and not any(isinstance(each, self._fake) or each.is_floating_point() for each in tensors):
-            with self._unset_fake():
+        if is_host and not any(isinstance(each, FakeTensor) or each.is_floating_point() for each in tensors):
+            with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -122,6 +108,32 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
         for name, buffer in each._buffers.items():
             each._buffers[name] = None if buffer is None else fn(buffer)
     return module
+
+
+def _narrow(narrow: Callable[..., Tensor], world_size: int) -> Callable[..., Tensor]:
+    """Make the shares of all ranks in a message one view, since DeepSpeed asks for each at every message."""
+    last: list[Any] = [None, None]  # weak references to a message and to a view of it
+
+    def shared(tensor: Tensor, dim: int, start: int, length: int) -> Tensor:
+        if tensor.dim() != 1 or length * world_size != tensor.numel() or torch.is_grad_enabled():
+            return narrow(tensor, dim, start, length)
+        message, view = (each and each() for each in last)
+        if message is not tensor or view is None:
+            view = narrow(tensor, dim, start, length)
+            last[:] = weakref.ref(tensor), weakref.ref(view)
+        return view
+
+    return shared
+
+
+def _take_gathered(handle: Any, handle_dependency: bool = True) -> None:
+    """Give parameters their gathered values, as DeepSpeed's `AllGatherCoalescedHandle.wait` does."""
+    handle.allgather_handle.wait()
+    for parameter in () if handle.complete else handle.params:
+        gathered = handle.partitions[0].new_empty(parameter.ds_numel)
+        parameter.data = gathered.view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
+        parameter.ds_status = type(parameter.ds_status).AVAILABLE
+    handle.complete = True
 
 
 def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:

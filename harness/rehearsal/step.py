@@ -20,6 +20,8 @@ from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, tensors_in
 from aimscale.harness.step.feed import count_targets
+from aimscale.harness.step.saving import own_share
+from aimscale.harness.step.whole_weights import copied_model
 
 MAX_MICRO_BATCHES = 3
 """Number of micro-batches that a rehearsed step has at most: all between the first and the last are alike."""
@@ -31,13 +33,15 @@ class Rehearsal:
 
     phases: tuple[PhaseMemory, ...]
     collectives: tuple[Collective, ...]
+    checkpoint_bytes: int
+    """Bytes of the rank's share of a checkpoint, which its host's memory holds until they are written."""
     cpu_s: float
     """CPU time of the rehearsal, s."""
 
     @property
     def peak_bytes(self) -> int:
         """Most bytes that tensors occupy at any time of the step."""
-        return max(sum(phase.peak.values()) for phase in self.phases)
+        return max(sum(phase.peak.values()) for phase in self.phases if phase.phase != "point")
 
     @property
     def held_bytes(self) -> int:
@@ -77,8 +81,11 @@ def rehearse(shape: StepShape) -> Rehearsal:
     ):
         engine = Engine(shape.model, optimiser, options, group)
         track_step(tracker, engine, [example_batch(shape.model, each, shape.prefix) for each in chosen])
+        checkpoint_bytes = sum(values.nbytes for values in own_share(engine).values())
+        track_copy(tracker, engine)
         phases, collectives = tracker.memory(), tracker.collectives(max(1, len(sizes) - 2))
-    return Rehearsal(phases=phases, collectives=collectives, cpu_s=time.process_time() - started)
+    cpu_s = time.process_time() - started
+    return Rehearsal(phases=phases, collectives=collectives, checkpoint_bytes=checkpoint_bytes, cpu_s=cpu_s)
 
 
 def fullest_rank(zero_stage: int, world_size: int) -> int:
@@ -120,7 +127,16 @@ def track_step(tracker: StepTracker, engine: Engine, batches: list[Batch]) -> No
         engine.step(step, num_targets=num_targets, lr=1e-3)
         tracker.assign(tensors_in([engine.optimiser_tensors(), list(engine.adamw.state.values())]), "optimiser")
         tracker.assign(tensors_in(weights), "weights")
+        if engine.options.zero_stage == 3:  # it knows the order of weights now; later steps gather them ahead
+            optimizer.parameter_offload.get_param_coordinator().reset_step()
     enter("update")
+
+
+def track_copy(tracker: StepTracker, engine: Engine) -> None:
+    """Record how a point of the curve copies the weights before it measures them."""
+    tracker.phase = "point"
+    dtype = next(engine.module.parameters()).dtype
+    tracker.assign(copied_model(engine, engine.group, dtype).parameters(), "weights")
 
 
 def example_batch(config: ModelConfig, num_images: int, prefix: str) -> Batch:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Phase = Literal["set-up", "forward", "backward", "update"]
+Phase = Literal["set-up", "forward", "backward", "update", "point"]
 Part = Literal["weights", "gradients", "optimiser", "activations", "buffers"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -36,7 +36,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseMemory:
-    """Bytes of one phase of a step, by part."""
+    """Bytes of one phase of a step, or of the copy of the weights at a point of the curve, by part."""
 
     phase: Phase
     peak: dict[Part, int]
@@ -62,7 +62,7 @@ class StepTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and record what it allocates or sends."""
         if func is torch.ops.prim.device.default:  # how a fake tensor answers where it is
-            return func(*args)
+            return args[0].fake_device
         if func.namespace == "c10d":
             sizes = [
                 sum(each.numel() * each.element_size() for each in tree_leaves(arg) if isinstance(each, Tensor))

@@ -68,7 +68,7 @@ class CheckpointWriter:
         self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        num_values = sum(values.numel() for values in self._own_share().values())
+        num_values = sum(values.numel() for values in own_share(self._engine).values())
         self._limit_s = write_timeout_s(2 * 4 * num_values)  # it is written, and read back
 
     def save(
@@ -104,7 +104,7 @@ class CheckpointWriter:
 
     def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
         """Copy this rank's share of the state, and start to write it; see `save`."""
-        share = self._own_share()
+        share = own_share(self._engine)
         # a tensor that numpy has seen cannot free its memory
         copied = (piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES))
         pieces: Iterable[Tensor] = list(copied) if self._copies else copied
@@ -182,13 +182,14 @@ class CheckpointWriter:
                 raise OSError("the run ended before it was written")
             yield piece
 
-    def _own_share(self) -> dict[str, Tensor]:
-        """Return the tensors that this rank writes, flat, by key: its own, or a share of what all ranks hold."""
-        fragments = self._engine.fragments()
-        if self._engine.options.zero_stage == 0:
-            largest_first = sorted(fragments, key=lambda each: -each.numel)
-            fragments = largest_first[self._group.rank :: self._group.world_size]
-        return {f"{name}@{start}": values for name, start, values in self._engine.state(fragments)}
+
+def own_share(engine: Engine) -> dict[str, Tensor]:
+    """Return the tensors that this rank writes, flat, by key: its own, or a share of what all ranks hold."""
+    fragments = engine.fragments()
+    if engine.options.zero_stage == 0:
+        largest_first = sorted(fragments, key=lambda each: -each.numel)
+        fragments = largest_first[engine.group.rank :: engine.group.world_size]
+    return {f"{name}@{start}": values for name, start, values in engine.state(fragments)}
 
 
 def _is_complete(final: Path, keep: Collection[Path]) -> bool:

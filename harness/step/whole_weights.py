@@ -31,12 +31,15 @@ def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
 
 
 def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Tensor]]:
-    """Yield the float32 weights one after the other, flat, on the device, whole on every rank."""
-    for fragment in engine.fragments():
-        if group.world_size == 1 or engine.options.zero_stage == 0:
+    """Yield the float32 weights one after the other, flat, on the device, whole on every rank; each until the next."""
+    fragments = engine.fragments()
+    if group.world_size == 1 or engine.options.zero_stage == 0:
+        for fragment in fragments:
             yield fragment, fragment_of(fragment.flat, fragment)
-            continue
-        whole = torch.zeros(fragment.shape.numel(), device=group.device)
+        return
+    buffer = torch.empty(max(fragment.shape.numel() for fragment in fragments), device=group.device)
+    for fragment in fragments:
+        whole = buffer[: fragment.shape.numel()].zero_()
         if fragment.numel:
             part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
         torch.distributed.all_reduce(whole.view(torch.int32))

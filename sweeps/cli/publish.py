@@ -19,8 +19,9 @@ from aimscale.sweeps.state.record import RunRecord
 def command(
     sweep_or_tables: Annotated[list[str], typer.Argument(help="A sweep, or tables of one page.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
-    licence: Annotated[str, typer.Option(help="Licence of the data and of this folder, such as CC-BY-4.0.")],
+    licence: Annotated[str, typer.Option(help="Licence of the folder, such as CC-BY-4.0.")],
     title: Annotated[str | None, typer.Option(help="Title; default: the sweep's description or name.")] = None,
+    images: Annotated[str | None, typer.Option(help="Data set that was trained on, and its licence.")] = None,
     author: Annotated[list[str] | None, typer.Option(help="Who publishes it. May be repeated.")] = None,
     watts: Annotated[float | None, typer.Option(min=0, help="Mean power of a device while training, W.")] = None,
     co2: Annotated[float | None, typer.Option(min=0, help="Carbon intensity of the electricity, g CO2/kWh.")] = None,
@@ -51,6 +52,7 @@ def command(
     about = About(
         title=title or (sweep.file.description or sweep.name if sweep else tables[0].stem),
         licence=licence,
+        images=images,
         authors=tuple(author or ()),
         watts=watts,
         g_co2_per_kwh=co2,

@@ -71,3 +71,5 @@ def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
     console.print(fitted_table(parts, memory, console.width))
     if rehearsal.collectives:
         console.print(fitted_table(calls, rehearsal.collectives, console.width))
+    share = decimal(rehearsal.checkpoint_bytes)
+    console.print(f"checkpoint: the rank writes {share}, copied to its host first if that has room", highlight=False)

@@ -220,7 +220,7 @@ def _score_forecasts(table: Path) -> None:
     register = table.with_name("forecasts.jsonl")
     if not register.is_file():
         return
-    from aimscale.analysis.forecasts.registry import SCORES, score_words, scores
+    from aimscale.analysis.forecasts.forecast import SCORES, score_words, scores
     from aimscale.analysis.table.read import read_table
 
     found = scores(register, read_table(table))

@@ -112,8 +112,8 @@ def results(home: Path) -> None:
 
 
 def study(home: Path) -> None:
-    """The tables of the study that the repository keeps."""
-    for table in (ROOT / "docs" / "study" / "results").glob("*.parquet"):
+    """The tables of the studies that the repository keeps."""
+    for table in (ROOT / "docs" / "study" / "published").glob("*/data/*.parquet"):
         shutil.copy(table, home.parent / "work")
 
 

@@ -1,4 +1,4 @@
-"""What the pages say about the demo and the CIFAR-10 study is what the committed tables say."""
+"""What the pages say about the demo is what the committed tables say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from generate import demo, directions
+from generate import demo
 
 from aimscale.analysis import probe_frame, read_table
 
@@ -15,11 +15,6 @@ from aimscale.analysis import probe_frame, read_table
 def test_pages_have_the_numbers_of_the_committed_tables(page: Path) -> None:
     told = demo.rewrite(page.read_text(), demo.PAGES[page]())
     assert page.read_text() == told, "run `python docs/generate/demo.py docs/figures/demo`"
-
-
-def test_the_page_of_directions_has_the_numbers_of_the_committed_tables() -> None:
-    page = directions.PAGE.read_text()
-    assert page == directions.rewrite(page), "run `python docs/generate/directions.py`"
 
 
 def test_the_demo_shows_what_its_pages_promise() -> None:

@@ -130,6 +130,8 @@ def test_a_fresh_environment_without_torch_analyses(dist: Path, tmp_path: Path) 
         ("rates", ROOT / "tests" / "analysis" / "tuning" / "steplaw.csv"),
         ("next", demo, "--target", "N=1e6,D=1e6", "--budget", "1"),
         ("compare", demo),
+        ("verify", ROOT / "docs" / "study" / "published" / "cifar"),
+        ("verify", ROOT / "docs" / "study" / "published" / "fashion"),
         ("status", "aim-paper"),
         ("doctor",),
     ):

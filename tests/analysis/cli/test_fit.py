@@ -65,13 +65,6 @@ def test_a_law_is_chosen_and_tested_in_seconds(chinchilla, tmp_path):
     assert out["heldout"][0]["mean_abs_relative_error"] < 0.02
 
 
-def test_fit_json_with_foreign_columns_and_another_n(table):
-    out = answer("fit", table, "--columns", "N=params_trunk", "--fix", "E=0.2")
-    assert out["ranges"]["N"][1] == pytest.approx(0.6e7)
-    assert out["fixed"] == {"E": 0.2}
-    assert out["params"]["alpha"] == pytest.approx(0.4, abs=0.05)
-
-
 def test_a_probes_error_takes_the_place_of_the_loss(table):
     fitted = answer("fit", table, "--y", "digits:linear")
     assert fitted["params"]["E"] == pytest.approx(0.3, abs=0.02)  # 1 - (0.9 - loss), so 0.1 above the loss's floor
@@ -136,11 +129,6 @@ def test_approaches_that_disagree_are_a_flag_and_lead_to_no_forecast(table, monk
     monkeypatch.setattr("aimscale.analysis.optimum.approaches.apart_flags", lambda _: disputed)
     assert str(disputed[0]) in answer("frontier", table)["flags"]
     assert say("frontier", table).splitlines()[-1] == f"next: aimscale report {table}"
-
-
-def test_an_interval_of_one_law_says_that_it_takes_the_law_for_true(table):
-    told = dict(line.split("  ", 1) for line in say("fit", table).split("\n\n")[0].splitlines())
-    assert "assume that the law is true" in told["intervals"]
 
 
 @pytest.fixture

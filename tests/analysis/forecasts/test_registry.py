@@ -9,7 +9,7 @@ from commands import answer, say
 
 from aimscale.analysis import read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.registry import read_register, score_words, scores
+from aimscale.analysis.forecasts.forecast import read_register, score_words, scores
 
 AT = {"N": 3e7, "D": 1e7}
 TRUE_LOSS = 0.2 + 30 * AT["N"] ** -0.4 + 40 * AT["D"] ** -0.5

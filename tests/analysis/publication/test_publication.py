@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.publication.card import About, energy
+from aimscale.analysis.publication.card import About, croissant, energy
 from aimscale.analysis.publication.folder import _copy_tables, compare_numbers, publish, verify
 
-ABOUT = About("Losses of a law", "CC-BY-4.0", authors=("A. Author",), watts=500, g_co2_per_kwh=100)
+ROOT = Path(__file__).parents[3]
+ABOUT = About("Losses of a law", "CC-BY-4.0", "some pictures, CC0", ("A. Author",), watts=500, g_co2_per_kwh=100)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,12 @@ def test_a_missing_file_is_named_and_half_a_folder_is_refused(copied: Path) -> N
         verify(copied)
 
 
-def test_numbers_and_words_are_compared_apart() -> None:
-    before: dict[str, Any] = {"a": [1.0, 2.0], "said": "alpha is 0.31 [0.2, 0.4]", "is_better": True}
-    assert compare_numbers(before, before | {"a": [1.0000001, 2.0], "said": "alpha is 0.32 [0.2, 0.4]"}) == (4, ())
-    _, found = compare_numbers(before, {"a": [1.0, 2.1], "said": "beta is 0.31 [0.2, 0.4]", "is_better": False})
-    assert [place for place, *_ in found] == ["a[1]", "said", "is_better"]
+def test_numbers_and_words_are_compared_but_no_sentences() -> None:
+    """A release may say the same in other words."""
+    before: dict[str, Any] = {"a": [1.0, 2.0], "law": "kaplan", "is_better": True, "said": "alpha is 0.31"}
+    assert compare_numbers(before, before | {"a": [1.0000001, 2.0], "said": "0.31 is alpha"}) == (4, ())
+    _, found = compare_numbers(before, before | {"a": [1.0, 2.1], "law": "coupled", "is_better": False})
+    assert [place for place, *_ in found] == ["a[1]", "law", "is_better"]
     _, found = compare_numbers(before, before | {"a": [1.0]})
     assert found == (("a[1]", "2.0", "nothing"),)
 
@@ -91,6 +93,8 @@ def test_the_card_is_the_hubs_and_counts_a_runs_hours_once(published: Path) -> N
     _, head, body = (published / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["configs"][0]["data_files"] == "data/losses.csv"
     assert "12 device-hours" in body
+    assert "This folder: CC-BY-4.0, A. Author.\n\nImages that were trained on (not part of it): some pictures" in body
+    assert {path.suffix for path in (published / "figures").iterdir()} == {".pdf", ".png", ".csv"}
     frame = pd.DataFrame({"run_id": ["a", "a", "b"], "device_hours": [1.0, 3.0, 2.0]})
     assert energy(frame, ABOUT)[0].startswith("5 device-hours")
     assert energy(frame, ABOUT)[1].startswith("2.5 kWh")
@@ -108,6 +112,18 @@ def test_the_description_is_valid_croissant(published: Path) -> None:
     assert description["distribution"][0]["contentUrl"] == "data/losses.csv"
 
 
+def test_a_sweeps_own_table_is_described_but_for_its_lists(tmp_path: Path) -> None:
+    """Of `probes`, a list in every row, mlcroissant could make no text."""
+    mlcroissant = pytest.importorskip("mlcroissant")
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "docs/figures/demo/results.parquet", tmp_path / "data")
+    (tmp_path / "croissant.json").write_text(json.dumps(croissant(tmp_path, ABOUT)))
+    records = list(mlcroissant.Dataset(jsonld=tmp_path / "croissant.json").records("results"))
+    table = pd.read_parquet(tmp_path / "data" / "results.parquet")
+    assert [each["results/val_loss"] for each in records] == table["val_loss"].tolist()
+    assert "results/probes" not in records[0]
+
+
 def test_what_the_page_reads_beside_its_table_goes_along(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -116,7 +132,7 @@ def test_what_the_page_reads_beside_its_table_goes_along(tmp_path: Path) -> None
     (tmp_path / "out").mkdir()
     assert _copy_tables([tmp_path / "one" / "one.csv"], tmp_path / "out") == ("data/one.csv",)
     there = {path.name for path in (tmp_path / "out" / "data").iterdir()}
-    assert there == {"one.csv", "baselines.parquet", "baselines.csv"}
+    assert there == {"one.csv", "baselines.parquet"}
     (tmp_path / "both").mkdir()
     with pytest.raises(AnalysisError, match=r"two folders hold a baselines\.parquet"):
         _copy_tables([tmp_path / name / f"{name}.csv" for name in ("one", "two")], tmp_path / "both")

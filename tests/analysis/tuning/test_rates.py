@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, tuned
+from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, read_tables, tuned
 from aimscale.analysis.report.study import study_tables
 from aimscale.analysis.tuning.rates import tuned_where_known
 from aimscale.analysis.tuning.result import product
@@ -21,14 +21,16 @@ their cell of N and D: 777 of 1,730 dense runs, five rates and ten batches or mo
 CURVATURE, EXPONENTS = 0.03, {"a": -0.5, "b": 0.2}
 
 
-def simulated(rng: np.random.Generator, noise: float, *, mistuned: float = 0.0, factors=(0.5, 1, 2)) -> pd.DataFrame:
+def simulated(
+    rng: np.random.Generator, noise: float, *, mistuned: float = 0.0, factors=(0.5, 1, 2), scatter: float = 0.05
+) -> pd.DataFrame:
     """Simulate five sizes at five amounts of data, of which two have several rates; the rate used is off by
     N^mistuned from the smallest size on."""
     rows = []
     for n in np.geomspace(1e5, 1e7, 5):
         for j, d in enumerate(np.geomspace(1e6, 1e8, 5)):
             law = np.log(3e-3) + EXPONENTS["a"] * np.log(n / 1e6) + EXPONENTS["b"] * np.log(d / 1e7)
-            best = law + 0.05 * rng.standard_normal()
+            best = law + scatter * rng.standard_normal()
             for factor in factors if j in (1, 3) else (1,):
                 x = law + mistuned * np.log(n / 1e5) + np.log(factor)
                 regret = CURVATURE * (x - best) ** 2 / 2
@@ -70,7 +72,7 @@ def test_exponents_optima_and_regrets_hold_what_they_say() -> None:
         rows = found.table.merge(table, left_on=["N", "D", "lr_used"], right_on=["N", "D", "lr_peak"])
         true = np.expm1(rows["true"])
         held[-1].append(((rows["regret_lo"] <= true) & (true <= rows["regret_hi"])).mean())
-    assert (np.mean(held, axis=0) > 0.88).all()
+    assert (np.mean(held, axis=0) > 0.85).all()  # intervals that hold in 95 % of tables fall short once in 70 times
 
 
 @pytest.mark.parametrize(("mistuned", "is_told"), [(0.25, True), (0.0, False)])
@@ -92,6 +94,25 @@ def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -
     assert np.mean(held) >= 0.9
     as_they_are, corrected = np.mean(gap, axis=0)
     assert corrected < as_they_are / 3
+
+
+def test_an_optimum_beyond_the_rates_by_less_than_its_error_counts() -> None:
+    """Left out, those that err to the inside drew the law to the rates that were tried."""
+    rng = np.random.default_rng(7)
+    tables = [simulated(rng, 3e-3, scatter=0.0, factors=(0.25, 0.5, 1)) for _ in range(8)]  # the highest is the best
+    assert np.mean([rates(table).table["found"].eq("inside").sum() for table in tables]) > 9
+
+
+@pytest.mark.parametrize("size", [15_072, 60_752, 238_920])
+def test_the_law_of_two_sizes_predicts_the_best_rates_of_the_third(size: int) -> None:
+    """Of the nine best rates of the CIFAR-10 study two were missed while curvature had no share in their intervals."""
+    folder = Path(__file__).parents[3] / "docs/study/published/cifar/data"
+    table = read_tables([folder / f"cifar{part}.parquet" for part in ("", "-rates", "-tuning")])
+    own = rates(table).table.query("found == 'inside' and N == @size")
+    ends = rates(table[table["params_total"] != size]).laws["lr"].predict(own)
+    best = own["lr_best"].to_numpy()
+    assert len(own) == 3
+    assert ((ends["pi_lo"] < best) & (best < ends["pi_hi"])).all()
 
 
 def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
@@ -168,7 +189,7 @@ def test_more_tuned_cells_than_any_sweep_has_are_judged_by_the_law(monkeypatch: 
 def test_advice_names_what_a_larger_target_needs() -> None:
     found = rates(simulated(np.random.default_rng(0), 1e-3).query("N < 2e6"))
     words = found.advice({"N": 1e8, "D": 1e8})
-    assert "3 values of it at N = 100k, D = 200M tell most for their compute" in words  # D has two values so far
+    assert "3 values of it at N = 1M, D = 200M tell most for their compute" in words  # D has two values so far
     with pytest.raises(AnalysisError, match="needs D"):
         found.advice({"N": 1e8})
 
@@ -228,7 +249,7 @@ def test_one_size_with_three_rates_has_an_optimum_without_an_interval() -> None:
 
 def test_real_rates_of_the_fashion_study() -> None:
     """Three sizes at one amount of data: the best rate falls with size."""
-    found = rates(read_table(Path(__file__).parents[3] / "docs/study/results/learning-rates.parquet"))
+    found = rates(read_table(Path(__file__).parents[3] / "docs/study/published/fashion/data/learning-rates.parquet"))
     assert found.table.sort_values("N")["lr_best"].is_monotonic_decreasing
     assert list(found.laws["lr"].law.variables) == ["N"]
 

@@ -40,7 +40,7 @@ def test_a_trained_sweep_is_published_with_weights_and_verifies(
     assert "| images seen | validation loss |" in (model / "README.md").read_text()
     with safe_open(model / "weights" / "model.safetensors", "numpy") as weights:
         assert list(weights.keys())
-    assert {path.name for path in (out / "data").iterdir()} == {"results.parquet", "results.csv"}
+    assert {path.name for path in (out / "data").iterdir()} == {"results.parquet"}
     capsys.readouterr()
     assert aimscale_("verify", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["damaged"] == []

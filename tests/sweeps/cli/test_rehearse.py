@@ -27,9 +27,10 @@ def test_a_plan_shows_rehearsed_memory_and_all_of_one_run(
     assert list(found["rehearsals"]) == runs
     assert rehearse.cache_info().misses == 1
     one = found["rehearsals"][runs[0]]
-    assert [phase["phase"] for phase in one["phases"]] == ["forward", "backward", "update"]
+    assert [phase["phase"] for phase in one["phases"]] == ["forward", "backward", "update", "point"]
     params = found["runs"][0]["params_total"]
     assert one["phases"][-1]["held"]["optimiser"] == pytest.approx(12 * params / 4, rel=0.02), "shared by four ranks"
+    assert one["checkpoint_bytes"] == pytest.approx(12 * params / 4, rel=0.02)
     assert {each["name"] for each in one["collectives"]} == {"allreduce", "allgather_base"}
 
     plan(file, root, rehearse=True, only=runs[0])
@@ -37,5 +38,6 @@ def test_a_plan_shows_rehearsed_memory_and_all_of_one_run(
     assert any("rehearsed" in line and "memory" in line for line in text.splitlines())
     assert f"{runs[0]}: one step" in text
     assert "update: allgather_base" in text
+    assert "checkpoint: the rank writes" in text
     with pytest.raises(SweepError, match="add --rehearse"):
         plan(file, root, only=runs[0])

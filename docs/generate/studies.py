@@ -1,0 +1,190 @@
+"""Numbers of the pages on the two studies, from the folders that `aimscale publish` wrote of them.
+
+python docs/generate/studies.py                  # rewrites the tables in docs/study/cifar.md and fashion.md
+python docs/generate/studies.py publish cifar    # first publishes a study anew: where a number of the report changes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from aimscale.analysis.accuracy.correlation import correlate
+from aimscale.analysis.effects.contrasts import contrast
+from aimscale.analysis.effects.result import Contrast
+from aimscale.analysis.publication.card import About
+from aimscale.analysis.publication.folder import publish
+from aimscale.analysis.report.study import CORRELATION, HELD_OUT
+from aimscale.analysis.table.read import probe_frame, read_tables
+
+STUDIES = Path(__file__).parents[1] / "study"
+PUBLISHED = STUDIES / "published"
+PROBED = {"cifar": ["cifar", "cifar-next"], "fashion": ["main", "isoflop", "isoflop-between"]}
+"""Study -> tables whose accuracies and losses its page compares within a size."""
+ABOUT = {
+    "cifar": About(
+        "A study on CIFAR-10, on one core",
+        "Apache-2.0",
+        "CIFAR-10 (Krizhevsky 2009), whose authors state no licence",
+        ("the aimscale maintainers",),
+    ),
+    "fashion": About(
+        "A study on Fashion-MNIST, on two cores",
+        "Apache-2.0",
+        "Fashion-MNIST (Xiao et al. 2017), MIT",
+        ("the aimscale maintainers",),
+    ),
+}
+WHERE = {"cifar": [], "fashion": ["D>=16384"]}
+MARK = "<!-- {}: written by docs/generate/studies.py -->"
+CHANGES = (
+    ("causal attention instead of a prefix", "prefix", "none"),
+    ("no pixel head instead of one block", "head_depth", "0"),
+    ("four blocks of head instead of one", "head_depth", "4"),
+    ("twelve blocks of head instead of one", "head_depth", "12"),
+    ("the authors' spiral instead of raster", "patch_order", "outward_spiral"),
+    ("the authors' checkerboard instead of raster", "patch_order", "checkerboard"),
+    ("a fixed random order, `hashed`, instead of raster", "patch_order", "hashed"),
+    ("raw instead of normalised targets", "target", "raw"),
+    ("a fifth of the images crops of other photographs", "data_fingerprint", "666a9a216cd70445"),
+    ("Muon instead of AdamW, at AdamW's rate", "optimiser.name", "muon"),
+)
+"""Name for a reader, column, level."""
+KINDS = ("linear", "attentive", "knn")
+
+
+def publish_again(study: str) -> None:
+    """Publish a study from the tables in its folder, read as they were."""
+    folder = PUBLISHED / study
+    source = json.loads((folder / "numbers.json").read_text())["source"]
+    with tempfile.TemporaryDirectory() as aside:
+        out, tables = Path(aside) / study, [folder / each for each in source["tables"]]
+        publish(tables, out, ABOUT[study], where=source["where"])
+        shutil.rmtree(folder)
+        shutil.copytree(out, folder)
+
+
+def published(study: str) -> dict[str, Any]:
+    """Read the numbers of a published study: those of its report, by name and subject."""
+    numbers: dict[str, Any] = json.loads((PUBLISHED / study / "numbers.json").read_text())["numbers"]
+    return numbers
+
+
+def sentences(study: str) -> Iterator[str]:
+    """Write what the page on a study says of its laws."""
+    numbers = published(study)
+    law, tests = numbers["law"][""], numbers[HELD_OUT]
+    e, alpha, beta = (_interval(law, name, digits) for name, digits in (("E", 3), ("alpha", 2), ("beta", 2)))
+    yield f"L = {e} + A N^-{alpha} + B D^-{beta} ({law['num_points']} points)"
+    for variable, name in (("N", "size"), ("D", "budget")):
+        ours, line = (100 * tests[variable][f"{of}mean_abs_relative_error"] for of in ("", "naive_"))
+        yield f"the largest {name} within {ours:.1f} % (a straight line in log-log: {line:.1f} %)"
+    if "tuning" in numbers:
+        rates = numbers["tuning"][""]["laws"]["lr"]
+        yield f"N^{_interval(rates, 'a', 2)} D^{_interval(rates, 'b', 2)}"
+
+
+def _interval(law: Mapping[str, Any], name: str, digits: int) -> str:
+    """Write a parameter with its interval."""
+    ends = law["intervals"][name]
+    value, low, high = (f"{number:.{digits}f}" for number in (law["params"][name], ends["low"], ends["high"]))
+    return f"{value} [{low}, {high}]"
+
+
+def correlations(study: str) -> str:
+    """Write a row per task and probe: correlation of loss and accuracy at equal compute, within a size, over all."""
+    folder = PUBLISHED / study / "data"
+    rows = read_tables([folder / f"{name}.parquet" for name in PROBED[study]], where=WHERE[study])
+    probes = probe_frame(rows)
+    lines = ["| probe | at equal compute | within a size | over all runs |", "|---|---|---|---|"]
+    for subject, found in published(study)[CORRELATION].items():
+        task, kind = subject.split(":")
+        chosen = probes[(probes["task"] == task) & (probes["kind"] == kind)]
+        within = [each for each in correlate(chosen, within="size") if each.method == "pearson"][-1]
+        equal, over_all = (
+            next(c for c in found["correlations"] if c["method"] == "pearson" and bool(c["partial_on"]) is is_equal)
+            for is_equal in (True, False)
+        )
+        told = [(c["value"], c["low"], c["high"]) for c in (equal, over_all)]
+        told.insert(1, (within.value, within.low, within.high))
+        cells = " | ".join(f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in told)
+        lines.append(f"| {task}, {'k-NN' if kind == 'knn' else kind} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def directions() -> str:
+    """Write a row per change: loss, compute, and each kind of probe."""
+    tables = PUBLISHED / "cifar/data"
+    rows = read_tables([tables / "cifar.parquet", tables / "cifar-directions.parquet"])
+    rows = rows[rows["size"].isin(["w20-d2", "w52-d2"])]
+    return "\n".join([*_lines(rows), ""])
+
+
+def _lines(rows: pd.DataFrame) -> Iterator[str]:
+    yield "| change | validation loss, % | FLOPs, % | linear, points | attentive | k-NN |"
+    yield "|---|---|---|---|---|---|"
+    ignored = {"data_fingerprint": ["unique_images"]}
+    contrasts = {by: contrast(rows, by=by, ignore=ignored.get(by, [])) for _, by, _ in CHANGES}
+    for words, by, level in CHANGES:
+        found = {each.measure.name: each for each in contrasts[by].contrasts if each.level == level}
+        by_kind = {name.rsplit(":", 1)[-1]: each for name, each in found.items() if name != "val_loss"}
+        loss = found.get("val_loss")
+        cells = [
+            "another question" if by == "patch_order" else _ratio(loss),
+            _flops(rows, by, level),
+            *(_points(by_kind[kind]) for kind in KINDS),
+        ]
+        yield f"| {words} | {' | '.join(cells)} |"
+
+
+def _ratio(loss: Contrast | None) -> str:
+    if loss is None:
+        return "another unit"
+    return _bold(loss, *(100 * (each - 1) for each in (loss.ratio, loss.ratio_low, loss.ratio_high)))
+
+
+def _points(accuracy: Contrast) -> str:
+    return _bold(accuracy, *(100 * each for each in (accuracy.difference, accuracy.low, accuracy.high)))
+
+
+def _bold(found: Contrast, value: float, low: float, high: float) -> str:
+    """Write a difference with its interval, bold where that misses zero."""
+    text = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
+    return text if not found.is_significant else f"**{text}**"
+
+
+def _flops(rows: pd.DataFrame, by: str, level: str) -> str:
+    ignored = ["unique_images"] if by == "data_fingerprint" else []
+    found = contrast(rows, by=by, ignore=ignored, measures=["flops_train"]).contrasts
+    ratio = next(each.ratio for each in found if each.level == level)
+    return f"{100 * (ratio - 1):+.0f}"
+
+
+def rewrite(study: str) -> str:
+    """Return the page on a study with its tables between their marks."""
+    page = page_of(study).read_text()
+    for name, write in {"directions": directions, "correlations": lambda: correlations(study)}.items():
+        before, after = (re.escape(mark) for mark in (MARK.format(name), f"<!-- {name}: end -->"))
+        page = re.sub(f"(?<={before}\n\n).*?(?=\n{after})", lambda _, write=write: write(), page, flags=re.DOTALL)
+    return page
+
+
+def page_of(study: str) -> Path:
+    """Name the page on a study."""
+    return STUDIES / f"{study}.md"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["publish"]:
+        for study in sys.argv[2:]:
+            publish_again(study)
+    for study in PROBED:
+        page_of(study).write_text(rewrite(study))
