@@ -19,14 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.layers import Block, HeadBlock, MaskToken, Patchifier, sincos_positions
 from aimscale.aim.mup import MatrixScale, matrix_scale
-from aimscale.aim.objective import (
-    in_prefix,
-    normalise_patches,
-    patch_statistics,
-    patchify,
-    prefix_causal_mask,
-    unpatchify,
-)
+from aimscale.aim.objective import in_prefix, normalise_patches, patchify, prefix_causal_mask
 from aimscale.aim.orders import patch_order
 
 
@@ -225,21 +218,6 @@ class AIM(nn.Module):
         everything = torch.arange(is_visible.numel(), device=images.device)
         out = self._predicted(self.preprocessor.patches(images), is_visible, everything).unflatten(0, is_visible.shape)
         return (out.roll(1, dims=1) if self.mask is None else out).masked_fill(is_visible[:, :, None], torch.nan)
-
-    def complete(self, images: Tensor, prefix_lengths: Tensor) -> Tensor:
-        """Replace the patches of images (B, C, H, W) that are not visible by their predictions.
-
-        Each prediction of an autoregressive model sees the true patches before it. Normalised predictions are brought
-        back to pixels with the true patch's own mean and standard deviation.
-        """
-        truth = self.preprocessor.patches(images)
-        predicted = self.predict(images, prefix_lengths)
-        if self.config.target == "normalised":
-            mean, std = patch_statistics(truth)
-            predicted = predicted * std + mean
-        sequence = torch.where(self._visible_patches(prefix_lengths).to(images.device)[:, :, None], truth, predicted)
-        raster = torch.empty_like(sequence).index_copy(1, self.preprocessor.order, sequence)
-        return unpatchify(raster, self.config.patch_size, self.config.channels)
 
     def features(self, images: Tensor, blocks: Sequence[int], *, is_causal: bool = False) -> Tensor:
         """Return the raw outputs of some blocks (0-based; negative numbers count from the last), (len(blocks), B, N,

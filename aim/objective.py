@@ -45,14 +45,6 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
-def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
-    """Put square-grid raster patches (B, N, o) back into images (B, C, H, W): the inverse of `patchify`."""
-    batch, num_tokens, _ = patches.shape
-    grid = round(num_tokens**0.5)
-    cut = patches.reshape(batch, grid, grid, patch_size, patch_size, channels)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid * patch_size, grid * patch_size)
-
-
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Compute mean and standard deviation, sqrt(unbiased variance + eps), of each patch (..., o), both (..., 1)."""
     mean = patches.mean(dim=-1, keepdim=True)

@@ -48,11 +48,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_file(path: Path) -> Path:
-    """Return the weight file in a folder of the hub; any other path is returned as it is.
-
-    Raises:
-        WeightsError: a folder without one.
-    """
+    """Return the weight file in a folder of the hub; any other path is returned as it is."""
     if not path.is_dir():
         return path
     for name in WEIGHT_FILES:
@@ -62,11 +58,7 @@ def weight_file(path: Path) -> Path:
 
 
 def read_hub_config(file: Path) -> dict[str, Any]:
-    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none.
-
-    Raises:
-        WeightsError: it is not JSON, or a value is of another type.
-    """
+    """Read what `config.json` beside a weight file says of an AIM, see `hub_config`; empty if there is none."""
     path = file.with_name("config.json")
     if not path.is_file():
         return {}
@@ -84,12 +76,8 @@ def read_hub_config(file: Path) -> dict[str, Any]:
 
 
 def hub_config(config: ModelConfig, probe_blocks: Sequence[int], num_classes: int | None) -> dict[str, Any]:
-    """Return the contents of `config.json`, from which the authors' `AIMForImageClassification` is built.
-
-    Args:
-        probe_blocks: blocks that the head averages.
-        num_classes: classes of the head; None if the file holds no head.
-    """
+    """Return the contents of `config.json`, from which the authors' `AIMForImageClassification` is built, with or
+    without a head."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -112,17 +100,14 @@ def import_weights(
     head: Path | None = None,
     head_blocks: str | None = None,
 ) -> RunDir:
-    """Turn a released backbone into a finished run directory.
+    """Turn a released backbone into a finished run directory; what is None follows from `config.json` or the published
+    size.
 
     Args:
-        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names. A
-            `config.json` beside it tells what shapes do not.
-        image_size: side of the images, pixels; None takes that of `config.json`, or 224.
-        images_seen: D; None takes the published number of that size.
-        num_heads: attention heads; None takes those of `config.json`, or of the published size.
+        source: weight file, or a folder as on the hub, with `preprocessor.*` and `trunk.*` under released names.
+        images_seen: D.
         head: file or folder of a released attentive probe `head.*`; None keeps the one in `source`, if there is one.
-        head_blocks: blocks that the head averages, as `parse_blocks` reads them; None takes those of the `config.json`
-            beside it.
+        head_blocks: blocks that the head averages, as `parse_blocks` reads them.
 
     Raises:
         WeightsError: an unreadable file, one that is not a whole backbone, or a head that does not fit.
@@ -203,8 +188,7 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     reads, `model.safetensors` and `config.json`, with the run's own `run.yaml` beside them.
 
     Args:
-        probe_file: an attentive probe (`harness.probe.files.probe_head`) to add as `head.*`; None takes the one that
-            came with imported weights, if there is one.
+        probe_file: an attentive probe to add as `head.*`; None takes the one that came with imported weights, if any.
 
     Raises:
         WeightsError: `out` exists, or the released layout cannot express the model or its head.

@@ -101,12 +101,7 @@ def import_packages() -> tuple[Check | None, str]:
 
 
 def check_packages(error: str, *, trains: bool = True) -> Check:
-    """Check that packages import and have the versions that `pyproject.toml` requires.
-
-    Args:
-        error: what stopped `import_packages`, if anything.
-        trains: whether the packages of the extra `train` are wanted, too; without torch nothing can be trained here.
-    """
+    """Check that packages import and have the versions that `pyproject.toml` requires, to train if `trains`."""
     extra = {"extra": "train" if trains else ""}
     stated = map(Requirement, importlib.metadata.requires("aimscale") or [])
     broken = [error] if error else []

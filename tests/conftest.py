@@ -66,7 +66,7 @@ def evaluations(
     from aimscale.harness.run.config import run_config
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.run.row import model_of
-    from aimscale.harness.train.validation import HeldOut, completions, validate
+    from aimscale.harness.train.validation import HeldOut, validate
 
     def evaluate(places: list[tuple[Any, float]], *, num_images: int, epochs: int) -> list[list[float]]:
         fit, test = (
@@ -92,7 +92,6 @@ def evaluations(
             model, section = load_budget(run, config, 64, group.device), config.evaluation.validation
             images = HeldOut(open_dataset(test), section, config.training.model, group, max_bad_fraction=0.0)
             loss = validate(model, images, group).loss
-            completions(model, images, group.device)
             ((_, entries),) = probe_run(run.path, group=group)
             assert [entry["kind"] for entry in entries] == kinds
             found.append([loss, *(entry["top1"] for entry in entries)])

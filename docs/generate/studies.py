@@ -7,7 +7,6 @@ python docs/generate/studies.py publish cifar    # first publishes a study anew:
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -172,8 +171,10 @@ def rewrite(study: str) -> str:
     """Return the page on a study with its tables between their marks."""
     page = page_of(study).read_text()
     for name, write in {"directions": directions, "correlations": lambda: correlations(study)}.items():
-        before, after = (re.escape(mark) for mark in (MARK.format(name), f"<!-- {name}: end -->"))
-        page = re.sub(f"(?<={before}\n\n).*?(?=\n{after})", lambda _, write=write: write(), page, flags=re.DOTALL)
+        start, end = f"{MARK.format(name)}\n\n", f"\n<!-- {name}: end -->"
+        before, found, rest = page.partition(start)
+        if found:
+            page = f"{before}{start}{write()}{end}{rest.partition(end)[2]}"
     return page
 
 

@@ -48,13 +48,10 @@ def run(
 
     Args:
         dataset: folder or URL; the photographs above by default.
-        seconds: wall time of all measurements together.
         workers: numbers of loader processes; none, one and every core by default.
-        cache_dir: cache of the data set's shards, see `runtime.cache_dir`.
 
     Returns:
-        Rows with `workers`, `images_per_s`, and `images_per_cpu_s`: images in a second of all processes' processor
-        time, which a busy machine disturbs little.
+        Rows with `workers`, `images_per_s`, and `images_per_cpu_s`, per second of all processes' processor time.
     """
     numbers = workers if workers is not None else sorted({0, 1, len(os.sched_getaffinity(0))})
     rows = []

@@ -88,14 +88,7 @@ def _step_of(size: str, batch: int, rehearse: bool, precision: str = "", **runti
 
 
 def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
-    """Run all parts and write `gpu.json` into `out`.
-
-    Args:
-        out: folder, made if need be.
-
-    Returns:
-        Contents of `gpu.json`: `setting`, and command, seconds, result and problem of every part.
-    """
+    """Run all parts and write `gpu.json` into `out`: the setting, and command, seconds, result and problem of each."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     commit, is_dirty = git_commit()

@@ -29,18 +29,12 @@ NUM_WARM_UP = 3
 
 
 def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
-    """Time optimiser steps after some to warm up.
-
-    Args:
-        config: model, optimiser and runtime; budgets and evaluations do not matter.
-        num_steps: number of timed steps.
+    """Time optimiser steps after some to warm up; budgets and evaluations of the configuration do not matter.
 
     Returns:
-        `ms_per_step`, the median with images ready, `images_per_s`, the rate at it, and how the step was executed;
-        `mfu_published` and `mfu` as in `device.peak.utilisation`, with their peaks; `mfu_nominal`, executed FLOPs over
-        the data sheet's peak, as `cost.mfu` counts them (null for a CPU); `memory_bytes`, the device's, or on
-        a CPU the process's, and `memory_estimate_bytes`, that of `device.memory`; `startup_s`, which ends with the
-        first step.
+        The median time of a step with images ready, the rate at it, and how it was executed; MFU as `device.peak`
+        states it and, as `cost.mfu` counts it, `mfu_nominal`; `memory_bytes`, the device's or on a CPU the process's,
+        beside the estimate; `startup_s`, which ends with the first step.
     """
     model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
@@ -55,7 +49,7 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
             compile=should_compile(runtime.compile, group.device, plan.zero_stage),
         )
         on_host = random_batches(model, optimiser.batch_size // group.world_size, plan.micro_batch)
-        step = [batch.on(group.device) for batch in on_host]  # as in a run, which moves them one step ahead
+        step = [batch.on(group.device) for batch in on_host]
         num_targets = group.world_size * count_targets(step, model.num_tokens)
         engine = Engine(model, optimiser, options, group)
         times, startup_s = [], 0.0

@@ -128,11 +128,7 @@ def _absolute(path: str) -> str:
 def _print_entries(
     results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, run: Path, *, as_json: bool
 ) -> None:
-    """Print each entry as soon as it is there, and then which command collects them; or all as JSON at the end.
-
-    Args:
-        results: (images seen, or None for a baseline; entries) after each task; reading them does the probing.
-    """
+    """Print each entry as soon as it is there, and then which command collects them; or all as JSON at the end."""
     found: list[dict[str, Any]] = []
     for budget, entries in results:
         found += [{"images_seen": budget, **entry} for entry in entries]

@@ -15,12 +15,7 @@ class DataError(UserError):
 
 
 def refuse_bad(images: str, num_bad: int, num_images: int, max_bad_fraction: float, last: Callable[[], str]) -> None:
-    """Raise DataError if more of some images than `max_bad_fraction` turned out to be undecodable.
-
-    Args:
-        images: name of the images, for the message.
-        last: names the last undecodable one; called only for the message.
-    """
+    """Raise DataError if more of some images than `max_bad_fraction` are undecodable; `last` names one."""
     if num_bad > max_bad_fraction * max(num_images, MIN_IMAGES):
         raise DataError(
             f"{num_bad} of {images} cannot be decoded, last {last()}; repair the shard and index it again, or raise "

@@ -11,16 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from aimscale.aim.cost import mean_scored_tokens, param_count
+from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.memory import (
-    CHECKPOINT_BYTES_PER_PARAM,
-    HELD,
-    Precision,
-    held_bytes,
-    peak_bytes_per_image,
-    waiting_bytes,
-)
+from aimscale.harness.device.memory import HELD, Precision, held_bytes, peak_bytes_per_image, waiting_bytes
 from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory, is_out_of_memory
 from aimscale.harness.run.row import model_of
@@ -46,12 +39,8 @@ class ExecutionPlan:
     micro_batch: int
     """Maximum images per forward pass and rank."""
     activation_checkpointing: bool
-    copies_checkpoints: bool
-    """Whether checkpoints are written from a copy in host memory while training goes on; else training waits."""
     memory_bytes: int
     """Peak memory of one rank during a step, or while it measures during training."""
-    held_bytes: int
-    """Memory among these that is held between steps."""
     measures: bool
     """Whether there is memory to measure during training; otherwise nothing is measured."""
     half_micro_batch: int
@@ -72,7 +61,6 @@ def execution_plan(
     world_size: int,
     device_bytes: int,
     is_gpu: bool = True,
-    host_bytes: int | None = None,
     measuring: int = 0,
 ) -> ExecutionPlan:
     """Choose what `runtime` leaves open by the rule above; no choice changes a result.
@@ -80,7 +68,6 @@ def execution_plan(
     Args:
         device_bytes: memory that a rank may plan for.
         is_gpu: whether the device is a GPU, where NCCL sends and not gloo.
-        host_bytes: its share of the host's memory, for the copy of a checkpoint; None if the device is the host.
         measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
 
     Raises:
@@ -110,14 +97,11 @@ def execution_plan(
     if size == num_images:
         step -= waiting_bytes(config, precision, **where, activations=size * per_image)
     total = max(step, held + measuring if has_room else 0)
-    copy = CHECKPOINT_BYTES_PER_PARAM * param_count(config).total // world_size
     return ExecutionPlan(
         zero_stage=stage,
         micro_batch=size,
         activation_checkpointing=recompute,
-        copies_checkpoints=copy <= (usable - total if host_bytes is None else USABLE_FRACTION * host_bytes),
         memory_bytes=total,
-        held_bytes=held,
         measures=measuring > 0 and has_room,
         half_micro_batch=pass_size(num_images, size // 2),
     )
@@ -132,13 +116,8 @@ def plan_start(
     world_size: int,
     **memory: Any,
 ) -> ExecutionPlan:
-    """Plan a start of a run, with half of the micro-batch if memory ran out for it in the start before.
-
-    Args:
-        too_large: settings of that start, as in `status.json`; None if memory never ran out.
-        device: model name of the device.
-        memory: further arguments of `execution_plan`.
-    """
+    """Plan a start of a run, with half of the micro-batch if memory ran out in the start before, with settings
+    `too_large`."""
     plan = execution_plan(training, runtime, world_size=world_size, **memory)
     if too_large is None or plan.micro_batch < (failed := too_large["micro_batch"]):
         return plan
@@ -152,10 +131,7 @@ def plan_start(
 
 def out_of_memory(error: Exception, plan: ExecutionPlan, *, device: str, world_size: int) -> TooLargeError | None:
     """Return the error that makes the next start take half of the micro-batch, if memory ran out and that is possible.
-
-    Other ranks may wait in a collective that this one never enters, so none goes on; the next start reads the settings
-    from `status.json`.
-    """
+    This start ends: other ranks may wait in a collective that this one never enters."""
     if not plan.half_micro_batch or not is_out_of_memory(error):
         return None
     return TooLargeError(

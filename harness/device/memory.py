@@ -129,18 +129,13 @@ def copy_bytes(config: ModelConfig, precision: Precision) -> int:
     return param_count(config).total * ELEMENT_BYTES[precision] + 4 * largest
 
 
-def measuring_bytes(config: ModelConfig, precision: Precision, *, is_probed: bool) -> int:
-    """Return the bytes on one rank, beside what training holds, while it measures during training.
-
-    They are a copy of the weights and a forward pass; with probes also the outputs of all blocks three times: block by
-    block, stacked, and in float32.
-    """
-    element = ELEMENT_BYTES[precision]
-    tokens, width = config.num_tokens, config.width
+def measuring_bytes(config: ModelConfig, precision: Precision) -> int:
+    """Return the bytes on one rank, beside what training holds, while it measures during training: a copy of the
+    weights, and a forward pass."""
+    element, tokens = ELEMENT_BYTES[precision], config.num_tokens
     block = max(_block_bytes(config, precision, tokens))
     sequence = block + 8 * config.channels * config.image_size**2 + element * tokens**2
-    outputs = config.depth * tokens * width * (2 * element + 4) if is_probed else 0
-    return copy_bytes(config, precision) + max(1, EVAL_TOKENS // tokens) * (sequence + outputs)
+    return copy_bytes(config, precision) + max(1, EVAL_TOKENS // tokens) * sequence
 
 
 def _block_bytes(config: ModelConfig, precision: Precision, scored: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
 import logging
 import os
@@ -44,17 +43,14 @@ def write_timeout_s(num_bytes: float) -> float:
 
 
 class Group:
-    """Process group of a run: the device of this rank and exchanges of small host values.
+    """Process group of a run: the device of this rank, and exchanges of small host values, which cost nothing with one
+    rank."""
 
-    With one rank every exchange is the identity and costs nothing.
-    """
-
-    def __init__(self, placement: Placement, device: torch.device, host_group: Any, async_group: Any = None) -> None:
+    def __init__(self, placement: Placement, device: torch.device, host_group: Any) -> None:
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.device = device
-        self._host_group, self._async_group = host_group, async_group
-        self._reserved_bytes = 0
+        self._host_group = host_group
 
     @property
     def is_first(self) -> bool:
@@ -64,14 +60,8 @@ class Group:
     def memory_bytes(self) -> int:
         """Return the memory that this rank may plan for: its GPU's, or its share of the host's free memory."""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory - self._reserved_bytes
+            return torch.cuda.get_device_properties(self.device).total_memory
         return self.host_memory_bytes()
-
-    def with_reserved_memory(self, reserved_bytes: int) -> Group:
-        """Return the same group for work that leaves `reserved_bytes` of each GPU's memory to others."""
-        group = copy.copy(self)
-        group._reserved_bytes = reserved_bytes
-        return group
 
     def host_memory_bytes(self) -> int:
         """Return this rank's share of its host's free memory."""
@@ -103,20 +93,6 @@ class Group:
         if self.world_size > 1:
             torch.distributed.all_reduce(values, group=self._host_group)
         return values.tolist()
-
-    def sum_counts_async(self, *counts: int) -> Callable[[], list[int]]:
-        """Start to sum counts over ranks, independently of all other exchanges and in the same order on every rank; the
-        returned function waits for the sums."""
-        if self.world_size == 1:
-            return lambda: list(counts)
-        values = torch.tensor(counts, dtype=torch.int64)
-        work = torch.distributed.all_reduce(values, group=self._async_group, async_op=True)
-
-        def sums() -> list[int]:
-            work.wait()
-            return values.tolist()
-
-        return sums
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor on the device over ranks, in place."""
@@ -181,15 +157,11 @@ class Group:
             self.limit_collectives(COLLECTIVE_TIMEOUT_S)
 
     def limit_collectives(self, seconds: float) -> None:
-        """Limit the time of exchanges that begin from now on: a rank for which the others wait longer is gone.
-
-        That of `sum_counts_async`, which may wait for images, stays `COLLECTIVE_TIMEOUT_S`.
-        """
+        """Limit the time of exchanges that begin from now on: a rank for which the others wait longer is gone."""
         c10d = torch.distributed.distributed_c10d
         # DeepSpeed has groups of its own.
         for group in list(c10d._world.pg_map) if self.world_size > 1 else ():
-            if group is not self._async_group:
-                c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+            c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
     def wait(self) -> None:
         """Wait until every rank is here."""
@@ -213,12 +185,7 @@ ALONE = Group(Placement(rank=0, world_size=1, local_rank=0, address="", port=0),
 
 
 def choose_device(placement: Placement, name: str) -> torch.device:
-    """Choose the device that `name` (auto, cpu or cuda) means for this process, and make it the current one.
-
-    Raises:
-        LaunchError: CUDA was asked for, here or by a launcher that reserved a GPU (`AIMSCALE_DEVICE`), and there is
-            none, or fewer devices than ranks on this host.
-    """
+    """Choose the device that `name` (auto, cpu or cuda) means for this process, and make it the current one."""
     if name == "auto":
         name = os.environ.get("AIMSCALE_DEVICE", name)
     keep_freed_memory()
@@ -260,15 +227,12 @@ def start_group(placement: Placement, device_name: str) -> Group:
             device_id=device if device.type == "cuda" else None,
         )
     # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
-    groups = [None if is_alone else torch.distributed.new_group(backend="gloo") for _ in range(2)]
-    return Group(placement, device, *groups)
+    return Group(placement, device, None if is_alone else torch.distributed.new_group(backend="gloo"))
 
 
 def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:
-    """Start or join the store of ranks on one host, which listens on loopback alone, unlike torch's own.
-
-    None if ranks are on several hosts, or if torchrun has started a store for them.
-    """
+    """Start or join the store of ranks on one host, on loopback alone, unlike torch's own; None on several hosts, or if
+    torchrun has started one."""
     if placement.address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     is_first, timeout = placement.rank == 0, datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)

@@ -88,9 +88,6 @@ class Job:
 def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int:
     """Join the ranks, hold the folder, do the work and return the exit code (`run.directory`).
 
-    Args:
-        device: auto, cpu or cuda.
-
     Raises:
         LockHeld: another process executes this job; raised on all ranks.
         Exception: what the work raised; `status.json` says why, too.
@@ -144,11 +141,7 @@ def _naming_lost_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold(run: RunDir, group: Group) -> Iterator[Path]:
-    """Hold a run for the block: the first rank takes the lock, for all; yields the writer's folder.
-
-    Raises:
-        LockHeld: another process has it; raised on all ranks.
-    """
+    """Hold a run for the block: the first rank takes the lock, for all; yields the writer's folder."""
     with contextlib.ExitStack() as stack:
         folder = group.from_first(lambda: stack.enter_context(run.hold()))
         if not group.is_first:
@@ -157,13 +150,8 @@ def _hold(run: RunDir, group: Group) -> Iterator[Path]:
 
 
 def _note_failure(job: Job, note: Path, error: Exception) -> str | None:
-    """Record this rank's failure in `note` and `status.json`, unless another rank's was recorded before.
-
-    A rank whose failure only reports another's first gives that one time to record it.
-
-    Returns:
-        A sentence about the other rank's failure, if this rank's only reports that.
-    """
+    """Record this rank's failure in `note` and `status.json`, unless another rank's was recorded before; one that only
+    reports another's failure gives that one time, and returns a sentence about it."""
     reason_class, reason = classify(error)
     is_about_another = len(job.nodes) > 1 and blames_another_rank(reason)
     deadline = time.monotonic() + WORD_S
@@ -201,10 +189,7 @@ def _record_collectives(logs: Path) -> None:
 
 
 def _die_with_torchrun() -> None:
-    """Have the kernel kill this rank when torchrun is killed; otherwise it would train on unnoticed.
-
-    torchrun starts ranks in sessions of their own, which a KILL to its process group, as a launcher sends after the
-    second Ctrl-C, does not reach.
-    """
+    """Have the kernel kill this rank when torchrun is killed: it starts ranks in sessions of their own, which a KILL to
+    its process group does not reach."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

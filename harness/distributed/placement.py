@@ -13,10 +13,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class LaunchError(UserError):
-    """Environment that does not say which rank of how many this process is, or names a device that does not exist.
-
-    Another node may have what this one lacks.
-    """
+    """Environment that does not say which rank of how many this is, or lacks a device that another node may have."""
 
     exit_code = EXIT_CRASHED
 

@@ -121,11 +121,8 @@ class Expected:
         )
 
     def deviation(self, losses: Mapping[int, float]) -> Deviation | None:
-        """Compare losses, by images seen, with the forecast.
-
-        Returns:
-            The deviation at the last of them, or None if that one has no forecast.
-        """
+        """Compare losses, by images seen, with the forecast; returns the deviation at the last of them, or None without
+        its forecast."""
         known = [i for i, point in enumerate(self.points) if point.images_seen in losses]
         if not known or max(losses) > self.points[known[-1]].images_seen:
             return None
@@ -143,9 +140,5 @@ _EXPECTED = TypeAdapter(Expected)
 
 
 def read_expected(run: RunDir) -> Expected | None:
-    """Read the forecast of a run; None if there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read the forecast of a run; None if there is none."""
     return read_as(run.path / FILE, _EXPECTED)

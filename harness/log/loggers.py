@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/results.md).
 
-`train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...`, `probe/...` and
-`pictures/...` hold one point for each budget. So a panel fits any number of budgets, and its x axis never goes back.
+`train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...` and `probe/...` hold a point
+for each budget. So a panel fits any number of budgets, and its x axis never goes back.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
-
-import numpy as np
 
 from aimscale.harness.log.expected import ExpectedPoint
 from aimscale.harness.run.config import ConfigError, RunConfig
@@ -56,14 +54,10 @@ class TensorBoardLogger:
         self.logged_until = max(_images_done(run), default=0)
         """Images done up to which earlier starts logged everything."""
 
-    def log_values(
-        self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
-    ) -> None:
-        """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
+    def log_values(self, images_seen: int, values: Mapping[str, float]) -> None:
+        """Plot numbers at their images seen."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, images_seen)
-        for name, picture in (pictures or {}).items():
-            self._writer.add_image(name, picture, images_seen, dataformats="HWC")
         self._writer.flush()  # what was logged is not logged again
 
     def close(self, state: State) -> None:
@@ -125,7 +119,7 @@ class WandbLogger:
         with self._surviving():
             self._run = self._run or wandb.init(**about, mode="offline")
             # Decays and budgets go back in images_seen, which W&B's own step may not.
-            for name in ("images_seen", "val/images_seen", "train/images_done", "decay/images_done"):
+            for name in ("images_seen", "train/images_done", "decay/images_done"):
                 self._run.define_metric(name, hidden=True)
             self._run.define_metric("*", step_metric="images_seen")
             known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
@@ -140,19 +134,12 @@ class WandbLogger:
             _log.warning("W&B gets no more of this run (%s); its directory holds everything", _brief(error))
             self._run = None
 
-    def log_values(
-        self, images_seen: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None
-    ) -> None:
-        """Plot numbers, and show pictures (uint8, height x width x channels), at their images seen."""
+    def log_values(self, images_seen: int, values: Mapping[str, float]) -> None:
+        """Plot numbers at their images seen."""
         if self._run is None:
             return
-        import wandb
-
-        line: dict[str, Any] = {**values, "images_seen": images_seen}
-        if "val/loss" in values:  # the runs table shows the last of each name, and training may have continued
-            line["val/images_seen"] = images_seen
         with self._surviving():
-            self._run.log(line | {name: wandb.Image(each) for name, each in (pictures or {}).items()})
+            self._run.log({**values, "images_seen": images_seen})
 
     def close(self, state: State) -> None:
         """Send the rest, for at most `FINISH_S`, and how the job ended."""
@@ -165,7 +152,7 @@ class WandbLogger:
 
 
 Logger = TensorBoardLogger | WandbLogger
-"""Logger of a run's numbers and pictures, by `images_seen`, beside `metrics.jsonl`."""
+"""Logger of a run's numbers, by `images_seen`, beside `metrics.jsonl`."""
 
 
 @contextlib.contextmanager
@@ -180,10 +167,8 @@ def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
 
 
 def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float]:
-    """Return the scalars plotted of a line of `metrics.jsonl`: `train/loss`, or `decay/loss` off the trunk.
-
-    Under cosine there is no trunk: all of training counts as `train`.
-    """
+    """Return the scalars plotted of a line of `metrics.jsonl`: `train/loss`, also for all of a cosine run, or
+    `decay/loss` off the trunk."""
     is_trunk = line["branch"] is None or is_cosine
     names = [name for name in line if name not in NOT_PLOTTED] if is_trunk else DECAYING
     part = "train" if is_trunk else "decay"
@@ -191,15 +176,10 @@ def line_scalars(line: Mapping[str, Any], *, is_cosine: bool) -> dict[str, float
 
 
 def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, float]:
-    """Return the scalars plotted of a budget's row: loss, its standard error, and top-1 as `probe/TASK/KIND`.
-
-    Args:
-        row: row of the results, or a line of `curve.jsonl`.
-        during: whether it was measured during training: `train/val_loss`, `train/probe/TASK/KIND`.
-    """
-    val, probe = ("train/val_loss", "train/probe") if during else ("val/loss", "probe")
+    """Return the scalars plotted of a budget's row, or of a line of `curve.jsonl` (`during` training)."""
+    val = "train/val_loss" if during else "val/loss"
     values = {val: row.get("val_loss"), f"{val}_se": row.get("val_loss_se")}
-    values |= {f"{probe}/{each['task']}/{each['kind']}": each.get("top1") for each in row.get("probes") or ()}
+    values |= {f"probe/{each['task']}/{each['kind']}": each.get("top1") for each in row.get("probes") or ()}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -208,12 +188,6 @@ def expected_scalars(points: Iterable[ExpectedPoint], images_seen: int, name: st
     found = (each for each in points if each.images_seen == images_seen)
     ends = next(({"": each.loss, "_low": each.low, "_high": each.high} for each in found), {})
     return {f"{name}_expected{end}": value for end, value in ends.items()}
-
-
-def picture_grid(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrange the next-patch pictures of a validation file in one: a row for each image; truth, prefix, prediction."""
-    parts = [arrays[name] for name in ("truth", "prefix", "prediction")]
-    return {"pictures/truth-prefix-prediction": np.concatenate(np.concatenate(parts, axis=2))}
 
 
 def _brief(error: Exception) -> str:

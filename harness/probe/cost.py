@@ -71,40 +71,15 @@ def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
     return math.ceil(images / schedule.batch_size) * schedule.batch_size if measured else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurveCost:
-    """Cost of all measurements during training."""
-
-    points: int
-    """Number of validations."""
-    images: float
-    """Images read; those of validation once, since they are kept in memory."""
-    flops: float
-
-
-def curve_cost(
-    config: RunConfig, model: ModelConfig, flops: FlopCount, ranks: int, memory_bytes: float, lookup: DatasetLookup
-) -> CurveCost:
-    """Estimate the cost of validation and probes during a run's training; see `probe_cost`."""
-    schedule, evaluation = unchecked_schedule(config), config.evaluation
-    points = schedule.num_points(validation_distance(config, lookup))
-    passes = validation_images(evaluation.validation, lookup)
-    images, products = passes / evaluation.validation.num_prefixes, points * passes * flops.forward
-    for section in filter(None, (each.during_training for each in evaluation.probes)):
-        times = schedule.num_points(section.every_images)
-        cost = probe_cost(section, model, flops, ranks, memory_bytes, lookup)
-        images, products = images + times * cost.images, products + times * cost.flops
-    return CurveCost(points=points, images=images if products else 0.0, flops=products)
+def num_points(config: RunConfig, lookup: DatasetLookup) -> int:
+    """Count the validations during a run's training."""
+    return unchecked_schedule(config).num_points(validation_distance(config, lookup))
 
 
 def curve_bytes(config: RunConfig, lookup: DatasetLookup) -> int:
     """Return the bytes on a rank, beside what training holds, while it measures during training; 0 if it never does."""
-    schedule = unchecked_schedule(config)
-    probes = [each for each in config.evaluation.probes if schedule.num_points(each.every_images)]
-    if not probes and not schedule.num_points(validation_distance(config, lookup)):
-        return 0
-    in_fp32 = "fp32" in (config.training.optimiser.precision, *(each.precision for each in probes))
-    return measuring_bytes(model_of(config.training), "fp32" if in_fp32 else "bf16", is_probed=bool(probes))
+    precision = config.training.optimiser.precision
+    return measuring_bytes(model_of(config.training), precision) if num_points(config, lookup) else 0
 
 
 def probe_cost(

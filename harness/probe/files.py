@@ -126,11 +126,7 @@ def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]
 
 
 def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, dict[str, Any]], **about: Any) -> None:
-    """Add probes, by kind, to a task's file; probes of other kinds under the same key are kept.
-
-    Args:
-        about: further fields of the file.
-    """
+    """Add probes, by kind, and further fields to a task's file; probes of other kinds under the same key are kept."""
     whole = finished_probes(folder, section.task, key) | found
     whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for
     task = section.model_dump(mode="json") | {"kinds": list(whole)}

@@ -58,10 +58,6 @@ def pending_work(run: RunDir, config: RunConfig) -> list[Pending]:
     A result is there if its file is, for the present weights, settings and data, and if the budget's row says so too.
     Data that cannot be read count as unchanged. A process that holds the run notes when nothing is missing, so that a
     look at many runs need not read their results.
-
-    Raises:
-        RunDirError: no saved point of the trunk leads to a budget that is still to be trained.
-        UserError: `results.json` is damaged.
     """
     note = run.path / "complete.json"
     with contextlib.suppress(UserError):  # damaged
@@ -110,11 +106,10 @@ def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: d
 
 
 def update_row(run: RunDir, config: RunConfig, images_seen: int) -> dict[str, Any]:
-    """Update a saved budget's row from its files (training, validation, probes) and return it; the caller holds the
-    run.
+    """Update a saved budget's row from its files and return it; the caller holds the run.
 
-    Files of other weights are ignored. Probes replace those of the same evaluation and kind; other entries (of imported
-    rows, say) stay.
+    Files of other weights are ignored. Probes replace those of the same evaluation and kind; others, of imported rows
+    say, stay.
     """
     before = next((row for row in run.read_rows() if row["images_seen"] == images_seen), None)
     row = before or saved_budgets(run)[images_seen].get("row") or {"images_seen": images_seen}

@@ -29,7 +29,7 @@ import torch
 from aimscale.aim.weights import write_weights
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
-from aimscale.harness.probe.features.extraction import SplitFeatures, extract_features
+from aimscale.harness.probe.features.extraction import SplitFeatures, batched, extract_features, own_indices
 from aimscale.harness.probe.features.images import (
     LabelledImages,
     ProgressCallback,
@@ -38,16 +38,14 @@ from aimscale.harness.probe.features.images import (
     open_task,
     read_without_bad,
 )
-from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
-from aimscale.harness.probe.heads.fit import TEST_BATCH, predict_test_split, search_heads
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
-from aimscale.harness.probe.heads.training import HeadTraining
+from aimscale.harness.probe.heads.training import TEST_BATCH, HeadTraining, predict_test_split, search_heads
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 
 Detail = dict[str, Any]
@@ -148,9 +146,7 @@ def _read_features(task: Task, backbone: Backbone, kinds: Sequence[str]) -> tupl
     train, fitted = read_without_bad(
         task.train, task.group, lambda images: extract(images, fit=replace(task, train=images).fit)
     )
-    test, tested = read_without_bad(
-        task.test, task.group, lambda images: extract(images, reserved_bytes=fitted.pooled.num_bytes)
-    )
+    test, tested = read_without_bad(task.test, task.group, extract)
     return replace(task, train=train, test=test), fitted, tested
 
 

@@ -15,12 +15,12 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
+from aimscale.harness.probe.features.extraction import StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, open_labelled, read_without_bad
-from aimscale.harness.probe.features.sources import StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.files import add_probes, as_entry, task_key
-from aimscale.harness.probe.heads.fit import TEST_BATCH
 from aimscale.harness.probe.heads.scores import Predictions, gather_predictions, score, to_predictions
+from aimscale.harness.probe.heads.training import TEST_BATCH
 from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.run.budgets import chosen_budgets
@@ -71,10 +71,8 @@ def read_head_blocks(file: Path) -> list[int]:
 def score_released(
     run_dir: Path, sections: Sequence[ProbeSection], *, group: Group = ALONE
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Score an imported run's own head on the test splits of tasks; yields (images seen, entries) after each task.
-
-    Nothing is trained. The entry, of kind `released`, goes to the task's file and the run's row.
-    """
+    """Score an imported run's own head, without training, on the test splits of tasks; yields (images seen, entries)
+    after each task, and writes them to the task's file and the run's row, as of kind `released`."""
     run = RunDir(run_dir)
     config = run.load_config()
     path = run.path / RELEASED_HEAD

@@ -50,9 +50,6 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
     """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process alone.
 
-    Torch uses `runtime.num_threads` of the run in each rank and in each thread that decodes images ahead; with a thread
-    for every core they would slow each other down.
-
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
         LockHeld: another process executes or probes the run.
@@ -79,14 +76,12 @@ def probe_run(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Probe saved budgets; yields (images seen, entries) after each task and writes files and rows as it goes.
 
-    Results in files of the same weights, settings, data and seed are not measured again.
+    Results in files of the same weights, settings, data and seed are not measured again. All ranks call this, and
+    `report_progress`, together.
 
     Args:
-        run_dir: a run directory with `config.yaml` and `budgets/`.
         images_seen: one budget; None probes all that are saved.
         sections: tasks; None takes those of the run's configuration.
-        group: the ranks that share the work; all of them call this.
-        report_progress: called by all ranks together, often; may raise to stop.
 
     Raises:
         RunDirError: no such budget is saved.
@@ -141,10 +136,6 @@ def probe_baseline(
         like: the run whose images and seed it gets.
         sections: tasks; raw pixels leave out the kinds that need tokens, all but AIM leave out LoRA.
         weights: weights of a timm model: a file, `hub` or `random`.
-        group, report_progress: see `probe_run`.
-
-    Raises:
-        ProbeError: an unknown baseline, or a task that cannot be probed.
     """
     config = like.load_config()
     backbone, model_section = baseline(target, config, weights=weights, device=group.device)

@@ -17,11 +17,11 @@ from aimscale.harness.device.memory import Precision
 from aimscale.harness.rehearsal.fake import fake_rank
 from aimscale.harness.rehearsal.tracker import Collective, Phase, PhaseMemory, StepTracker
 from aimscale.harness.run.config import OptimiserSection
+from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, tensors_in
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import own_share
-from aimscale.harness.step.whole_weights import copied_model
 
 MAX_MICRO_BATCHES = 3
 """Number of micro-batches that a rehearsed step has at most: all between the first and the last are alike."""

@@ -35,11 +35,7 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
 
 
 def chosen_budgets(run: RunDir, images_seen: int | None) -> list[int]:
-    """Return the saved budget of `images_seen` images as a list, or for None all saved budgets, ascending.
-
-    Raises:
-        RunDirError: there is none.
-    """
+    """Return the saved budget of `images_seen` images as a list, or for None all saved budgets, ascending."""
     saved = list(saved_budgets(run))
     if not saved:
         raise RunDirError(f"{run.path} has no finished budget yet (no budgets/<images seen>/model.safetensors)")
@@ -60,12 +56,7 @@ def trunk_position(run: RunDir, schedule: Schedule) -> int:
 
 
 def missing_budgets(run: RunDir, config: RunConfig) -> list[int]:
-    """Return the budgets that are still to be trained.
-
-    Raises:
-        RunDirError: no saved point of the trunk leads to one of them; nothing was touched.
-        UserError: `results.json` is damaged.
-    """
+    """Return the budgets that are still to be trained."""
     done = {row["images_seen"] for row in run.read_rows()} | saved_budgets(run).keys()
     missing = [budget for budget in config.evaluation.budgets if budget not in done]
     schedule = unchecked_schedule(config)

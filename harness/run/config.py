@@ -221,8 +221,8 @@ class RuntimeConfig(Section):
     checkpoint_every_images: int | None = Field(None, gt=0)
     """Distance between checkpoints, in images, beside those at branch points; null leaves them to the time."""
     checkpoint_every_min: float | None = Field(30, gt=0)
-    """Minutes between checkpoints. They are written while training goes on, from a copy in host memory (12 bytes per
-    parameter over all ranks); if the host lacks the memory, training waits."""
+    """Minutes between checkpoints. They are written while training goes on, from a copy in host memory: 12 bytes per
+    parameter over all ranks."""
     log_every_steps: int = Field(10, gt=0)
     """Steps between metric lines."""
     profile: int | None = Field(None, gt=0, le=1000)
@@ -299,9 +299,5 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read `config.yaml`.
-
-    Raises:
-        ConfigError: the file is missing, is no YAML, or does not validate; the sentence names the key.
-    """
+    """Read `config.yaml`."""
     return parse(RunConfig, read_yaml(path), str(path))

@@ -160,7 +160,7 @@ class RunDir:
         return self.path / "budgets" / str(images_seen) / "model.safetensors"
 
     def validation_file(self, images_seen: int) -> Path:
-        """Return the path of a budget's per-image validation losses and next-patch predictions on a few images."""
+        """Return the path of a budget's per-image validation losses."""
         return self.path / "validation" / f"{images_seen}.npz"
 
     def probes_dir(self, images_seen: int) -> Path:
@@ -177,9 +177,6 @@ class RunDir:
 
         An existing run keeps its results. Its configuration (budgets, validation, probes, data paths, execution) is
         replaced by the new one, unless a process executes the run.
-
-        Raises:
-            RunDirError: the directory holds another run.
         """
         run = cls(path)
         if run.config.exists():
@@ -202,11 +199,7 @@ class RunDir:
         return load_run_config(self.config)
 
     def read_status(self) -> Status:
-        """Read the last status written; a directory without one counts as created.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Read the last status written; a directory without one counts as created."""
         return read_as(self.status, _STATUS) or Status()
 
     def write_start(self) -> Status:
@@ -245,19 +238,14 @@ class RunDir:
         return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
 
     def read_curve(self) -> list[dict[str, Any]]:
-        """Read what was measured during training: one point per position of the trunk, ascending.
-
-        Later measurements at a position (by other settings, say) replace earlier ones. Lines cut off by a kill are
-        skipped.
-        """
+        """Read what was measured during training: one point per position of the trunk, ascending; the last measurement
+        at a position counts, and lines cut off by a kill do not."""
         points: dict[int, dict[str, Any]] = {}
         for text in self.curve.read_bytes().splitlines() if self.curve.exists() else ():
             with contextlib.suppress(ValueError):
                 line = _ROW.validate_json(text).model_dump(exclude_unset=True)
-                point = points.setdefault(line["images_seen"], {})
-                entries = [*(point.get("probes") or ()), *(line.get("probes") or ())]
-                point |= {key: value for key, value in line.items() if value is not None}
-                point["probes"] = list({probe_key(entry): entry for entry in entries}.values())
+                known = {key: value for key, value in line.items() if value is not None}
+                points.setdefault(line["images_seen"], {}).update(known)
         return [points[position] for position in sorted(points)]
 
     def record_row(self, row: dict[str, Any]) -> None:
@@ -278,11 +266,6 @@ class RunDir:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Path]:
-        """Hold the lock for the block, so that no other process changes this folder; yields the writer's own folder.
-
-        Raises:
-            LockHeld: another live process has it.
-            UserError: the file system cannot be written, or has no locks.
-        """
+        """Hold the lock for the block, so that no other process changes this folder; yields the writer's own folder."""
         with hold_lock(self.lock) as holder, become_writer(self.path, holder.token) as folder:
             yield folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,22 +70,14 @@ class ProbeSection(Section):
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates of heads that are trained (linear ones only with `augmentation: published`), chosen on a fifth of
     the training split, held out. The grid grows by its own ratio if the choice is at its end."""
-    every_images: int | None = Field(None, gt=0)
-    """Distance, in images, at which `linear` and `knn` probes are also measured during training; null: at budgets
-    alone."""
 
-    @property
-    def during_training(self) -> ProbeSection | None:
-        """The section with the cheap kinds alone, as measured during training; None if nothing is."""
-        kinds = tuple(kind for kind in self.kinds if kind in ("linear", "knn"))
-        return self.model_copy(update={"kinds": kinds}) if self.every_images else None
-
-    @model_validator(mode="after")
-    def _has_cheap_kinds(self) -> ProbeSection:
-        """Check that a task measured during training has a cheap kind of probe."""
-        if self.every_images and not {"linear", "knn"} & {*self.kinds}:
-            raise ValueError("every_images measures linear and knn alone during training; add one to `kinds`")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_key(cls, values: Any) -> Any:
+        """Drop `every_images: null`, which stands in `config.yaml` of runs that began before December 2026."""
+        if isinstance(values, dict) and "every_images" in values and values["every_images"] is None:
+            return {key: value for key, value in values.items() if key != "every_images"}
+        return values
 
     def evaluation_id(self, train: str | None, test: str | None) -> str:
         """Return the identifier of this evaluation in files and tables, on data of these fingerprints; it ends with `*`
@@ -93,8 +85,7 @@ class ProbeSection(Section):
 
         Adding a kind of probe changes nothing about the others, so kinds do not count.
         """
-        no_settings = {"train", "test", "kinds", "every_images"}
-        settings = self.model_dump(mode="json", exclude_defaults=True, exclude=no_settings)
+        settings = self.model_dump(mode="json", exclude_defaults=True, exclude={"train", "test", "kinds"})
         data = short_hash(f"{train} {test}") if train and test else "*"
         return f"{config_digest('probe', settings)}-{data}"
 

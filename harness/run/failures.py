@@ -227,10 +227,8 @@ def blames_another_rank(sentence: str) -> bool:
 
 
 def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
-    """Run `work` on the folder that is the only argument, and end the process; the entry point of what launchers start.
-
-    A user's mistake, a lost lock and a disk that fails are one sentence, everything else a traceback.
-    """
+    """Run `work` on the folder that is the only argument, and end the process, the entry point of what launchers start:
+    mistakes, lost locks and failing disks in one sentence, everything else with a traceback."""
     if len(sys.argv) != 2:
         sys.exit(f"usage: python -m {usage}")
     try:

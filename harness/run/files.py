@@ -64,11 +64,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Replace a JSON file atomically.
-
-    Raises:
-        ValueError: there is a NaN or an infinity in it.
-    """
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
 
 

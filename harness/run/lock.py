@@ -69,11 +69,7 @@ class Lock:
         self._descriptor = -1
 
     def take(self, **facts: Any) -> Holder | None:
-        """Take the lock and record its holder; None if another process has it.
-
-        Raises:
-            UserError: the file system cannot be written, or has no locks.
-        """
+        """Take the lock and record its holder; None if another process has it."""
         descriptor = -1
         try:
             self.path.parent.mkdir(exist_ok=True)  # but not those above, which somebody may have moved
@@ -231,9 +227,6 @@ def check_writer(path: Path) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock for the block; its file is removed at the end. Yields False if another process holds it and `wait` is
     false.
-
-    Raises:
-        OSError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_current = False

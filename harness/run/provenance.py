@@ -36,10 +36,8 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def git_commit() -> tuple[str | None, bool | None]:
-    """Return the commit of this source tree, and whether it has uncommitted changes; nulls outside git.
-
-    A launcher that copied the code (`Snapshot`), or a container image, passes both in the environment.
-    """
+    """Return the commit of this source tree, and whether it has uncommitted changes: as the environment says in a
+    `Snapshot` or an image, else by git; nulls outside."""
     if commit := os.environ.get("AIMSCALE_GIT_COMMIT"):  # empty in an image that was built without one
         return commit, os.environ.get("AIMSCALE_GIT_DIRTY") == "1"
     try:
@@ -75,11 +73,7 @@ def process_age_s() -> float:
 
 
 def record_start(run: RunDir, facts: dict[str, Any]) -> None:
-    """Add this start to `results.json`.
-
-    Args:
-        facts: facts that the caller knows: device, world size, ZeRO stage, measured peaks.
-    """
+    """Add this start to `results.json`, with what the caller knows: device, world size, ZeRO stage, measured peaks."""
     commit, is_dirty = git_commit()
     run.record_start(
         {
@@ -118,11 +112,7 @@ class Snapshot:
 
 
 def find_snapshot(sweep_dir: Path, *, allow_dirty: bool, source: Path = SOURCE) -> Snapshot | None:
-    """Name the snapshot that a launch from `source` would use; None for an installed release. Nothing is written.
-
-    Raises:
-        UserError: there are uncommitted changes, and `allow_dirty` is not set.
-    """
+    """Name the snapshot that a launch from `source` would use; None for an installed release. Nothing is written."""
     if not (source / ".git").exists():
         return None
     commit = git(source, "rev-parse", "HEAD").strip()

@@ -86,10 +86,8 @@ SCALE_FIELDS = {
 
 
 def setup_of(training: TrainingConfig) -> dict[str, Any]:
-    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`.
-
-    Analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise.
-    """
+    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`; analysis pairs runs by
+    it, so that nothing which a sweep varied is mistaken for noise."""
     fields = flatten(training.model_dump(mode="json", exclude_defaults=True))
     return {name: value for name, value in fields.items() if name not in SCALE_FIELDS}
 

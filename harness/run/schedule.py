@@ -79,10 +79,8 @@ class Schedule:
         return sum(segment.stop - segment.start for segment in plan_walk(self).segments)
 
     def lr(self, images_seen: int, branch: int | None) -> float:
-        """Return the learning rate of the step that starts after `images_seen` images, on the trunk or a branch.
-
-        It is `lr_start` at the first step, and would be `lr_end` at the step after a budget's last.
-        """
+        """Return the learning rate of the step after `images_seen` images, on the trunk or a branch: `lr_start` at the
+        first, and `lr_end` after a budget's last."""
         section = self.section
         if images_seen < section.warmup_images:
             return section.lr_start + (self.lr_peak - section.lr_start) * images_seen / section.warmup_images
@@ -99,8 +97,8 @@ def plan_walk(schedule: Schedule, saved: Collection[int] = (), checkpoint: tuple
 
     Args:
         saved: budgets whose weights are saved.
-        checkpoint: images seen and branch of the checkpoint to go on from; the default is the start of the run. The end
-            of a budget is none: from there the walk returns to the trunk, whose checkpoint is kept.
+        checkpoint: images seen and branch of the checkpoint to go on from. The end of a budget is none: from there the
+            walk returns to the trunk, whose checkpoint is kept.
     """
     position, branch = checkpoint
     trunk = point = position if branch is None else schedule.branch_point(branch)
@@ -130,11 +128,7 @@ def unchecked_schedule(config: RunConfig) -> Schedule:
 
 
 def schedule_of(config: RunConfig) -> Schedule:
-    """Build the schedule of a run.
-
-    Raises:
-        ConfigError: the warm-up reaches into the decay of the smallest budget.
-    """
+    """Build the schedule of a run."""
     schedule = unchecked_schedule(config)
     smallest, warmup = config.evaluation.budgets[0], config.training.schedule.warmup_images
     limit = smallest if config.training.schedule.kind == "cosine" else schedule.branch_point(smallest)

@@ -79,11 +79,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
-    """Validate `values` as `kind`, turning pydantic's report into one sentence.
-
-    Raises:
-        ConfigError: names the file, the key and, for an unknown key, the nearest known one.
-    """
+    """Validate `values` as `kind`, turning pydantic's report into one sentence."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a mapping of keys to values, not {type(values).__name__}")
     try:

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.errors import UserError
+from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.run.files import remove_dir
-from aimscale.harness.step.engine import Engine
+from aimscale.harness.run.files import atomic_write, remove_dir
+from aimscale.harness.step.engine import Engine, Fragment, fragment_of, part_of
 
 _log = logging.getLogger(__name__)
 
@@ -71,15 +72,11 @@ def write_safetensors(
     values: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a float32 safetensors file (https://huggingface.co/docs/safetensors) from a stream of values, and fsync it.
+    """Write a float32 safetensors file (https://huggingface.co/docs/safetensors), fsync it, and return its CRC-32.
 
     Args:
         shapes: name -> shape, in the order of the values.
         values: values of all tensors, one after the other, on the CPU, in pieces of any size.
-        metadata: text kept in the header.
-
-    Returns:
-        CRC-32 of the file.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -186,12 +183,10 @@ def _slices(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
 def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collection[int]) -> Manifest | None:
     """Load the checkpoint furthest in training, or if it is damaged an earlier one; damaged ones are then deleted.
 
-    Args:
-        group: all ranks call this together.
-        branches: budgets still to be trained; a checkpoint on the decay to another one leads nowhere.
+    All ranks call this together. Returns the manifest; None if there is no checkpoint.
 
-    Returns:
-        Its manifest; None when there is none.
+    Args:
+        branches: budgets still to be trained; a checkpoint on the decay to another one leads nowhere.
 
     Raises:
         CheckpointError: all of them are damaged; starting over is the caller's decision.
@@ -212,3 +207,49 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collect
     if damaged:
         raise next(iter(damaged.values()))
     return None
+
+
+def copied_model(engine: Engine, group: Group, dtype: torch.dtype) -> AIM:
+    """Copy the engine's float32 weights into a model of this type, whole on every rank's device.
+
+    All ranks call this together. It takes the bytes of its weights and of the largest one in float32, and shares no
+    memory with the trained model, which measurements therefore cannot change.
+    """
+    with torch.device("meta"):
+        model = AIM(engine.config)
+    model = model.to(dtype).to_empty(device=group.device).requires_grad_(False).eval()
+    model.fill_constants()
+    for fragment, whole in _whole_weights(engine, group):
+        model.get_parameter(fragment.name).copy_(whole.view(fragment.shape))
+    return model
+
+
+def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Tensor]]:
+    """Yield the float32 weights one after the other, flat, on the device, whole on every rank; each until the next."""
+    fragments = engine.fragments()
+    if group.world_size == 1 or engine.options.zero_stage == 0:
+        for fragment in fragments:
+            yield fragment, fragment_of(fragment.flat, fragment)
+        return
+    buffer = torch.empty(max(fragment.shape.numel() for fragment in fragments), device=group.device)
+    for fragment in fragments:
+        whole = buffer[: fragment.shape.numel()].zero_()
+        if fragment.numel:
+            part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
+        torch.distributed.all_reduce(whole.view(torch.int32))
+        yield fragment, whole
+
+
+def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
+    """Write the float32 weights alone, under the model's own names, to one file; all ranks call this, and rank 0
+    gathers and writes."""
+    shapes = {fragment.name: tuple(fragment.shape) for fragment in engine.fragments()}
+    # a tensor that numpy has seen cannot free its memory
+    gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
+    if group.is_first:
+        with atomic_write(path) as partial:
+            write_safetensors(partial, shapes, gathered, metadata)
+    else:
+        for _ in _whole_weights(engine, group):
+            pass
+    group.wait()

@@ -278,11 +278,7 @@ class Engine:
 
 
 def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
-    """Interpret `runtime.compile`: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs.
-
-    Raises:
-        ConfigError: it was asked for on a CPU, where it makes steps slower.
-    """
+    """Interpret `runtime.compile`: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs."""
     if device.type == "cuda":
         return zero_stage < 3 if wanted == "auto" else wanted
     if wanted is True:

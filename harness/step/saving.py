@@ -1,9 +1,8 @@
 """Saving of checkpoints: the state is copied, then written, verified and published while training goes on.
 
 A rank stops only while it copies its share of the state into host memory. A thread writes the copy, reads it back, and
-leaves the part's manifest beside it. If the host lacks the memory for a copy, the thread writes the state from where it
-is, and the rank waits. The first rank's thread publishes the checkpoint, by renaming its folder, once the manifests of
-all parts are there: whatever has the final name is complete. At most one checkpoint is under way.
+leaves the part's manifest beside it. The first rank's thread publishes the checkpoint, by renaming its folder, once the
+manifests of all parts are there: whatever has the final name is complete. At most one checkpoint is under way.
 """
 
 from __future__ import annotations
@@ -58,13 +57,8 @@ class _PendingCheckpoint:
 class CheckpointWriter:
     """Writer of one engine's checkpoints; all ranks call `save` and `finish` together."""
 
-    def __init__(self, engine: Engine, group: Group, *, copies: bool = True) -> None:
-        """Set up the writer.
-
-        Args:
-            copies: whether the state is copied first; otherwise ranks wait until it is written.
-        """
-        self._engine, self._group, self._copies = engine, group, copies
+    def __init__(self, engine: Engine, group: Group) -> None:
+        self._engine, self._group = engine, group
         self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -81,17 +75,13 @@ class CheckpointWriter:
         progress: dict[str, Any],
         keep: Collection[Path],
     ) -> None:
-        """Copy the engine's state and start to write it, or write it; a checkpoint under way is finished first.
+        """Copy the engine's state and start to write it; a checkpoint under way is finished first.
 
         A complete checkpoint that is already there is kept: the same position of the same run holds the same values.
 
         Args:
-            final: final folder of the checkpoint.
-            run_id: see `Manifest` for this and the following arguments up to `progress`.
+            final: final folder of the checkpoint; `Manifest` explains the following arguments.
             keep: checkpoints that stay; the others go once this one is complete.
-
-        Raises:
-            CheckpointError: as `finish` says.
         """
         self.finish()
         with self._group.collectives_within(self._limit_s):
@@ -105,9 +95,7 @@ class CheckpointWriter:
     def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
         """Copy this rank's share of the state, and start to write it; see `save`."""
         share = own_share(self._engine)
-        # a tensor that numpy has seen cannot free its memory
-        copied = (piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES))
-        pieces: Iterable[Tensor] = list(copied) if self._copies else copied
+        pieces = [piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES)]
         manifest = Manifest(
             **about, adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]), files={}
         )
@@ -118,8 +106,6 @@ class CheckpointWriter:
         part = published = self._background.submit(write, path, lengths, self._until_stop(pieces), manifest)
         if self._group.is_first:
             published = self._background.submit(_naming_checkpoint(final)(self._publish), final, part, keep)
-        if not self._copies:
-            concurrent.futures.wait([part], self._limit_s)
         return _PendingCheckpoint(final=final, part=part, published=published)
 
     def problem(self) -> Exception | None:
@@ -233,10 +219,8 @@ def _publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> Non
 
 
 def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], manifest: Manifest) -> Manifest:
-    """Write one file of float32 values, read it back, and leave the part's manifest beside it; returns the manifest.
-
-    Without values there is no file, only a manifest.
-    """
+    """Write one file of float32 values, or none without values, read it back, and leave the part's manifest, which is
+    returned, beside it."""
     if lengths:
         crc = write_safetensors(path, {key: (length,) for key, length in lengths.items()}, pieces)
         with path.open("rb") as file:

@@ -28,8 +28,6 @@ SAVES_MEMORY = "lower runtime.micro_batch, use more ranks, or set runtime.activa
 def train(path: Path, config: RunConfig | None = None) -> int:
     """Train the missing budgets of the run in `path`, then evaluate what is pending; returns the exit code.
 
-    Exit codes are in `run.directory`.
-
     Args:
         config: configuration of the run; by default the one in its directory, which the first rank may still be making.
 

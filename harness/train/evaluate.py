@@ -1,4 +1,4 @@
-"""Evaluation of a run's saved budgets: validation, pictures and probes, knowing only the run's directory.
+"""Evaluation of a run's saved budgets: validation and probes, knowing only the run's directory.
 
 It follows the training in the same process, after the training state is freed, and needs only a budget's weights.
 Existing results are kept.
@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
@@ -20,7 +19,7 @@ from aimscale.harness.data.store.overlap import refuse_overlap
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.expected import read_expected
-from aimscale.harness.log.loggers import Logger, expected_scalars, picture_grid, row_scalars
+from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
 from aimscale.harness.probe.features.images import ProgressCallback
 from aimscale.harness.probe.files import validation_name
 from aimscale.harness.probe.pending_evaluations import Pending, pending_evaluations, pending_work, update_row
@@ -29,7 +28,7 @@ from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
-from aimscale.harness.train.validation import HeldOut, completions, validate
+from aimscale.harness.train.validation import HeldOut, validate
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +40,10 @@ def evaluate_run(
 
     Args:
         config: the run's, with the measurements that are wanted now.
-        job: job whose ranks share the images, whose `status.json` shows the progress, and which may be asked to stop
-            wherever work is saved.
         loggers: the first rank's; from the first new measurement on, each budget is logged as a whole.
         with_probes: whether probes are measured now, and not by a later attempt on fewer devices.
 
     Raises:
-        UserError: data that cannot be used.
         DivergedError: the loss of a budget is not finite.
         PreemptedError: a signal asked to stop.
     """
@@ -73,13 +69,11 @@ def evaluate_run(
         is_new = is_new or bool(owed)
         if is_new and loggers:
             row = update_row(run, config, budget)
-            with np.load(run.validation_file(budget)) as arrays:
-                pictures = picture_grid(arrays)
             scalars = row_scalars(row)
             if expected := read_expected(run):
                 scalars |= expected_scalars(expected.budgets, budget, "val/loss")
             for logger in loggers:
-                logger.log_values(budget, scalars, pictures)
+                logger.log_values(budget, scalars)
     group.from_first(lambda: pending_work(run, config))  # notes that nothing is
 
 
@@ -119,8 +113,7 @@ def _validate(
         raise DivergedError(f"the validation loss at {budget} images is {losses.loss}; its weights diverged")
 
     def keep() -> None:
-        pictures = completions(model, held_out, group.device)
-        losses.save(run.validation_file(budget), validation_name(run, config, budget), pictures)
+        losses.save(run.validation_file(budget), validation_name(run, config, budget))
         update_row(run, config, budget)
         _log.info("budget %d: validation loss %.4f +- %.4f", budget, losses.loss, losses.standard_error)
 

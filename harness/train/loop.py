@@ -13,13 +13,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.loader import rank_batches
-from aimscale.harness.data.stream.stream import open_stream
+from aimscale.harness.data.stream.loader import train_batches
+from aimscale.harness.data.stream.stream import Batch, open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
@@ -37,12 +37,11 @@ from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, budget_columns, model_of
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
-from aimscale.harness.step.checkpoint import load_checkpoint, load_newest
+from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
-from aimscale.harness.step.feed import Feed, RankRequest, Step, run_on_all_ranks
+from aimscale.harness.step.feed import RankRequest, Step, next_step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.harness.step.whole_weights import save_weights
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
 
@@ -73,7 +72,6 @@ class Trainer:
             world_size=group.world_size,
             device_bytes=group.min_over_ranks(group.memory_bytes()),
             is_gpu=group.device.type == "cuda",
-            host_bytes=group.min_over_ranks(group.host_memory_bytes()) if group.device.type == "cuda" else None,
             measuring=measuring,
         )
         if measuring and not self.plan.measures and group.is_first:
@@ -89,16 +87,9 @@ class Trainer:
             group,
             seed=training.seed,
         )
-        self.feed = Feed(
-            group,
-            num_tokens=model_config.num_tokens,
-            max_bad_fraction=training.data.max_bad_fraction,
-            has_workers=self.num_workers > 0,
-        )
         self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
-        self.writer = CheckpointWriter(self.engine, group, copies=self.plan.copies_checkpoints)
-        beside = dataclasses.replace(job, group=group.with_reserved_memory(self.plan.held_bytes))
-        self.curve = LearningCurve(run, config, beside, self.engine, loggers)
+        self.writer = CheckpointWriter(self.engine, group)
+        self.curve = LearningCurve(run, config, job, self.engine, loggers)
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
 
@@ -125,22 +116,22 @@ class Trainer:
     def _train(self, segment: Segment) -> None:
         """Train a segment, with measurements and checkpoints on the way."""
         position, every = segment.start, self.config.runtime.checkpoint_every_images or segment.stop
-        batches = rank_batches(
+        batches = train_batches(
             self.stream,
-            group=self.group,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
             start=segment.start,
             stop=segment.stop,
             batch_size=self.batch_size,
             micro_batch=self.plan.micro_batch,
             num_workers=self.num_workers,
+            pin_memory=self.group.device.type == "cuda",
         )
-        with self.feed.reading(batches, self._request):
+        with contextlib.closing(batches):
             while position < segment.stop:
                 try:
                     self._measure(position, segment.branch)
-                    so_far = self.recorder.metrics.total
-                    num_images = so_far.num_images + self.batch_size
-                    step = self.feed.next(num_images=num_images, num_bad=so_far.num_bad_samples)
+                    step = self._next_step(batches)
                     if step.must_stop:
                         raise PreemptedError
                 except (PreemptedError, OffTrackError):
@@ -155,6 +146,19 @@ class Trainer:
                     gc.collect()  # objects since the start
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
+
+    def _next_step(self, batches: Iterator[list[Batch]]) -> Step:
+        """Take the next step's images, and agree on them with the other ranks."""
+        training, so_far = self.config.training, self.recorder.metrics.total
+        return next_step(
+            self.group,
+            batches,
+            self._request,
+            num_tokens=model_of(training).num_tokens,
+            max_bad_fraction=training.data.max_bad_fraction,
+            num_images=so_far.num_images + self.batch_size,
+            num_bad=so_far.num_bad_samples,
+        )
 
     def _step(self, step: Step, position: int, branch: int | None) -> TrainedStep:
         """Take the step at a position.
@@ -207,11 +211,7 @@ class Trainer:
         return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
 
     def _resume(self) -> list[Segment]:
-        """Load the furthest saved point, and plan the segments that remain.
-
-        Raises:
-            CheckpointError: there must be a complete checkpoint, and there is none.
-        """
+        """Load the furthest saved point, and plan the segments that remain."""
         run, group, schedule = self.run, self.group, self.schedule
         saved = list(group.from_first(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():

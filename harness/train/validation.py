@@ -1,4 +1,4 @@
-"""The pre-training loss on held-out images, and next-patch predictions to look at.
+"""The pre-training loss on held-out images.
 
 Every run of a sweep sees the same images with the same prefixes, and per-image losses are kept, so that two models can
 be compared image by image: the published losses of 0.6B to 7B differ by 0.013 in all.
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
-from aimscale.aim.objective import in_prefix, unpatchify
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import denormalise, normalise
+from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.data.stream.held_out import EvalImages, require_images, validation_prefixes
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.distributed.group import Group
@@ -26,9 +25,6 @@ from aimscale.harness.probe.features.images import ProgressCallback, decoded_ahe
 from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, ValidationSection
 from aimscale.harness.run.files import atomic_write
-
-NUM_COMPLETIONS = 8
-"""Number of images whose predictions are kept as pictures."""
 
 
 class HeldOut:
@@ -52,18 +48,9 @@ class HeldOut:
         """Sample numbers, int64 (images,)."""
         self._own = np.arange(len(self.indices))[group.rank :: group.world_size]
 
-    def some(self, num_images: int) -> tuple[np.ndarray, Tensor]:
-        """Load the rows and pixels, uint8 (n, C, H, W), of at most so many images, spread over the data set."""
-        most = len(self.indices)
-        rows = np.linspace(0, most - 1, min(num_images, most)).round().astype(int)
-        pixels = self._images.pixels(self.indices[rows])
-        is_good = self._images.is_good(self.indices[rows])
-        return rows[is_good], pixels[is_good]
-
     def passes(self, num_images: int) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Yield rows of `indices` and their normalised images, on the device of the rank that they are shared to.
-
-        There are at most so many at a time, without those that do not decode, and none if other ranks have more.
+        """Yield rows of `indices` and their normalised images, at most so many, on the device of the rank that they are
+        shared to; without those that do not decode, and none where other ranks have more.
 
         Raises:
             DataError: on all ranks, after the last pass, if too many images do not decode.
@@ -78,7 +65,7 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationLosses:
-    """Losses by image and prefix; one row per image that decodes, in the folder's order."""
+    """Losses by image; one row per image that decodes, in the folder's order."""
 
     index: np.ndarray
     """Sample number in the validation folder, int64."""
@@ -86,14 +73,6 @@ class ValidationLosses:
     """Sum over scored targets of their mean squared errors, float64."""
     num_targets: np.ndarray
     """Number of scored targets, float64."""
-    prefix_len: np.ndarray
-    """Number of visible patches, int64 (images, prefixes)."""
-    prefix_loss_sum: np.ndarray
-    """Terms of `loss_sum` by prefix, float64 (images, prefixes), which show the noise of the drawn prefixes."""
-    position_loss_sum: np.ndarray
-    """Sum of losses by position in the sequence, over images and prefixes, float64 (N,)."""
-    position_num_targets: np.ndarray
-    """Number of times that each position was scored, float64 (N,); never the first, which is always visible."""
 
     @property
     def loss(self) -> float:
@@ -114,9 +93,9 @@ class ValidationLosses:
         """Columns of a row."""
         return dict(zip(VALIDATION_COLUMNS, (self.loss, self.standard_error, len(self.index)), strict=True))
 
-    def save(self, path: Path, name: str = "", pictures: dict[str, np.ndarray] | None = None) -> None:
-        """Write the losses atomically to an npz file, with their `name`, a row's columns, and `completions`."""
-        arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self), **(pictures or {})}
+    def save(self, path: Path, name: str = "") -> None:
+        """Write the losses atomically to an npz file, with their `name` and a row's columns."""
+        arrays: dict[str, Any] = {"name": name, **self.columns, **dataclasses.asdict(self)}
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -125,16 +104,11 @@ class ValidationLosses:
 def validate(
     model: AIM, held_out: HeldOut, group: Group, report_progress: ProgressCallback = ignore_progress
 ) -> ValidationLosses:
-    """Compute per-image losses; ranks share the images, and every rank returns all of them.
-
-    Args:
-        report_progress: called by all ranks together before each pass; may raise to stop.
-    """
+    """Compute per-image losses; ranks share the images, call `report_progress` together, and return all of them."""
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
-    # Losses and counts of each pass by image and prefix, and their sums so far by position.
+    # Losses and counts of each pass by image and prefix.
     passes, own = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)], [np.empty(0, dtype=int)]
-    by_position = torch.zeros(2, num_tokens, dtype=torch.float64, device=group.device)
     for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):
         report_progress("validation")
         if len(rows):
@@ -142,49 +116,10 @@ def validate(
             found = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))
             own.append(rows)
             passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
-            by_position += found.sum(1, dtype=torch.float64)
     mine = (np.concatenate(own), *torch.cat(passes, dim=1).cpu().numpy())
     rows, losses, targets = (np.concatenate(part) for part in zip(*group.gather(mine), strict=True))
     order = np.argsort(rows)
     rows = rows[order]
-    position_loss_sum, position_num_targets = group.sum_tensor(by_position).cpu().numpy()
     return ValidationLosses(
-        index=held_out.indices[rows],
-        loss_sum=losses[order].sum(1),
-        num_targets=targets[order].sum(1),
-        prefix_len=(prefix_lengths if model.config.masked is None else prefix_lengths.sum(2)).numpy()[rows],
-        prefix_loss_sum=losses[order],
-        position_loss_sum=position_loss_sum,
-        position_num_targets=position_num_targets,
+        index=held_out.indices[rows], loss_sum=losses[order].sum(1), num_targets=targets[order].sum(1)
     )
-
-
-@torch.no_grad()
-def completions(model: AIM, held_out: HeldOut, device: torch.device) -> dict[str, np.ndarray]:
-    """Make pictures of a few validation images, spread over the folder: with their first half visible, or masked.
-
-    Returns:
-        uint8 (n, H, W, C) arrays `truth`, `prefix` (mid-grey where the model must predict) and `prediction`, and int64
-        `picture_index` (n,), sample numbers.
-    """
-    chosen, pixels = held_out.some(NUM_COMPLETIONS)
-    config = model.config
-    images = normalise(pixels).to(device)
-    half = torch.full((len(chosen),), config.num_tokens // 2)
-    prefix_lengths = half if config.masked is None else validation_prefixes(len(chosen), 1, config)[:, 0]
-    is_visible = in_prefix(half, config.num_tokens) if config.masked is None else prefix_lengths
-    sequence = is_visible[:, :, None].expand(-1, -1, config.patch_dim).to(device)
-    raster = torch.empty_like(sequence).index_copy(1, model.preprocessor.order, sequence)
-    is_prefix = unpatchify(raster, config.patch_size, config.channels).cpu()
-    truth = denormalise(images.cpu())
-    return {
-        "picture_index": held_out.indices[chosen],
-        "truth": _channels_last(truth),
-        "prefix": _channels_last(torch.where(is_prefix, truth, torch.full_like(truth, 128))),
-        "prediction": _channels_last(denormalise(model.complete(images, prefix_lengths).float().cpu())),
-    }
-
-
-def _channels_last(images: Tensor) -> np.ndarray:
-    array: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
-    return array

@@ -161,11 +161,7 @@ def _main_options(
 
 
 def _check_surroundings() -> None:
-    """Open standard streams that the caller closed, and check that the working directory exists.
-
-    Raises:
-        UserError: it was deleted.
-    """
+    """Open standard streams that the caller closed, and check that the working directory exists."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
@@ -176,11 +172,7 @@ def _check_surroundings() -> None:
 
 
 def _run(argv: list[str] | None) -> Any:
-    """Run the verb.
-
-    Raises:
-        UserError: a package is missing because this installation is for analysis alone.
-    """
+    """Run the verb."""
     _check_surroundings()
     log_to_console()
     try:

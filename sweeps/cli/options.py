@@ -37,11 +37,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
 def select_run_ids(sweep: Sweep, patterns: Sequence[str]) -> list[str]:
     """Return the ids of the planned and other runs that match any of the patterns; all planned ones without a pattern.
 
-    Args:
-        patterns: whole ids, or patterns with `*` and `?`; part of an id matches nothing.
-
-    Raises:
-        SweepError: a pattern matches no run.
+    Patterns are whole ids, or hold `*` and `?`; part of an id matches nothing.
     """
     known = [run.run_id for run in plan(sweep)]
     if not patterns:

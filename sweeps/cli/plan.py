@@ -149,11 +149,7 @@ def plan(
 
 
 def write_suggestion(path: Path, hours: float | None, data: Path | None, gpu: str | None) -> None:
-    """Write a sweep file for some data and hours.
-
-    Raises:
-        SweepError: the file exists, or an argument is missing.
-    """
+    """Write a sweep file for some data and hours."""
     from aimscale.sweeps.plan.suggestion import Request, suggest
 
     if hours is None or data is None:

@@ -118,12 +118,7 @@ def _exit_code(found: SweepStatus) -> int:
 
 
 def print_next_step(found: SweepStatus, sweep: Sweep, name: str, root: Path, *options: str) -> None:
-    """Print the next command: logs of a failed run, else the verb that continues the sweep.
-
-    Args:
-        name: name of the sweep as it was typed.
-        options: options of `launch`, if that is next.
-    """
+    """Print the next command: logs of a failed run, else the verb that continues the sweep, named as it was typed."""
     for line in found.runs:
         if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
             return print_next("logs", name, root, line.run_id)
@@ -191,11 +186,7 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
 
 
 def fresh_table(sweep: Sweep) -> Path:
-    """Collect a sweep and return its table; one whose runs are not here, or that cannot be written, is read as it is.
-
-    Raises:
-        SweepError: there are neither runs nor a table.
-    """
+    """Collect a sweep and return its table; one that is not here or cannot be written is read as it is."""
     table = sweep.directory / "results.parquet"
     if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
         typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)

@@ -26,13 +26,14 @@ Command = Callable[[Path, int], list[str]]
 """Function from (run directory, devices) to the command that executes the run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that a worker tells while it executes runs."""
 
     text: str
     """Line to print."""
     kind: Literal["started", "finished", "other"] = "other"
+    """What happened to a run, if anything that a display tells apart."""
 
     def __str__(self) -> str:
         return self.text
@@ -67,9 +68,6 @@ class ActiveRun:
 
         Args:
             environment: variables that confine the run to its devices.
-
-        Raises:
-            OSError: the log cannot be written, or no process can be created.
         """
         self.run, self.record, self.lock, self.claims, self.devices = run, record, lock, claims, devices
         self.attempt, self.progress_before = record.next_attempt(), self.progress()
@@ -131,11 +129,11 @@ class ActiveRun:
         """Say that the attempt began."""
         started, resumed = RUN_BEGINS
         again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
-        return Event(f"{resumed if again else started}{self.record.name}{again}", "started")
+        return Event(text=f"{resumed if again else started}{self.record.name}{again}", kind="started")
 
     def end_event(self, outcome: Outcome) -> Event:
         """Say how the attempt ended."""
-        return Event(self._describe_end(outcome), "finished" if outcome == "finished" else "other")
+        return Event(text=self._describe_end(outcome), kind="finished" if outcome == "finished" else "other")
 
     def _describe_end(self, outcome: Outcome) -> str:
         name, status = self.record.name, self.record.read_status()

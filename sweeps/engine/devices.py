@@ -78,11 +78,7 @@ class Machine:
 
 
 def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
-    """Return the machine of this process: its visible GPUs, or as many processes as its cores can feed.
-
-    Args:
-        devices: number of devices to use; all by default.
-    """
+    """Return the machine of this process: its visible GPUs, or `devices` or all processes that its cores feed."""
     gpus = visible_gpus()
     threads = max((run.config.runtime.num_threads for run in runs), default=1)
     num = min(len(gpus), devices or len(gpus)) or devices or max(1, len(os.sched_getaffinity(0)) // threads)

@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.live import Live
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.files import read_object, write_json, write_text
+from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.active_run import Command, Event
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
-from aimscale.sweeps.plan.checks import check, data_digests, raise_on_problems
+from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.costs import CostCard, cost_cards, grace_period_s
 from aimscale.sweeps.plan.planner import Run, plan
 from aimscale.sweeps.plan.sweepfile import Place, Sweep, SweepError, load_sweep
@@ -27,15 +26,13 @@ from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
 from aimscale.sweeps.state.decision import ENDED_BY_HAND, RunState, read_state, read_states
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import hold_sweep, prepare_directory, unplanned_runs
+from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
 from aimscale.sweeps.table.on_track import set_stop
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_line, status_view
 from aimscale.sweeps.table.views import new_console
 
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
-CHECKS_LOCK, CHECKS_VALID_S = "checks.lock", 3600.0
-"""Lock of launches that check a sweep, and time for which checks that have passed are not repeated, s."""
 LOOK_SHARE = 0.05
 """Maximum share of the time that is spent on looking at all runs, to show their progress."""
 
@@ -59,7 +56,6 @@ def launch(
     between them. A repeated call continues where the last one stopped.
 
     Args:
-        sweep: a sweep or its name.
         devices: number of GPUs to use, or of processes on a machine without GPUs; by default all, or as many as the
             cores can feed.
         hours: time until this machine is gone; all runs are saved before.
@@ -93,44 +89,19 @@ def prepare_launch(sweep: Sweep, runs: Sequence[Run], *, retry: bool, stop_sd: f
     """Check the runs that a launch would start, create the sweep's directory, and record attempts that were lost.
 
     Args:
-        retry: clear failures and cancellations.
-        stop_sd: as in `launch`; it holds for workers anywhere until the next launch.
-
-    Raises:
-        SweepError, ConfigError: as in `launch`.
+        retry, stop_sd: as in `launch`; the second holds for workers anywhere until the next launch.
     """
     states = read_states(sweep, runs)
-    with hold_sweep(sweep, CHECKS_LOCK, "checks the data of this sweep"):
-        start = [each.startable or (retry and each.state in ENDED_BY_HAND) for each in states]
-        check_once(sweep, list(itertools.compress(runs, start)))
-        prepare_directory(sweep, runs)
-        set_stop(sweep, stop_sd)
+    start = [each.startable or (retry and each.state in ENDED_BY_HAND) for each in states]
+    raise_on_problems(sweep, list(itertools.compress(runs, start)))
+    prepare_directory(sweep, runs)
+    set_stop(sweep, stop_sd)
     lost = {each.worker.facts.get("job_id") for each in states if each.state == "lost" and each.worker}
     job_states = slurm.job_states([str(job_id) for job_id in lost if job_id])
     for each in states:
         if each.state == "lost" or (retry and each.state in ENDED_BY_HAND):
             with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
                 _close_attempt(each, job_states, retry=retry)
-
-
-def check_once(sweep: Sweep, runs: Sequence[Run]) -> None:
-    """Check runs, without the data that a launch of this sweep has found right within `CHECKS_VALID_S`.
-
-    A hundred workers that start together need not all read the index of every data set.
-
-    Raises:
-        SweepError: as `raise_on_problems`.
-    """
-    path, now = sweep.directory / "checks.json", time.time()
-    known: dict[str, Any] = {}
-    with contextlib.suppress(UserError):  # damaged: all is checked again
-        known = read_object(path) or {}
-    valid = {digest: at for digest, at in known.items() if isinstance(at, float) and 0 <= now - at < CHECKS_VALID_S}
-    digests = data_digests(runs)
-    checked = [run_id for run_id, digest in digests.items() if digest in valid]
-    raise_on_problems(sweep, runs, check(sweep, runs, checked))
-    if new := set(digests.values()) - valid.keys():
-        write_json(path, dict.fromkeys(new, now) | valid)
 
 
 def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:
@@ -152,14 +123,7 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
 def load_plan(
     sweep: Sweep | str | Path, root: Path, place: Place | None = None
 ) -> tuple[Sweep, list[Run], list[CostCard]]:
-    """Load a sweep with its runs, longest first, and their cost cards.
-
-    Args:
-        place: where they are executed, instead of what the file says.
-
-    Raises:
-        SweepError, ConfigError: the sweep cannot be planned.
-    """
+    """Load a sweep with its runs, longest first, and their cost cards; `place` replaces what the file says."""
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     loaded = loaded if place is None else loaded.at(place)
     runs = plan(loaded)
@@ -204,9 +168,6 @@ def cancel(sweep: Sweep, run_ids: Sequence[str] = ()) -> tuple[list[str], list[s
 
     Returns:
         One sentence for each run that was stopped, and one for each that could not be; none if no worker is active.
-
-    Raises:
-        SweepError: the sweep was never launched, or Slurm does not answer.
     """
     if not sweep.directory.is_dir():
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")

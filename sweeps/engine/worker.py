@@ -192,7 +192,7 @@ def _check_directory(worker: Worker) -> None:
     """Stop if the sweep's directory was moved or removed; runs would make it anew, and begin again."""
     if not worker.stopping and not (worker.sweep.directory / SWEEP_RECORD).is_file():
         worker.broken = f"{worker.sweep.directory} was moved or removed while it was in use"
-        worker.events.append(Event(worker.broken))
+        worker.events.append(Event(text=worker.broken))
         _stop_all(worker)
 
 
@@ -222,7 +222,7 @@ def _start_waiting_runs(worker: Worker) -> None:
             elif not worker.active and not worker.is_blocked:
                 worker.is_blocked = True
                 what = "other launches of this user use all devices of this machine; runs start as these become free"
-                worker.events.append(Event(f"waiting: {what} (to share, give each launch --devices)"))
+                worker.events.append(Event(text=f"waiting: {what} (to share, give each launch --devices)"))
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found
@@ -272,7 +272,7 @@ def _write_forecasts(worker: Worker, runs: Sequence[Run]) -> None:
     try:
         write_expected(worker.sweep, worker.planned, runs)
     except (OSError, UserError) as error:
-        worker.events.append(Event(f"no new forecasts of runs: {error}"))
+        worker.events.append(Event(text=f"no new forecasts of runs: {error}"))
 
 
 def _collect_ended(worker: Worker) -> None:
@@ -291,7 +291,7 @@ def _collect_ended(worker: Worker) -> None:
             worker.events.append(active_run.end_event(outcome))
         except (OSError, UserError) as error:
             outcome = "failed"
-            worker.events.append(Event(f"left {run.run_id}: how it ended cannot be written down ({error})"))
+            worker.events.append(Event(text=f"left {run.run_id}: how it ended cannot be written down ({error})"))
         if active_run.has_evaluated:
             worker.evaluated[run.run_id] = None
         active_run.lock.release()
@@ -314,7 +314,7 @@ def _suspect_node(worker: Worker, active_run: ActiveRun) -> None:
         if node == other:
             why = active_run.record.read_status().reason
             worker.broken = f"two runs in a row failed on {node} before their first step ({why})"
-            worker.events.append(Event(f"{worker.broken}; no more runs are started here"))
+            worker.events.append(Event(text=f"{worker.broken}; no more runs are started here"))
 
 
 def print_events(worker: Worker, tell: Callable[[Event], str | None] = str) -> None:
@@ -338,7 +338,7 @@ def _stop_all(worker: Worker) -> None:
     """Ask every run to save and exit, once."""
     if not worker.stopping:
         worker.stopping = True
-        worker.events.append(Event("stopping: every run saves first (a second Ctrl-C kills)"))
+        worker.events.append(Event(text="stopping: every run saves first (a second Ctrl-C kills)"))
         for active_run in worker.active:
             active_run.stop(worker.machine.stop_signal)
 
@@ -349,5 +349,5 @@ def _signal_runs(worker: Worker) -> None:
         if active_run.kill_at is None and active_run.record.cancelled.exists():
             active_run.stop(worker.machine.stop_signal)
         elif active_run.kill_at is not None and time.time() > active_run.kill_at:
-            worker.events.append(Event(f"killing {active_run.record.name}, which did not stop"))
+            worker.events.append(Event(text=f"killing {active_run.record.name}, which did not stop"))
             active_run.kill()

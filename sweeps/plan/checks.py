@@ -7,14 +7,12 @@ written. Torch is imported only if a data set has to be opened.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.data.store.dataset_info import fingerprint, read_info
+from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.device.gpu_specs import Device
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import (
@@ -47,31 +45,10 @@ class Problem:
     run_ids: tuple[str, ...]
 
 
-def check(sweep: Sweep, runs: Sequence[Run], checked: Collection[str] = ()) -> tuple[Problem, ...]:
-    """Return the problems of these runs, equal ones once; data sets above `MAX_LOCAL_INDEX` are not opened.
-
-    Args:
-        checked: ids of runs whose data are not checked again.
-    """
+def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Problem, ...]:
+    """Return the problems of these runs, equal ones once; data sets above `MAX_LOCAL_INDEX` are not opened."""
     device, data = planned_device(sweep, runs), _DataChecks()
-    found = []
-    for run in runs:
-        of_data = () if run.run_id in checked else data.check(run.config)
-        found.append((run.run_id, [*_check_config(sweep, run, device), *of_data]))
-    return group_findings(found)
-
-
-def data_digests(runs: Sequence[Run]) -> dict[str, str]:
-    """Map run ids to digests of what checks of their data depend on: settings, and the content of the data sets."""
-    content, found = functools.cache(fingerprint), {}
-    for run in runs:
-        training, evaluation = run.config.training, run.config.evaluation
-        paths = [*(source.path for source in training.data.sources), evaluation.validation.path]
-        paths += [path for task in evaluation.probes for path in (task.train, task.test)]
-        sections = (training.data, training.model, evaluation.validation, *evaluation.probes)
-        values = [[each.model_dump_json() for each in sections], [*map(content, paths)]]
-        found[run.run_id] = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-    return found
+    return group_findings((run.run_id, [*_check_config(sweep, run, device), *data.check(run.config)]) for run in runs)
 
 
 def group_findings(found: Iterable[tuple[str, Iterable[Finding]]]) -> tuple[Problem, ...]:

@@ -14,7 +14,7 @@ from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
 from aimscale.harness.device.gpu_specs import MFU, Device
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
-from aimscale.harness.probe.cost import CurveCost, ProbeCost, curve_bytes, curve_cost, probe_cost, validation_images
+from aimscale.harness.probe.cost import ProbeCost, curve_bytes, num_points, probe_cost, validation_images
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.row import model_of
 from aimscale.harness.run.schedule import unchecked_schedule
@@ -141,11 +141,8 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
 
 
 def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
-    """Return the parameters of the joint law of N and D that the grid cannot identify at any noise level.
-
-    For example, two budgets do not identify the exponent of D. A grid of a single point fits no law, so none is
-    returned.
-    """
+    """Return the parameters of the joint law of N and D that the grid cannot identify at any noise level; none for a
+    single point, to which no law is fitted."""
     rows = {(card.params_total, budget.images_seen) for card in cards for budget in card.budgets}
     if len(rows) < 2:
         return ()
@@ -179,15 +176,15 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
     def seconds(flops: float, images: float) -> float:
         return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
 
-    counts, memory = (model, flops), (device.memory_bytes, lookup)
     lacks_memory = measuring > 0 and fit is not None and not fit.measures
-    during = CurveCost(points=0, images=0.0, flops=0.0)
-    if not lacks_memory:
-        during = curve_cost(config, *counts, run.devices, *memory)
-    during_s = seconds(during.flops, during.images)
-    ranks = run.probe_devices
-    probes = tuple(probe_cost(section, *counts, ranks, *memory) for section in evaluation.probes)
+    points = 0 if lacks_memory else num_points(config, lookup)
     num_budgets, validated = len(evaluation.budgets), validation_images(evaluation.validation, lookup)
+    flops_during = points * validated * flops.forward
+    during_s = seconds(flops_during, points * validated / evaluation.validation.num_prefixes)
+    ranks = run.probe_devices
+    probes = tuple(
+        probe_cost(section, model, flops, ranks, device.memory_bytes, lookup) for section in evaluation.probes
+    )
     probes_flops, probes_images = (sum(getattr(probe, name) for probe in probes) for name in ("flops", "images"))
     flops_at_budgets = num_budgets * (flops.forward * validated + probes_flops)
     training_s = executed / rates.images_per_s
@@ -226,9 +223,9 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         stop_s=grace_period_s(run),
         disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
         probes=probes,
-        flops_evaluation=flops_at_budgets + during.flops,
-        points=during.points,
-        flops_during=during.flops,
+        flops_evaluation=flops_at_budgets + flops_during,
+        points=points,
+        flops_during=flops_during,
         share_during=during_s / (training_s + evaluation_s),
         limit=rates.limit,
         training_s=training_s,
@@ -243,12 +240,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
 def _cautions(
     run: Run, card: CostCard, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool
 ) -> Iterator[Finding]:
-    """Yield the cautions about a run's data, schedule and evaluation during training.
-
-    Args:
-        unique: U; None if unknown.
-        lacks_memory: whether the devices have no memory for evaluation during training.
-    """
+    """Yield the cautions about a run's data, schedule and evaluation during training."""
     training = run.config.training
     epochs, on_plateau = card.budgets[-1].epochs or 0.0, _plateau_end(run, card)
     if unique and epochs > FAR_TOO_MANY_EPOCHS:
@@ -276,10 +268,13 @@ def _cautions(
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
         yield "validation.path", words
     if card.share_during > MAX_DURING_SHARE:
-        words = f"validation and probes during training take {100 * card.share_during:.0f} % of the time; raise it"
-        yield "every_images", words
+        words = f"validation during training takes {100 * card.share_during:.0f} % of the time; raise it"
+        yield "validation.every_images", words
     if lacks_memory:
-        yield "every_images", "a device has no memory for a copy of the weights; nothing is measured during training"
+        yield (
+            "validation.every_images",
+            "a device has no memory for a copy of the weights; nothing is measured during training",
+        )
 
 
 def _plateau_end(run: Run, card: CostCard) -> float:
@@ -324,10 +319,8 @@ def plan_execution(
 
 
 def grace_period_s(run: Run) -> int:
-    """Return the time a run is given to save, s, between the signal to stop and the kill: two saves and a step.
-
-    Slurm's signal, torchrun and the plan use this one number.
-    """
+    """Return the time a run is given to save, s, between the signal to stop and the kill, by Slurm, torchrun and the
+    plan alike: two saves and a step."""
     num_params = model_counts(model_of(run.config.training))[0].total
     save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
     return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

@@ -188,10 +188,8 @@ def _planned_runs(sweep: Sweep, shared: _SharedFields) -> Iterator[_PlannedRun]:
 def _group_budgets(
     cell: Fields, budgets: Iterable[int], shared: _SharedFields, run_per_budget: bool
 ) -> Iterator[tuple[tuple[int, ...], list[Fields]]]:
-    """Group the budgets of a cell into runs, and yield each group with its overrides.
-
-    Budgets share a run if the same overrides match them; with `run_per_budget` each has its own.
-    """
+    """Group the budgets of a cell, those that the same overrides match, into runs, and yield each group with its
+    overrides; with `run_per_budget` each has its own."""
     groups: dict[Any, list[int]] = {}
     for budget in budgets:
         whole = {**cell, "budget": budget}
@@ -278,11 +276,7 @@ def _nest(fields: Mapping[str, Any]) -> Fields:
 
 
 def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, ...]]:
-    """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers.
-
-    Raises:
-        SweepError: no cell has one of the values.
-    """
+    """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers."""
     file = sweep.file
     known = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
     known |= {"variant": tuple(file.variants), **file.axes}

@@ -159,11 +159,7 @@ def recipe_names() -> list[str]:
 
 @functools.cache
 def get_recipe(name: str) -> Recipe:
-    """Return a built-in recipe.
-
-    Raises:
-        ConfigError: there is none of that name; the message names the nearest.
-    """
+    """Return a built-in recipe."""
     if name not in recipe_names():
         hint = did_you_mean(name, recipe_names(), "known recipes:")
         raise ConfigError(f"unknown recipe '{name}' (a file's name ends in .yaml); {hint}")
@@ -171,21 +167,13 @@ def get_recipe(name: str) -> Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe's file.
-
-    Raises:
-        ConfigError: it cannot be read, or does not validate.
-    """
+    """Read a recipe's file."""
     values = read_yaml(path)
     return parse_recipe({"name": path.stem, **values} if isinstance(values, dict) else values, str(path))
 
 
 def parse_recipe(values: Any, where: str) -> Recipe:
-    """Validate the keys of a recipe.
-
-    Raises:
-        ConfigError: they do not validate; `where` says where they stand.
-    """
+    """Validate the keys of a recipe."""
     recipe = parse(Recipe, values, where)
     refuse_unknown(recipe.base, SECTIONS, f"{where}: base")
     for section, fields in recipe.base.items():

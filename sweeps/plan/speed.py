@@ -50,9 +50,6 @@ def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
 
     It is `cost.device` if that is given; with a `slurm` section, the GPU that it asks for, an H100 if it names none, or
     a core of a node; else this machine's GPU, or one of its cores.
-
-    Raises:
-        SweepError: the name is no known GPU, and its peak and memory are not given.
     """
     cost, slurm = sweep.file.cost, sweep.file.slurm
     wants_cpu = all(run.config.runtime.device == "cpu" for run in runs)

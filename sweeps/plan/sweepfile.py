@@ -172,11 +172,7 @@ class Sweep:
         return self.place == "slurm" or (self.place is None and "slurm" in self.file.model_fields_set)
 
     def at(self, place: Place | None) -> Sweep:
-        """Return the sweep with its runs at another place; None leaves it to the file.
-
-        Raises:
-            SweepError: they are to be Slurm jobs, and the file does not say what jobs request.
-        """
+        """Return the sweep with its runs at another place; None leaves it to the file."""
         if place == "slurm" and "slurm" not in self.file.model_fields_set:
             raise SweepError(f"{self.source} does not say what jobs request; add `slurm: {{}}` for the defaults")
         return replace(self, place=place)
@@ -266,11 +262,7 @@ def _read_directory(directory: Path) -> Sweep:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """Read `sweep.json` of a sweep directory; None if there is none.
-
-    Raises:
-        UserError: it is damaged, or was written by another version.
-    """
+    """Read `sweep.json` of a sweep directory; None if there is none."""
     path = directory / SWEEP_RECORD
     if (record := read_object(path)) is None:
         return None

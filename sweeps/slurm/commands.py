@@ -50,11 +50,7 @@ class JobInfo:
 
 
 def command(*words: str, timeout_s: float = TIMEOUT_S, text: str = "") -> str:
-    """Run one of Slurm's commands, with `text` on its standard input, and return its output.
-
-    Raises:
-        SlurmError: it is not installed, fails, or does not answer.
-    """
+    """Run one of Slurm's commands, with `text` on its standard input, and return its output."""
     try:
         done = subprocess.run(
             words, input=text, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False

@@ -27,7 +27,7 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
 from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import hold_sweep
+from aimscale.sweeps.state.sweep_dir import hold_submissions
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +54,7 @@ class Submission:
 
 
 def job_shape(run: Run, section: SlurmSection) -> JobShape:
-    """Return the shape of the job that a run needs.
-
-    Raises:
-        SweepError: its devices do not fill whole nodes.
-    """
+    """Return the shape of the job that a run needs."""
     devices = min(run.devices, section.devices_per_node)
     if run.devices % devices:
         raise SweepError(
@@ -73,9 +69,8 @@ def submit(
 ) -> list[Submission]:
     """Submit the jobs that these runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
 
-    Args:
-        retry: start failed and cancelled runs, and submit a script again although all its jobs failed before their
-            workers began.
+    With `retry`, failed and cancelled runs start, and a script is submitted again although all its jobs failed before
+    their workers began.
 
     Raises:
         SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, Slurm refuses a job, or all
@@ -87,7 +82,7 @@ def submit(
     batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
         return batch.submit(runs)
-    with hold_sweep(sweep, "slurm/lock", "submits jobs of this sweep"):
+    with hold_submissions(sweep):
         batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)

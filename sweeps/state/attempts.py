@@ -187,8 +187,7 @@ def _killed_rank(run: RunRecord, attempt: int) -> str | None:
 def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | None) -> None:
     """Record the end of an attempt that was lost together with its worker; the caller holds the claim.
 
-    Causes are a node that died or a container out of memory. Without this record, a run that kills every worker would
-    be retried for ever.
+    Without this record, a run that kills every worker would be retried for ever.
 
     Args:
         worker: the holder of the claim before.

@@ -50,14 +50,9 @@ class RunRecord(RunDir):
         return lock.read_holder(self.claim)
 
     def saved_progress(self) -> list[int]:
-        """Return a measure of progress, which grows with everything that a resumed attempt need not repeat.
-
-        The elements are the number of rows, the images of the furthest checkpoint, the number of budgets with weights,
-        and the number of files of evaluation with the time of the last, ns: each kind of probe writes its task's again.
-
-        Raises:
-            UserError: `results.json` is damaged.
-        """
+        """Return a measure of progress, which grows with everything that a resumed attempt need not repeat: numbers of
+        rows, images of the furthest checkpoint, budgets with weights, files of evaluation, and the time of the last of
+        these, ns."""
         checkpoints = [path.name.split("-")[0] for path in self.checkpoints.glob("[0-9]*")]
         num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
         times = []
@@ -68,11 +63,7 @@ class RunRecord(RunDir):
         return [len(self.read_rows()), furthest, num_budgets, len(times), max(times, default=0)]
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped.
-
-        Raises:
-            SweepError: the file is damaged.
-        """
+        """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped."""
         lines = self.attempts.read_bytes().splitlines() if self.attempts.exists() else []
         ended: list[dict[str, Any]] = []
         for i, line in enumerate(lines):
@@ -115,10 +106,7 @@ class RunRecord(RunDir):
         return 1 + sum(not ended.get("forgiven") for ended in self.read_attempts())
 
     def append_attempt(self, **values: Any) -> None:
-        """Append an attempt to the record; the caller holds the claim.
-
-        The file is rewritten, so that a last line that was cut off is dropped.
-        """
+        """Append an attempt to the record, dropping a last line that was cut off; the caller holds the claim."""
         write_text(self.attempts, "".join(json.dumps(each) + "\n" for each in [*self.read_attempts(), values]))
 
     def attempt_log(self, attempt: int) -> Path:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 
-from aimscale.aim.errors import UserError
 from aimscale.harness.run.failures import disk_sentence
 from aimscale.harness.run.files import write_json, write_text
 from aimscale.harness.run.lock import Lock, read_holder
@@ -23,43 +22,29 @@ LOCK_TIMEOUT_S = 600.0
 
 
 @contextlib.contextmanager
-def hold_sweep(sweep: Sweep, name: str, doing: str) -> Iterator[None]:
-    """Hold a lock in the sweep's directory for the block, which one launch executes at a time.
-
-    A directory that is made for it is removed if the block refuses to go on.
-
-    Args:
-        name: path of the lock in the directory.
-        doing: what its holder does, for those that wait.
+def hold_submissions(sweep: Sweep) -> Iterator[None]:
+    """Hold the lock of the sweep's Slurm submissions for the block.
 
     Raises:
         SweepError: another launch holds it for too long, or the directory cannot be written.
     """
-    path = sweep.directory / name
+    path = sweep.directory / "slurm" / "lock"
     lock, deadline, told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, ""
-    new = [folder for folder in path.parents if not folder.exists()]
     try:
-        while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if lock.take():
-                break
-            other = read_holder(path)
-            who = f"process {other.pid} on {other.host}" if other else "another process"
-            if not told:
-                _log.warning(told := f"waiting for {who}, which {doing}")
-            if time.monotonic() > deadline:
-                raise SweepError(f"{who} {doing}, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again")
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _write_error(sweep, error) from error
+    while not lock.take():
+        other = read_holder(path)
+        who = f"process {other.pid} on {other.host}" if other else "another process"
+        if not told:
+            _log.warning(told := f"waiting for {who}, which submits jobs of this sweep")
+        if time.monotonic() > deadline:
+            raise SweepError(
+                f"{who} submits jobs of this sweep, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again"
+            )
     try:
         yield
-    except UserError:
-        if new:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another launch uses it
-            for folder in new:
-                folder.rmdir()
-        raise
     finally:
         lock.release()
 
@@ -70,13 +55,8 @@ def _write_error(sweep: Sweep, error: OSError) -> SweepError:
 
 
 def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
-    """Create the sweep's directory and record its base directory and the fingerprints of its data.
-
-    A sweep that was moved, or whose file was moved, continues: run ids depend only on what is trained.
-
-    Raises:
-        SweepError: the directory cannot be written.
-    """
+    """Create the sweep's directory and record its base directory and the fingerprints of its data; a sweep that was
+    moved goes on."""
     directory = sweep.directory
     try:
         sweep.runs_dir.mkdir(parents=True, exist_ok=True)

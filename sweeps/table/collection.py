@@ -1,11 +1,9 @@
 """Collection of run directories into one typed table: `results.parquet`, `results.csv` and `collect.json`.
 
-Values measured during training go to `curves.parquet`, with the same columns, so that no law takes them for budgets.
-
-Incomplete sweeps can be collected: a budget without results is a row with status `unfinished`, `diverged` or `failed`.
-Baselines that were probed like a run (`aimscale baseline NAME --like RUN`) go to `baselines.parquet`, with the same
-columns, so that no law takes them for runs. The tables depend only on the run directories: collecting twice writes the
-same bytes.
+Values measured during training go to `curves.parquet`, and baselines that were probed like a run (`aimscale baseline`)
+to `baselines.parquet`, with the same columns, so that no law takes them for budgets or runs. A budget without results
+is a row with status `unfinished`, `diverged` or `failed`. The tables depend only on the run directories: collecting
+twice writes the same bytes.
 """
 
 from __future__ import annotations
@@ -140,11 +138,7 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
 
 
 def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
-    """Return a run's rows, one per planned budget.
-
-    Raises:
-        SweepError: the directory holds another run, or its status is damaged.
-    """
+    """Return a run's rows, one per planned budget."""
     record = RunRecord(sweep.run_dir(run.run_id))
     status = record.read_status()
     found = {row["images_seen"]: row for row in record.read_rows()}
@@ -202,10 +196,8 @@ def _requested_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
 
 
 def _name_tasks(rows: Sequence[Values], requested: Mapping[str, Collection[str]]) -> list[Values]:
-    """Rename the tasks of rows' `probes` to `task@evaluation`, but for one evaluation of each task.
-
-    A task keeps its bare name for the evaluations that were requested, or for its only one if none was.
-    """
+    """Rename the tasks of rows' `probes` to `task@evaluation`, except for evaluations that were requested, or the only
+    one of a task of which none was."""
     found: dict[str, set[str | None]] = {}
     for entry in (entry for row in rows for entry in row.get("probes") or ()):
         found.setdefault(entry["task"], set()).add(entry.get("evaluation"))

@@ -26,12 +26,7 @@ ADVICE = {
 def launch_view(
     sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard], num_devices: int
 ) -> list[KeyValue]:
-    """Describe what a launch will do, what it costs, what is there already, and what needs a person.
-
-    Args:
-        states: states of the planned runs.
-        num_devices: devices of this machine; of no meaning for Slurm.
-    """
+    """Describe what a launch on so many devices will do and cost, what is there already, and what needs a person."""
     counts = Counter(_word(each) for each in states)
     parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
     lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]

@@ -40,11 +40,7 @@ def set_stop(sweep: Sweep, sd: float | None) -> None:
 
 
 def write_expected(sweep: Sweep, planned: Sequence[Run], chosen: Sequence[Run]) -> None:
-    """Write the forecasts of chosen runs, from those planned runs that have finished; runs without one get no file.
-
-    Raises:
-        UserError, OSError: a file of a run cannot be read or written.
-    """
+    """Write the forecasts of chosen runs, from those planned runs that have finished; runs without one get no file."""
     finished = [run for run in planned if RunRecord(sweep.run_dir(run.run_id)).read_status().state == "finished"]
     stop_sd = (read_object(sweep.directory / STOP_FILE) or {}).get("sd")
     for run in chosen:

@@ -89,11 +89,7 @@ def print_key_values(lines: Sequence[KeyValue]) -> None:
 
 
 def group_notices(notices: Iterable[tuple[str, str, str]]) -> list[KeyValue]:
-    """Return a line for each (level, message), with its run or the number of its runs.
-
-    Args:
-        notices: level, message and run id of each.
-    """
+    """Return a line for each (level, message) of (level, message, run id), with its run or the number of its runs."""
     found: dict[tuple[str, str], list[str]] = {}
     for level, why, run_id in notices:
         found.setdefault((level, printable(why).replace("\n", " ")), []).append(run_id)

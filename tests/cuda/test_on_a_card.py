@@ -18,7 +18,7 @@ from torch.profiler import profile
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.stream.loader import on_device_ahead, rank_batches
+from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.device.memory import WORKSPACE_BYTES, held_bytes, kept_bytes_per_image
 from aimscale.harness.distributed.group import ALONE, Group, start_group, stop_group
@@ -136,7 +136,7 @@ def step_of_images(number: int) -> list[Batch]:
 
 @needs_card
 def test_a_card_takes_the_loaders_images(group: Group, write_images: Callable[..., str], tmp_path: Path) -> None:
-    """The ring buffer is page-locked, and a slot is refilled only after it was copied."""
+    """The ring buffer is page-locked."""
     train, validation = (write_images(tmp_path / name, 64, seed=seed) for seed, name in enumerate(("train", "held")))
     fields = {
         "model": {"size": "w64-d2", "image_size": 16, "patch_size": 4},
@@ -147,10 +147,11 @@ def test_a_card_takes_the_loaders_images(group: Group, write_images: Callable[..
     }
     stream = TrainStream(run_config(fields, "the test"))
     for workers in (0, 2):
-        steps = rank_batches(stream, group=group, start=0, stop=640, batch_size=16, micro_batch=8, num_workers=workers)
+        sizes = {"start": 0, "stop": 640, "batch_size": 16, "micro_batch": 8}
+        steps = train_batches(stream, **sizes, num_workers=workers, pin_memory=True)
         for number, step in enumerate(steps):
             expected = stream.batch(range(16 * number, 16 * number + 16)).images
-            assert torch.equal(torch.cat([batch.images.cpu() for batch in step]), expected)
+            assert torch.equal(torch.cat([batch.on(group.device).images.cpu() for batch in step]), expected)
 
 
 @needs_card
@@ -182,7 +183,7 @@ def test_nothing_of_ours_waits_for_the_card_in_a_step(
         ours = [frame for frame in frames if "/deepspeed/" in frame or "/src/aimscale/" in frame]
         waits[ours[-1] if ours else frames[-1]] += 1
 
-    for number, step in enumerate(on_device_ahead(source, torch.device("cuda"))):
+    for number, step in enumerate(source):
         if number == 3:  # by now everything that is made once is made
             torch.cuda.set_sync_debug_mode("warn")
             warnings.simplefilter("always")

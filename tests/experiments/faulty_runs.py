@@ -34,13 +34,13 @@ Change = Callable[[Batch, Any], Batch]
 
 def changed_batches(config: RunConfig, change: Change) -> contextlib.AbstractContextManager[Any]:
     """Change every micro-batch from half way on."""
-    start, original = HALF * config.evaluation.budgets[-1], loop.rank_batches
+    start, original = HALF * config.evaluation.budgets[-1], loop.train_batches
 
     def batches(stream: Any, **options: Any) -> Generator[list[Batch]]:
         for step in original(stream, **options):
             yield [change(batch, stream) if int(batch.positions[0]) >= start else batch for batch in step]
 
-    return mock.patch.object(loop, "rank_batches", batches)
+    return mock.patch.object(loop, "train_batches", batches)
 
 
 def high_rate(config: RunConfig, other: Path) -> contextlib.AbstractContextManager[Any]:

@@ -243,7 +243,7 @@ def execute(case: Case, folder: Path, out: int) -> None:
     if limit:  # runs end at once
         from aimscale.sweeps.engine import devices, launch
 
-        launch.check_once = lambda *_: None  # type: ignore[assignment]
+        launch.raise_on_problems = lambda *_: None  # type: ignore[assignment]
         devices.TRAIN_COMMAND = (str(Path(__file__).parents[1] / "sweeps" / "stand_in.py"),)  # type: ignore[assignment]
         limit(folder)
 

@@ -6,7 +6,6 @@ A mix of devices raises, as there, and what would wait for the GPU is noted. Wha
 
 from __future__ import annotations
 
-import contextlib
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream import augment
-from aimscale.harness.data.stream.loader import on_device_ahead
 from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.distributed.placement import find_placement
@@ -154,13 +152,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
         copy._pinned = True  # type: ignore[attr-defined]
         return copy
 
-    copied = types.SimpleNamespace(synchronize=lambda: None)  # long before, while the GPU computed
-    stream = types.SimpleNamespace(record_event=lambda: copied, wait_event=lambda event: None)
     for name, value in {
         "_lazy_init": lambda: None,
-        "Stream": lambda device: stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": lambda device: stream,
         "get_device_properties": lambda device: types.SimpleNamespace(total_memory=80 << 30),
         "max_memory_allocated": lambda device: 0,
         "reset_peak_memory_stats": lambda device: None,
@@ -170,7 +163,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
     monkeypatch.setattr(torch, "as_tensor", on_the_host_first(torch.as_tensor))
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
     monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: hasattr(tensor, "_pinned"))
-    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     augment._moments.cache_clear()
     WAITS.clear()
@@ -218,20 +210,16 @@ def test_a_step_waits_for_its_norm_alone(gpu: Group) -> None:
     assert dict(WAITS) == {"aten::_local_scalar_dense": 1}
 
 
-def test_moving_a_step_ahead_makes_nothing_of_ours_wait(gpu: Group) -> None:
-    expected = [random_batches(CONFIG, number, number)[0].images for number in (8, 40, 4)]
-    steps = [
-        [Batch(images=images.pin_memory(), prefix_lengths=torch.ones(len(images)), positions=torch.arange(len(images)))]
-        for images in expected
-    ]
-    found = [step[0].images for step in on_device_ahead((step for step in steps), GPU)]
+def test_images_of_the_loader_reach_the_gpu_without_a_wait(gpu: Group) -> None:
+    images = random_batches(CONFIG, 8, 8)[0].images
+    batch = Batch(images=images.pin_memory(), prefix_lengths=torch.ones(8), positions=torch.arange(8))
+    found = batch.images_on(GPU)
     assert not WAITS
-    for images, values in zip(found, expected, strict=True):
-        assert isinstance(images, OnGpu)
-        assert torch.equal(images.values, values)
+    assert isinstance(found, OnGpu)
+    assert torch.equal(found.values, images)
 
 
 def test_an_evaluation_has_the_cpus_numbers(evaluations: Callable[..., list[list[float]]], gpu: Group) -> None:
-    """Validation, completions and every kind of probe, tokens kept and computed again."""
+    """Validation and every kind of probe, tokens kept and computed again."""
     expected, *found = evaluations([(ALONE, 0.1), (gpu, 0.1), (gpu, 0.0)], num_images=48, epochs=1)
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)

@@ -45,7 +45,7 @@ def write_sweep(tmp_path: Path) -> Any:
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return `launch` without the checks, for workers that read no data."""
-    monkeypatch.setattr(aimscale.sweeps.engine.launch, "check_once", lambda *_: None)
+    monkeypatch.setattr(aimscale.sweeps.engine.launch, "raise_on_problems", lambda *_: None)
     return aimscale.sweeps.engine.launch.launch
 
 
@@ -63,7 +63,7 @@ PROGRAM = """
     import sys
     from pathlib import Path
     from aimscale.sweeps.engine import launch
-    launch.check_once = lambda *_: None
+    launch.raise_on_problems = lambda *_: None
     command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
     did = launch.launch({path!r}, Path({root!r}), devices={devices}, show_progress=False, command=command)
     print("stopped" if did.interrupted else "done", len(did.finished))

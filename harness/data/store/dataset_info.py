@@ -95,11 +95,7 @@ def require_usable(path: str, info: DatasetInfo, max_bad_fraction: float) -> Non
 
 
 def read_info(path: str) -> DatasetInfo:
-    """Read the info of a data set at a folder or URL.
-
-    Raises:
-        DataError: no folder, no index, or one that this program does not read.
-    """
+    """Read the info of a data set at a folder or URL."""
     where = f"{path.rstrip('/')}/{DATASET_FILE}"
     try:
         if "://" in path:

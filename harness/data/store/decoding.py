@@ -133,10 +133,7 @@ def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def kernel_threads(count: int) -> Iterator[None]:
-    """Set the number of torch's threads for the block; the default is one for every core.
-
-    Small images are best processed by one thread: others spin at full load for a few microseconds of work.
-    """
+    """Set the number of torch's threads for the block; more than one spin at full load for small images."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

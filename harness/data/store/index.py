@@ -1,10 +1,8 @@
 """A data set: tar shards and their index, opened for random access without a scan.
 
 `dataset.json` says what the data set is (`DatasetInfo`). `index-FINGERPRINT/` holds what reading needs as .npy columns,
-which are mapped: opening two billion images takes no longer than opening two thousand, and all processes of a machine
-share the pages. `index.parquet` holds the same and the keys, for people and other tools: one row per sample, with key,
-shard (number), offset and size of the image file within the shard, label, width, height, checksum (64-bit BLAKE2b of
-the image file) and ok (false: did not decode).
+which are mapped: two billion images open as fast as two thousand, and processes share the pages. `index.parquet` holds
+the same and the keys, for people and other tools (`indexing.SCHEMA`).
 """
 
 from __future__ import annotations
@@ -93,11 +91,8 @@ class ShardDataset:
         return self.info.num_samples
 
     def usable(self, numbers: npt.ArrayLike | None = None) -> I64:
-        """Return the sample numbers of the decodable images at `numbers` (0..info.num_usable-1), in index order; O(1)
-        each.
-
-        By default of all decodable images, which must fit into memory.
-        """
+        """Return the sample numbers of the decodable images at `numbers` (0..info.num_usable-1), in index order; by
+        default of all, which must fit into memory."""
         wanted = np.asarray(np.arange(self.info.num_usable) if numbers is None else numbers, dtype=np.int64)
         return wanted + np.searchsorted(self.index.bad_before, wanted, side="right")
 
@@ -185,19 +180,12 @@ class ShardDataset:
 
     def read_ahead(self, samples: I64, channels: int) -> None:
         """Start to read the images that this process will next ask for and whose pixels it does not keep; returns at
-        once.
-
-        Errors are raised where the images are read.
-        """
+        once, and leaves errors to the reading."""
         cache = self._pixel_cache(channels)
         self._reader.read_ahead(self.byte_ranges(samples if cache is None else samples[~cache.known[samples]]))
 
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
-        """Read some image files, in that order.
-
-        Raises:
-            DataError: a shard is missing or shorter than the index says.
-        """
+        """Read some image files, in that order."""
         found = []
         for i, (name, offset, size) in zip(samples, self.byte_ranges(samples), strict=True):
             shard = join(self.location, name)

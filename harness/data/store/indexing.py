@@ -135,13 +135,10 @@ def index_shards(
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> DatasetInfo:
-    """Write the index of the shards at `location` into the folder `out`, which may be `location` itself.
+    """Write the index of the shards at a folder or URL into the folder `out`, which may be the same.
 
     Args:
-        location: folder or URL; all `*.tar` in it, unless `names` lists the shards.
-        out: local folder for `index.parquet` and `dataset.json`.
-        names: shard names relative to `location`.
-        num_workers: processes, each reading one shard at a time.
+        names: shard names relative to `location`; by default all `*.tar` in it.
     """
     shards = sorted(set(names)) if names is not None else list_shards(location)
     where = location if is_url(location) else str(Path(location).resolve())

@@ -18,10 +18,8 @@ BLOCK_ROWS = 1 << 16
 
 
 def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:
-    """Raise DataError if a training image is held out, comparing image files by checksum.
-
-    The whole data sets are compared, whatever subset a run uses, so that a later extension of the run cannot leak.
-    """
+    """Raise DataError if an image of the whole training data, whatever subset a run uses, is held out, by checksums of
+    files."""
     for pool in pools:
         if found := list(shared_images(pool, held_out)):
             number, (samples, partners) = sum(len(samples) for samples, _ in found), found[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -147,11 +148,8 @@ def _write_shards(folder: Path, images: Iterable[PackedImage], max_shard_bytes: 
 
 
 def shuffled_order(number: int, part: str | None = None) -> npt.NDArray[np.int64]:
-    """Return the fixed order in which `number` images are packed, or a part of it.
-
-    Args:
-        part: `START:STOP`, positions or per cent (`0:45000`, `80%:90%`).
-    """
+    """Return the fixed order in which `number` images are packed, or the part `START:STOP` of it, in images or per
+    cent."""
     try:
         start, stop = (
             number * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
@@ -188,12 +186,11 @@ def pack_images(
     num_workers: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Packed:
-    """Pack listed images.
+    """Pack listed images; the result is the same for any number of processes.
 
     Image files are copied byte by byte, in a fixed shuffled order, so that the first n are a random subset. With
-    `resize`, images with a longer shorter side are shrunk to it once, so that no epoch decodes pixels that no crop
-    keeps. `order` names the images to pack, by default all in `shuffled_order`. The result is the same for any
-    `num_workers` (processes; by default every core for thousands of image files).
+    `resize`, images with a longer shorter side are shrunk to it once. `order` names the images to pack, by default all
+    in `shuffled_order`.
     """
     order = shuffled_order(len(listing.images)) if order is None else order
     if num_workers is None:
@@ -219,9 +216,14 @@ def pack_images(
         if len(skipped) == len(order):
             raise DataError(f"none of the {len(order)} images of {listing.source} can be decoded")
 
-    images = _Images(listing=listing, order=order, resize=resize)
-    with contextlib.closing(_prepared(images, num_workers)) as prepared:
-        info = write_dataset(out, good_ones(prepared), classes=listing.classes, max_shard_bytes=max_shard_bytes)
+    def prepared() -> Generator[PackedImage | str]:
+        chunks = (range(first, min(first + _CHUNK, len(order))) for first in range(0, len(order), _CHUNK))
+        prepare = functools.partial(_prepare, listing, order, resize)
+        for chunk in map(prepare, chunks) if num_workers == 1 else map_in_processes(prepare, chunks, num_workers):
+            yield from chunk
+
+    with contextlib.closing(prepared()) as images:
+        info = write_dataset(out, good_ones(images), classes=listing.classes, max_shard_bytes=max_shard_bytes)
     return Packed(info, skipped, num_transparent)
 
 
@@ -251,36 +253,28 @@ def list_folder(folder: Path) -> Listing:
     return Listing(source=folder, images=[*map(str, files)], labels=labels, classes=classes, left_out=left_out)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Images:
-    """Listed images in the order in which they are packed."""
+def _prepare(listing: Listing, order: npt.NDArray[np.int64], resize: int | None, at: range) -> list[PackedImage | str]:
+    """Return the images to write at these positions of the order, or why there is none."""
+    return [_packed(listing, int(order[position]), position, resize) for position in at]
 
-    listing: Listing
-    order: npt.NDArray[np.int64]
-    resize: int | None
 
-    def prepare(self, positions: range) -> list[PackedImage | str]:
-        """Return the images to write at these positions, or why there is none."""
-        return [self[position] for position in positions]
-
-    def __getitem__(self, position: int) -> PackedImage | str:
-        """Return the image to write, or why there is none."""
-        number, labels = int(self.order[position]), self.listing.labels
-        try:
-            name, data = _read(self.listing.images[number], number)
-            image, on_white = decode(data), is_transparent(data)
-        except (UndecodableImageError, DataError, OSError) as error:
-            return str(error)
-        stem, _, extension = name.rpartition(".")
-        if extension.lower() not in IMAGE_EXTENSIONS:
-            return f"its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"
-        if self.resize is not None and min(image.shape[-2:]) > self.resize:
-            image = resize_shorter_side(image, self.resize)
-            extension, data = encode(image)
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)  # a dot would end the key
-        label = None if labels is None else int(labels[number])
-        height, width = image.shape[-2:]
-        return PackedImage(f"{position:09d}-{stem}", extension.lower(), data, label, (height, width), on_white)
+def _packed(listing: Listing, number: int, position: int, resize: int | None) -> PackedImage | str:
+    """Return a listed image as it is written at a position, or why there is none."""
+    try:
+        name, data = _read(listing.images[number], number)
+        image, on_white = decode(data), is_transparent(data)
+    except (UndecodableImageError, DataError, OSError) as error:
+        return str(error)
+    stem, _, extension = name.rpartition(".")
+    if extension.lower() not in IMAGE_EXTENSIONS:
+        return f"its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"
+    if resize is not None and min(image.shape[-2:]) > resize:
+        image = resize_shorter_side(image, resize)
+        extension, data = encode(image)
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)  # a dot would end the key
+    label = None if listing.labels is None else int(listing.labels[number])
+    height, width = image.shape[-2:]
+    return PackedImage(f"{position:09d}-{stem}", extension.lower(), data, label, (height, width), on_white)
 
 
 def _read(image: str | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
@@ -290,12 +284,3 @@ def _read(image: str | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
         extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
         return f"{number}.{extension}", data
     return os.path.basename(image), Path(image).read_bytes()
-
-
-def _prepared(images: _Images, num_workers: int) -> Generator[PackedImage | str]:
-    """Prepare the image at each position, in order, a few chunks ahead; raises as `map_in_processes` does."""
-    number = len(images.order)
-    chunks = (range(first, min(first + _CHUNK, number)) for first in range(0, number, _CHUNK))
-    prepare = images.prepare
-    for chunk in map(prepare, chunks) if num_workers == 1 else map_in_processes(prepare, chunks, num_workers):
-        yield from chunk

@@ -53,10 +53,8 @@ def start_fork_server() -> ForkServerContext:
 
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals for the block, so that processes started in it inherit the blocking and never receive them.
-
-    Slurm sends a step's signals to all of its processes: the trainer saves, and ends its workers itself.
-    """
+    """Block stop signals for the block and for processes that start in it: Slurm signals all processes of a step, and
+    the trainer saves and ends its workers itself."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -81,8 +79,7 @@ def map_in_processes(
         limit_s: seconds for which a result is waited for.
 
     Raises:
-        WorkerDiedError: a process was killed.
-        StandstillError: a process was stopped, or no result came for `limit_s`.
+        WorkerDiedError, StandstillError: a process was killed; was stopped, or gave no result for `limit_s`.
     """
     rest = iter(tasks)
     with _workers(function, prepare, num_processes) as workers:

@@ -28,11 +28,8 @@ class Split(NamedTuple):
 
 
 def split_images(listing: Listing, shares: Mapping[str, int]) -> Split:
-    """Cut a listing into random parts of so many per cent, alike in their classes; equal images fall into one part.
-
-    Images are dealt class by class, each to the part that lacks most: a part holds its share of every class to within
-    an image or two.
-    """
+    """Cut a listing into random parts of so many per cent, each with its share of every class to within an image or
+    two; equal images fall into one part."""
     order = shuffled_order(len(listing.images))
     labels = np.zeros(len(order), np.int64) if listing.labels is None else np.asarray(listing.labels, np.int64)
     equal: dict[int, list[int]] = {}

@@ -51,11 +51,8 @@ def draw_boxes(
     ratio: tuple[float, float] = CROP_RATIO,
     horizontal_flip: bool,
 ) -> Boxes:
-    """Draw RandomResizedCrop's boxes (Inception crop) of the images at B positions: area share uniform in `scale`,
-    aspect ratio log-uniform in `ratio`.
-
-    The largest centre crop with an allowed ratio is taken when no try fits, as in torchvision.
-    """
+    """Draw RandomResizedCrop's boxes of the images at B positions: area share uniform in `scale`, aspect ratio
+    log-uniform in `ratio`; as in torchvision, the largest centre crop with an allowed ratio if no try fits."""
     draws = random_uniform(key, positions[:, None] * 32 + np.arange(_DRAWS))
     height, width = image_height.astype(np.float64), image_width.astype(np.float64)
     area = (scale[0] + (scale[1] - scale[0]) * draws[:, :_NUM_TRIES]) * (height * width)[:, None]
@@ -144,12 +141,6 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
-def denormalise(images: torch.Tensor) -> torch.Tensor:
-    """Invert `normalise`: float32 (..., C, H, W) to uint8, clipped."""
-    mean, std = _moments(images.device, images.shape[-3])
-    return (images.float() * (255 * std) + 255 * mean).round().clamp(0, 255).byte()
-
-
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each, copied to a device once."""
@@ -161,11 +152,8 @@ def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.T
 
 @functools.lru_cache(maxsize=16)
 def _resize_weights(side: int, size: int) -> torch.Tensor:
-    """Compute the bicubic antialiased weights of every crop of a side, (side * side, size, side), by start * side +
-    length - 1.
-
-    The filter is Keys's with a = -0.5, stretched by the scale when shrinking: Pillow's, and torch's antialiased one.
-    """
+    """Compute the weights of every crop of a side, (side * side, size, side), by start * side + length - 1: Pillow's
+    bicubic antialiased ones (Keys's with a = -0.5, stretched by the scale when shrinking)."""
     table = torch.zeros(side * side, size, side)
     for length in range(1, side + 1):
         scale = length / size

@@ -48,11 +48,7 @@ class EvalImages:
         """Whether all images were read: one that does not decode afterwards is an error."""
 
     def pixels(self, samples: npt.ArrayLike) -> torch.Tensor:
-        """Load samples as uint8 (B, C, image_size, image_size); threads may call this at once.
-
-        Raises:
-            DataError: a shard cannot be read, or an image that was good when all were read does not decode.
-        """
+        """Load samples as uint8 (B, C, image_size, image_size); threads may call this at once."""
         require_channels(self._channels)
         numbers = np.asarray(samples, dtype=np.int64)
         pixels = torch.empty(len(numbers), self._channels, self._size, self._size, dtype=torch.uint8)
@@ -76,9 +72,6 @@ class EvalImages:
 
         Args:
             samples: images that the ranks have read together.
-
-        Raises:
-            DataError: on all ranks, if too many are, or all.
         """
         for found in group.gather(self._bad):
             self._bad |= found
@@ -103,11 +96,8 @@ def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) 
 
 
 def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch.Tensor:
-    """Draw fixed prefix lengths, int64 (num_images, num_prefixes), a function of the image's position alone.
-
-    The range 1..N-1 is cut into `num_prefixes` equal strata, and every image draws one length from each; the same for
-    every run, so that losses can be compared image by image.
-    """
+    """Draw fixed prefix lengths, int64 (num_images, num_prefixes), by the image's position alone, so that losses of all
+    runs can be compared image by image: one from each of `num_prefixes` equal strata of 1..N-1."""
     row = np.arange(num_images)[:, None]
     column = np.arange(num_prefixes)[None, :]
     draw = random_uniform(make_key("validation prefix"), row * 4096 + column)

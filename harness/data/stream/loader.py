@@ -15,7 +15,6 @@ import logging
 import os
 import weakref
 from collections.abc import Generator, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,9 +24,6 @@ from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.stream.stream import Batch, Stream
 
 _log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from aimscale.harness.distributed.group import Group
 
 ANSWER_S = 900.0
 """Seconds for which a micro-batch is waited for, half of what other ranks wait: a shard of 500 MB at .6 MB/s."""
@@ -74,20 +70,17 @@ def train_batches(
 ) -> Generator[list[Batch]]:
     """Yield this rank's micro-batches of each optimiser step, from position `start` (images seen) up to `stop`.
 
-    With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end.
+    With workers, at least one whole step is loaded ahead. Close the iterator if it is left before its end. The last
+    step is shorter when `batch_size`, over all ranks, does not divide the distance.
 
     Args:
-        start: first position; a large one costs nothing.
-        stop: end; the last step is shorter when `batch_size` does not divide the distance.
-        batch_size: images per step, over all ranks.
         micro_batch: maximum images per item of the list.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: page-lock the ring (needs CUDA), so that a GPU copies from it while it computes.
 
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
-        WorkerDiedError: a worker process was killed.
-        StandstillError: a worker process was stopped, or did not answer for `ANSWER_S`.
+        WorkerDiedError, StandstillError: a worker was killed; was stopped, or did not answer for `ANSWER_S`.
     """
 
     def split(first: int) -> list[range]:
@@ -196,48 +189,3 @@ def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
         if is_locked:
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
-
-
-def rank_batches(
-    stream: Stream, *, group: Group, start: int, stop: int, batch_size: int, micro_batch: int, num_workers: int
-) -> Generator[list[Batch]]:
-    """Yield the micro-batches of a rank (`train_batches`), moved to its GPU, if any, one step ahead."""
-    has_gpu = group.device.type == "cuda"
-    batches = train_batches(
-        stream,
-        start=start,
-        stop=stop,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        rank=group.rank,
-        world_size=group.world_size,
-        num_workers=num_workers,
-        pin_memory=has_gpu,
-    )
-    return on_device_ahead(batches, group.device) if has_gpu else batches
-
-
-def on_device_ahead(batches: Generator[list[Batch]], device: torch.device) -> Generator[list[Batch]]:
-    """Copy each step's images to the CUDA device one step ahead, on a side stream."""
-    side = torch.cuda.Stream(device)
-    ahead: tuple[list[Batch], list[Batch], torch.cuda.Event] | None = None
-    with contextlib.closing(batches):
-        for step in batches:
-            with torch.cuda.stream(side):
-                moved = [batch.on(device) for batch in step]
-                done = side.record_event()
-            if ahead is not None:
-                yield _taken(*ahead, device)
-            ahead = step, moved, done
-        if ahead is not None:
-            yield _taken(*ahead, device)
-
-
-def _taken(source: list[Batch], moved: list[Batch], done: torch.cuda.Event, device: torch.device) -> list[Batch]:
-    """Make the training stream wait for the images, and tell the allocator that it reads them."""
-    done.synchronize()  # copied during the previous step; only now may the source's memory be refilled
-    source.clear()
-    training = torch.cuda.current_stream(device)
-    for batch in moved:
-        batch.images.record_stream(training)
-    return moved

@@ -158,12 +158,7 @@ class Source:
 
 
 def open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float) -> list[Source]:
-    """Open the sources of a run, in the order of its configuration.
-
-    Raises:
-        DataError: a data set cannot be opened, is not the one that the run was planned with, lacks images, has too many
-            undecodable ones, or shares an image with the validation set.
-    """
+    """Open the sources of a run, in the order of its configuration."""
     training = config.training
     datasets = [open_dataset(source.path, cache_dir=cache_dir, cache_gb=cache_gb) for source in training.data.sources]
     for source, dataset in zip(training.data.sources, datasets, strict=True):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aimscale.aim.config import model_config
 from aimscale.aim.errors import did_you_mean
@@ -56,12 +56,6 @@ class Backbone(Protocol):
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> Tensor:
         """Compute outputs (len(blocks), B, N, d) for normalised images (B, C, H, W)."""
-
-
-def weight_bytes(backbone: Backbone) -> int:
-    """Return the memory of the models that a backbone holds."""
-    models = {each for each in vars(backbone).values() if isinstance(each, nn.Module)}
-    return sum(weight.nbytes for model in models for weight in model.parameters() if not weight.is_meta)
 
 
 class AimBackbone:
@@ -131,10 +125,8 @@ TIMM = "timm:"
 
 
 class TimmBackbone:
-    """Vision transformer of timm: raw outputs of all blocks, without the last norm.
-
-    Class and register tokens are left out, as AIM has none.
-    """
+    """Vision transformer of timm: raw outputs of all blocks, without the last norm and without class and register
+    tokens."""
 
     impossible: Sequence[str] = ("lora",)
 
@@ -171,7 +163,6 @@ def baseline(
     training.
 
     Args:
-        target: `timm:NAME`, `random` or `raw-pixels`.
         like: the run whose tasks it is compared on.
         weights: weights of a timm model: a file, `hub` (downloaded, or from the hub's local cache) or `random`.
     """

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,9 @@ from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, 
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
 
-
-class ProgressCallback(Protocol):
-    """Callback that all ranks call together, often; it shows progress, and raises to stop the work."""
-
-    def __call__(self, what: str = "", done: int = 0, total: int | None = None, unit: str = "images", /) -> None:
-        """Report `done` of `total` units of the work named `what`; without a name nothing is shown."""
+ProgressCallback = Callable[..., None]
+"""Callback that all ranks call together, often: (what, done, total, unit). It shows progress, if there is a `what`, and
+raises to stop the work."""
 
 
 def ignore_progress(*_: object) -> None:
@@ -73,10 +70,8 @@ class LabelledImages:
         return self.source.dataset
 
     def images(self, indices: Sequence[int], epoch: int | None = None) -> Tensor:
-        """Load normalised float32 images (len(indices), C, H, W).
-
-        They are resized and centre-cropped; with `epoch`, they are the training views of that epoch if there are any.
-        """
+        """Load normalised float32 images (len(indices), C, H, W): centre crops, or with `epoch` its training views if
+        there are any."""
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         if epoch is not None and self.views is not None:
             return self.views.images(self.dataset, rows, epoch)
@@ -94,10 +89,8 @@ Result = TypeVar("Result")
 
 
 def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
-    """Yield each chunk with its images, in order, decoded by threads while the caller works on earlier ones.
-
-    Memory holds one chunk per thread and one more. An error is raised at its chunk.
-    """
+    """Yield each chunk with its images, in order, decoded by threads ahead of the caller; an error is raised at its
+    chunk."""
     num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
     pool = ThreadPoolExecutor(num_threads, "decode")
     try:
@@ -155,14 +148,8 @@ class Task:
 def read_without_bad(
     images: LabelledImages, group: Group, read: Callable[[LabelledImages], Result]
 ) -> tuple[LabelledImages, Result]:
-    """Read a split, and once more without the images that were found undecodable on the way, if any were.
-
-    Returns:
-        The split without them, and what was read of it.
-
-    Raises:
-        DataError: on all ranks, if they are too many.
-    """
+    """Read a split, and once more without the images that were found undecodable on the way; returns the split and what
+    was read."""
     while True:
         found = read(images)
         images.source.agree(group, images.rows)
@@ -229,10 +216,8 @@ def open_task(
 
 
 def holdout_split(labels: Tensor, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into (fit, hold-out), stratified: `fraction` of every class, rounded at random but seeded.
-
-    A class with one image stays in the fit part.
-    """
+    """Split indices into (fit, hold-out), stratified and seeded: `fraction` of every class, but of no class its only
+    image."""
     draw = np.random.default_rng([seed, 0])
     fit, held = [], []
     for label in np.unique(labels.numpy()):

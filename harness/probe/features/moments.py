@@ -22,10 +22,8 @@ CHUNK_VALUES = 25_000_000
 
 
 def averages(outputs: Tensor, sets: Sequence[BlockSet]) -> Tensor:
-    """Average over the blocks of each set, summed in fp32 and kept in the type of `outputs`: (L, ...) -> (S, ...).
-
-    One matrix product reads every block once, whatever the number of sets.
-    """
+    """Average over the blocks of each set by one matrix product, in fp32, kept in the type of `outputs`: (L, ...) ->
+    (S, ...)."""
     is_member = (_averaging(sets, len(outputs)) > 0).to(outputs)
     out = (is_member @ outputs.flatten(1)).view(len(sets), *outputs.shape[1:])
     for row, members in enumerate(sets):

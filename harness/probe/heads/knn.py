@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.extraction import SplitFeatures
+from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, own_indices
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.moments import averages
-from aimscale.harness.probe.features.sources import PooledFeatures, own_indices
 from aimscale.harness.probe.features.tasks import BlockSet
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, gather_predictions, to_predictions
 

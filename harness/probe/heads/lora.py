@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
+from aimscale.harness.probe.features.extraction import batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, Task
 from aimscale.harness.probe.features.moments import Moments
-from aimscale.harness.probe.features.sources import batched, own_indices
 from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
 from aimscale.harness.probe.heads.scores import (
     Candidate,
@@ -37,11 +37,8 @@ MICRO_BATCH = 32
 
 
 def adapt(model: AIM, task: Task, blocks: BlockSet) -> tuple[list[Candidate], Predictions, int]:
-    """Adapt copies of `model`, which itself is left alone; all ranks call this together.
-
-    Returns:
-        Candidates of all learning rates, predictions of the best on the test split, and its number of trained values.
-    """
+    """Adapt copies of `model`; all ranks call this together. Returns candidates of all learning rates, predictions of
+    the best on the test split, and its number of trained values."""
 
     def adapted(lr: float, images: np.ndarray) -> _Adaptation:
         one = _Adaptation(model, task, blocks)

@@ -38,11 +38,8 @@ class Candidate:
 
 
 def best(candidates: Sequence[Candidate], kind: str, blocks: BlockSet | None = None) -> Candidate:
-    """Return the candidate with the highest hold-out accuracy of a kind, ties by hold-out loss, then by order;
-    optionally on one block set.
-
-    Linear heads are chosen by the hold-out loss alone: theirs follows the accuracy, with less noise.
-    """
+    """Return the candidate of a kind, optionally on one block set, with the highest hold-out accuracy, ties by loss,
+    then by order; linear heads by loss alone, which follows the accuracy with less noise."""
     pool = [c for c in candidates if c.kind == kind and blocks in (None, c.blocks)]
     return max(pool, key=lambda c: (c.holdout_top1 if kind != "linear" else 0, -c.holdout_loss))
 
@@ -53,10 +50,8 @@ def tried_values(candidates: Sequence[Candidate], like: Candidate) -> list[float
 
 
 def next_values(asked: Sequence[float], values: Sequence[float], chosen: float) -> list[float]:
-    """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried.
-
-    The list is empty inside the grid, if one value was asked for, or `MAX_GROWTH` steps beyond what was asked for.
-    """
+    """Return the next value, by the mean ratio of the grid asked for, if the chosen one is at an end of those tried and
+    less than `MAX_GROWTH` steps beyond the grid."""
     low, high = min(asked), max(asked)
     if low == high or min(values) < chosen < max(values):
         return []
@@ -86,7 +81,6 @@ def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_ima
 
     Args:
         own: images that this rank's `parts` predict, in order.
-        num_images: number of images of the whole split.
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
     whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
@@ -104,15 +98,11 @@ def _wilson(num_correct: int, n: int) -> tuple[float, float]:
 
 
 def score(predictions: Predictions, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Score predictions: top-1 with its interval, top-5 for more than five classes, mean over classes, chance, and per
+    """Score predictions: top-1 with its interval, top-5 for more than five classes, mean over classes, chance, per
     class.
 
     Chance is the share of the commonest class: what always naming it scores. `hits`, base64 of `np.packbits`, has one
     bit per image in the data set's order, set where the answer is right: models can be compared image by image.
-
-    Args:
-        labels: (n,).
-        classes: K names.
     """
     correct = predictions.predicted == labels
     n, num_correct = len(labels), int(correct.sum())

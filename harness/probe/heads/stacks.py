@@ -40,10 +40,8 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class HeadStack(nn.Module):
-    """Stack of S x G heads of one kind; subclasses define how tokens become the vector that is classified.
-
-    To use a stack, `standardise_by` the statistics of the training split, train it, and score with `forward`.
-    """
+    """Stack of S x G heads of one kind: `standardise_by` the statistics of the training split, train, and score with
+    `forward`."""
 
     kind: str
     mean: Tensor

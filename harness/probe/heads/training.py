@@ -1,29 +1,40 @@
-"""Training of given heads on one source of features, and their evaluation on the hold-out.
+"""Training of heads on one source of features, and the search for the best of them.
 
-Heads are divided among ranks by block set. Every rank computes the tokens of its images and sends the average over each
-block set to the rank that owns it, so that no head, gradient or moment is on two ranks and no gradient is exchanged.
+The hold-out judges heads that learn from the other images; the chosen ones then learn from all images, together, as if
+each were trained alone. The test split is used in the last step alone. Heads are divided among ranks by block set:
+every rank sends the averages of its images' tokens over a block set to the rank that owns it, so that no head, gradient
+or moment is on two ranks and no gradient is exchanged.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.probe.features.extraction import SplitFeatures
+from aimscale.harness.probe.features.extraction import Features, PooledFeatures, SplitFeatures, batched, own_indices
 from aimscale.harness.probe.features.images import Task
-from aimscale.harness.probe.features.moments import owned_averages
-from aimscale.harness.probe.features.sources import Features, PooledFeatures, batched
-from aimscale.harness.probe.features.tasks import BlockSet, number_of_steps
+from aimscale.harness.probe.features.moments import averages, owned_averages
+from aimscale.harness.probe.features.tasks import L2S, BlockSet, bytes_per_set, number_of_steps, sets_per_round
 from aimscale.harness.probe.heads.logistic import MAX_CHANNELS, MIN_IMAGES_PER_CHANNEL, solve
-from aimscale.harness.probe.heads.scores import Candidate
+from aimscale.harness.probe.heads.scores import (
+    Candidate,
+    Predictions,
+    best,
+    gather_predictions,
+    next_values,
+    to_predictions,
+    tried_values,
+)
 from aimscale.harness.probe.heads.stacks import STACKS, HeadStack, LinearStack, StackedAdamW, cross_entropies
 
+TEST_BATCH = 64
+"""Number of test images at a time."""
 WORKING_GB = 1.0
 """Memory of a rank for the tokens that heads train on at a time, if these are more than `MICRO_BATCH` images."""
 MICRO_BATCH = 64
@@ -220,3 +231,71 @@ class HeadTraining:
         """Select the averages that a stack reads among those on this rank's block sets."""
         own = this.owned[self.task.group.rank]
         return averaged if len(stack.grid) == len(own) else averaged[[own.index(blocks) for blocks in stack.grid]]
+
+
+def search_heads(
+    training: HeadTraining, kinds: Sequence[str], sets: Sequence[BlockSet], last: BlockSet
+) -> list[Candidate]:
+    """Train every head of the grid kinds x block sets x values, by all ranks together, judged by the hold-out; the grid
+    grows if a choice is at its end.
+
+    The best of each kind, and the best on the block set `last`, come with heads that learnt from all images.
+    """
+    # the initial grid: strengths of L2 of solved heads, learning rates of trained ones
+    asked = L2S if isinstance(training.source, PooledFeatures) else training.task.section.lrs
+    found: dict[tuple[str, BlockSet, float], Candidate] = {}
+    more_kinds, more_sets, values = list(kinds), list(sets), list(asked)
+    while more_sets:
+        for each in _judged(training, more_kinds, more_sets, values):
+            found.setdefault((each.kind, each.blocks, each.value), each)
+        candidates = [*found.values()]
+        chosen = [best(candidates, kind, blocks) for kind in kinds for blocks in (None, last)]
+        grown = [
+            (each, value) for each in chosen for value in next_values(asked, tried_values(candidates, each), each.value)
+        ]
+        more_kinds = [kind for kind in kinds if any(each.kind == kind for each, _ in grown)]
+        more_sets = list(dict.fromkeys(each.blocks for each in candidates for one, _ in grown if each is one))
+        values = sorted({value for _, value in grown})
+    return _with_heads(training, candidates, chosen)
+
+
+def _judged(
+    training: HeadTraining, kinds: Sequence[str], sets: Sequence[BlockSet], values: Sequence[float]
+) -> list[Candidate]:
+    """Measure heads of these settings; in rounds if the heads of all sets do not fit into memory."""
+    task, source = training.task, training.source
+    memory_bytes = task.group.min_over_ranks(task.group.memory_bytes())
+    is_solved = isinstance(source, PooledFeatures)
+    one_set = bytes_per_set(kinds, len(values), source.width, task.num_classes, is_solved=is_solved)
+    found = []
+    for some in batched(range(len(sets)), sets_per_round(one_set, task.group.world_size, memory_bytes)):
+        grids = [(kind, {sets[i]: values for i in some}) for kind in kinds]
+        found += training.measure(training.train(grids, with_holdout=False))
+    return found
+
+
+def _with_heads(
+    training: HeadTraining, candidates: Sequence[Candidate], chosen: Sequence[Candidate]
+) -> list[Candidate]:
+    """Train the chosen candidates on all images."""
+    chosen = [each for each in candidates if any(each is one for one in chosen)]
+    # a stack for each, so that no head's rounding depends on another
+    trained = training.train([(each.kind, {each.blocks: [each.value]}) for each in chosen], with_holdout=True)
+    mine = {(stack.kind, blocks): stack.to("cpu") for stack in trained.stacks for blocks in stack.grid}
+    parts = training.task.group.gather(mine)
+    everyone = {key: head.to(training.device) for part in parts for key, head in part.items()}
+    return [replace(each, head=everyone[each.kind, each.blocks]) if each in chosen else each for each in candidates]
+
+
+@torch.no_grad()
+def predict_test_split(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Predictions]:
+    """Predict the test split with each candidate's head; the ranks share its images."""
+    own = own_indices(range(len(task.test)), task.group)
+    chunks = list(batched(own, TEST_BATCH))
+    parts: list[list[Predictions]] = [[] for _ in candidates]
+    for chunk, outputs in zip(chunks, features.parts(chunks), strict=True):
+        for candidate, part in zip(candidates, parts, strict=True):
+            assert candidate.head is not None
+            scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
+            part.append(to_predictions(scores, task.test.labels[chunk]))
+    return [gather_predictions(own, part, len(task.test), task.group) for part in parts]

@@ -142,22 +142,10 @@ def test_the_start_after_memory_ran_out_takes_half_of_the_micro_batch() -> None:
 def test_measuring_during_training_has_its_room_and_changes_no_plan() -> None:
     model = model_config("aim-7B", head_rule="released")
     params = param_count(model).total
-    needed, probed = (measuring_bytes(model, "bf16", is_probed=is_probed) for is_probed in (False, True))
-    assert 2 * params < needed < 2.5 * params < probed
+    needed = measuring_bytes(model, "bf16")
+    assert 2 * params < needed < 2.5 * params
     roomy, tight = execute("aim-7B", 8, measuring=needed), execute("aim-7B", 2, measuring=needed, gb=100)
     assert (roomy.measures, tight.measures) == (True, False), "at ZeRO 3 on two cards a copy of 14 GB is too much"
     for chosen, usual in ((roomy, execute("aim-7B", 8)), (tight, execute("aim-7B", 2, gb=100))):
         assert (chosen.zero_stage, chosen.micro_batch) == (usual.zero_stage, usual.micro_batch)
         assert usual.memory_bytes <= chosen.memory_bytes <= 0.8 * 100 * GB
-    assert roomy.memory_bytes >= roomy.held_bytes + needed
-
-
-def test_checkpoints_are_copied_where_the_host_has_room() -> None:
-    def copies(device_mib: int, host_mib: int | None) -> bool:
-        host_bytes = None if host_mib is None else host_mib * 2**20
-        given = {"precision": "fp32", "batch": 16, "gb": device_mib * 2**20 / GB, "host_bytes": host_bytes}
-        return execute("w640-d4", 1, **given).copies_checkpoints
-
-    # 32 million parameters are 512 MiB during a step, activations not counted, and 384 in a checkpoint's copy
-    assert [copies(4000, host) for host in (4000, 490, 450)] == [True, True, False]
-    assert [copies(device, None) for device in (4000, 1200)] == [True, False], "a CPU holds both"

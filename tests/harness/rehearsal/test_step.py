@@ -116,6 +116,7 @@ def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: l
     for setting, real in zip(settings, observe_real(world_size, settings, tmp_path / "real"), strict=True):
         fake = observe_fake(world_size, *setting)
         assert fake["calls"] == real["calls"], setting
+        assert "broadcast" not in {name for _, _, name, _ in fake["calls"]}, "by which first steps agree on an order"
         assert fake["checkpoint"] == real["checkpoint"], setting
         assert [each["phase"] for each in fake["phases"]] == ["forward", "backward", "update", "point"]
         for mine, theirs in zip(fake["phases"], real["phases"], strict=True):

@@ -21,7 +21,7 @@ from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import Feed, count_targets
+from aimscale.harness.step.feed import count_targets, next_step
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 BATCH, NUM_MICRO, NUM_STEPS = 8, 2, 3
@@ -80,14 +80,14 @@ def count_a_step(group: Group, cases: list[tuple[str, int]]) -> list[list[dict[s
         optimiser = OptimiserSection(batch_size=BATCH * group.world_size, precision=precision)  # type: ignore[arg-type]
         engine = Engine(CONFIG, optimiser, EngineOptions(zero_stage=stage), group)
         counting = Counting(engine)
-        feed = Feed(group, num_tokens=CONFIG.num_tokens, max_bad_fraction=0.5, has_workers=False)
         loaded = (random_batches(CONFIG, BATCH, BATCH // NUM_MICRO) for _ in range(NUM_STEPS + 1))
-        with feed.reading(loaded), contextlib.ExitStack() as last:
+        with contextlib.ExitStack() as last:
             for position in range(NUM_STEPS):
                 if position == NUM_STEPS - 1:  # ZeRO 3 knows by now what is used when
                     counting.num_gradients = 0
                     last.enter_context(counting)
-                step = feed.next(num_images=position, num_bad=0)
+                settings = {"num_tokens": CONFIG.num_tokens, "max_bad_fraction": 0.5}
+                step = next_step(group, loaded, **settings, num_images=position, num_bad=0)
                 counting.is_in_step = True
                 engine.step(step.micro_batches, num_targets=step.num_targets, lr=1e-3)
                 counting.is_in_step = False

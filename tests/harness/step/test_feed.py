@@ -29,7 +29,7 @@ from aimscale.harness.run import failures
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import run_worker
-from aimscale.harness.step.feed import Feed, RankRequest
+from aimscale.harness.step.feed import PeerFailedError, RankRequest, next_step
 from aimscale.harness.train.attempt import train
 
 Run = Callable[..., list[int]]
@@ -43,40 +43,33 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aimscale.harness.data, "MIN_IMAGES", 40)
 
 
-def take_steps(group: Group, has_workers: bool) -> None:
+def take_steps(group: Group) -> None:
     """Ranks ask for a stop, a checkpoint and an end at different steps, and hear of them together."""
-    feed = Feed(group, num_tokens=4, max_bad_fraction=0.5, has_workers=has_workers)
-    loaded, may_load = 0, threading.Semaphore(1)
+    given = {"num_tokens": 4, "max_bad_fraction": 0.5, "num_images": 8, "num_bad": 0}
+    loaded = 0
 
     def batches() -> Generator[list[Batch]]:
         nonlocal loaded
         for loaded in range(1, 6):
-            assert may_load.acquire(timeout=60)
             if loaded == 4 and group.rank == 1:
                 raise DataError("shard 7 is gone")
             ones = torch.ones(loaded, dtype=torch.int64)
             yield [Batch(images=ones, prefix_lengths=ones, positions=ones)]
 
-    with feed.reading(batches(), lambda: RankRequest(save=loaded == 2 and group.rank == 0)):
-        for number in (1, 2, 3):
-            if not has_workers:
-                may_load.release()
-            step = feed.next(num_images=8, num_bad=0)
-            assert (step.num_targets, step.must_save, step.must_stop) == (2 * 3 * number, number == 2, False)
-            if has_workers:
-                assert not feed._ahead.done(), "nobody waits for the images of the next step"  # type: ignore[union-attr]
-                may_load.release()
-        with pytest.raises(DataError, match="shard 7 is gone"):
-            feed.next(num_images=8, num_bad=0)
-    with feed.reading((step for step in ([], [])), lambda: RankRequest(stop=group.rank == 1)):
-        assert feed.next(num_images=8, num_bad=0).must_stop
+    source = batches()
+    for number in (1, 2, 3):
+        step = next_step(group, source, lambda: RankRequest(save=loaded == 2 and group.rank == 0), **given)
+        assert (step.num_targets, step.must_save, step.must_stop) == (2 * 3 * number, number == 2, False)
+    with pytest.raises(DataError, match="shard 7 is gone"):
+        next_step(group, source, **given)
+    assert next_step(group, iter([[]]), lambda: RankRequest(stop=group.rank == 1), **given).must_stop
+    error = None if group.rank else ZeroDivisionError("a bug")
+    with pytest.raises(PeerFailedError if group.rank else ZeroDivisionError, match="a bug"):
+        next_step(group, iter([[]]), lambda: RankRequest(error=error), **given)
 
 
-@pytest.mark.parametrize("has_workers", [False, True])
-def test_a_step_is_agreed_on_while_the_one_before_is_computed(
-    has_workers: bool, in_group: Callable[..., list[Any]]
-) -> None:
-    in_group(take_steps, has_workers, world_size=2)
+def test_ranks_agree_on_a_step(in_group: Callable[..., list[Any]]) -> None:
+    in_group(take_steps, world_size=2)
 
 
 def train_elsewhere(rank: int, path: Path, folders: Path, truncate_at: int | None) -> None:

@@ -27,22 +27,19 @@ Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
 
 
-def signalled(rank: int, path: Path, signum: int, name: str, number: int) -> None:
-    """Train, and get a signal at a call of what is measured, by its name and number."""
-    before_call(aimscale.harness.train.curve, name, number, lambda: os.kill(os.getpid(), signum))
+def signalled(rank: int, path: Path, signum: int, number: int) -> None:
+    """Train, and get a signal at a validation, by its number."""
+    before_call(aimscale.harness.train.curve, "validate", number, lambda: os.kill(os.getpid(), signum))
     train_in(rank, path)
 
 
 @pytest.fixture
 def measured(tiny_data: Path, tiny_config: Config) -> Callable[..., RunConfig]:
-    """A run of `tiny_config` that validates every 16 images and probes every 32."""
+    """A run of `tiny_config` that validates every 16 images."""
 
     def make(runtime: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
         validation = {"path": str(tiny_data / "validation"), "num_prefixes": 2, "centre_crop": 1.0, "every_images": 16}
-        task = {"task": "two", "train": str(tiny_data / "two"), "test": str(tiny_data / "other"), "epochs": 1}
-        probes = [{**task, "kinds": ["linear", "knn"], "every_images": 32}]
-        values = {"validation": validation, "probes": probes} | changes
-        return tiny_config(runtime, **values)
+        return tiny_config(runtime, **({"validation": validation} | changes))
 
     return make
 
@@ -62,7 +59,7 @@ def test_points_change_no_bit_and_a_stopped_or_killed_run_has_them_once(
     tmp_path: Path, measured: Config, in_processes: Run, tiny_config: Config
 ) -> None:
     whole, without, broken = (tmp_path / name for name in ("whole", "without", "broken"))
-    RunDir.create(without, measured(validation=tiny_config().evaluation.validation.model_dump(), probes=[]))
+    RunDir.create(without, measured(validation=tiny_config().evaluation.validation.model_dump()))
     assert in_processes(train_in, without) == [0]
     assert not RunDir(without).curve.exists(), "16 validation images are worth no point of so short a run"
     RunDir.create(whole, measured({"num_workers": 1}))  # which loads ahead while a point is measured
@@ -70,19 +67,15 @@ def test_points_change_no_bit_and_a_stopped_or_killed_run_has_them_once(
     assert learnt(RunDir(whole)) == learnt(RunDir(without))
     lines = curve(RunDir(whole))
     assert [line["images_seen"] for line in lines] == [16, 32, 48, 64, 80, 96], "the trunk ends at 104"
-    probed = {line["images_seen"]: [probe["kind"] for probe in line["probes"]] for line in lines}
-    assert probed == {position: ["linear", "knn"] if position % 32 == 0 else [] for position in probed}
 
     run = RunDir.create(broken, measured())
     for signum, at, end in (
-        (signal.SIGTERM, ("validate", 2), EXIT_PREEMPTED),  # at 32
-        (signal.SIGTERM, ("probe_backbone", 1), EXIT_PREEMPTED),  # at 32 again, after its validation
-        (signal.SIGKILL, ("validate", 3), -signal.SIGKILL),  # at 64, which is measured after 48, from where it goes on
+        (signal.SIGTERM, 2, EXIT_PREEMPTED),  # at 32
+        (signal.SIGKILL, 3, -signal.SIGKILL),  # at 64, after 32 again and 48
     ):
-        assert in_processes(signalled, broken, signum, *at) == [end]
+        assert in_processes(signalled, broken, signum, at) == [end]
     assert in_processes(train_in, broken) == [0]
     assert curve(run) == lines
-    assert not (run.path / "probes" / "during").exists()
     rows = [{k: row[k] for k in ("images_seen", "val_loss", "train_loss")} for row in run.read_rows()]
     assert rows == [{k: row[k] for k in rows[0]} for row in RunDir(whole).read_rows()]
 
@@ -101,7 +94,7 @@ def test_a_point_says_what_a_budget_of_its_weights_says(
     assert in_processes(train_in, run.path, world_size=world_size) == [0] * world_size
     (point,) = (line for line in curve(run) if line["images_seen"] == 64)
     row = run.read_rows()[0]
-    names = ("images_seen", "val_loss", "val_loss_se", "val_num_images", "probes")
+    names = ("images_seen", "val_loss", "val_loss_se", "val_num_images")
     assert {name: point[name] for name in names} == {name: row[name] for name in names}
     assert row["validation"].rpartition(".")[0] == point["validation"]
     assert point["lr"] == 1e-3

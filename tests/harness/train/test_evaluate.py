@@ -74,7 +74,7 @@ def test_kills_after_every_result_lose_none_and_double_none(
         left.append([str(each) for each in pending_work(run, asked)])
     assert run.read_status().state == "finished"
     assert result_files(run) == result_files(whole)
-    # the row; losses and pictures, in the row; one kind, in the row, a head, another kind, in the row; one kind, in it
+    # the row; losses, in the row; one kind, in the row, a head, another kind, in the row; one kind, in it
     assert left == [left[0]] * 3 + [left[0][1:]] * 5 + [left[0][2:]] * 2 + [[]]
 
 

@@ -54,7 +54,7 @@ def lines(run: RunDir) -> dict[Any, dict[str, Any]]:
 
 
 def results(path: Path) -> dict[str, Any]:
-    """What must be equal between runs: metric lines, rows without times, weights, losses and pictures."""
+    """What must be equal between runs: metric lines, rows without times, weights and losses."""
     run = RunDir(path)
     budgets = [row["images_seen"] for row in rows(run)]
     arrays = {}

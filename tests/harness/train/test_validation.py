@@ -1,4 +1,4 @@
-"""Validation losses: by hand, shared over ranks, with the standard error of a ratio; pictures keep what is given."""
+"""Validation losses: by hand, shared over ranks, with the standard error of a ratio."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths, validation_prefixes
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.train.validation import HeldOut, ValidationLosses, completions, validate
+from aimscale.harness.train.validation import HeldOut, ValidationLosses, validate
 
 MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
 
@@ -45,22 +45,15 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Call
             sum(model(image[None], prefix[None])[0].item() for prefix in prefixes)
             for image, prefixes in zip(images, prefix_lengths(13, 3, 16), strict=True)
         ]
-        each = zip(images.repeat_interleave(3, dim=0), prefix_lengths(13, 3, 16).flatten(), strict=True)
-        by_place = sum(model.per_patch_loss(image[None], prefix[None])[0][0] for image, prefix in each)
     given = prefix_lengths(13, 3, 16).numpy()
     for losses in (*in_group(losses_of, tiny_data), *in_group(losses_of, tiny_data, world_size=2)):
         assert losses.index.tolist() == list(range(13))
         assert losses.loss_sum == pytest.approx(expected, rel=1e-5)
         assert losses.num_targets.tolist() == (48 - given.sum(1)).tolist()
-        assert losses.prefix_len.tolist() == given.tolist()
-        assert losses.prefix_loss_sum.shape == (13, 3)
-        assert losses.prefix_loss_sum.sum(1) == pytest.approx(losses.loss_sum)
-        assert losses.position_num_targets.tolist() == [(given <= place).sum() for place in range(16)]
-        assert losses.position_loss_sum == pytest.approx(by_place, rel=1e-5)
 
 
-def losses_and_pictures(group: Group, data: Path, max_bad_fraction: float) -> tuple[ValidationLosses, Any] | str:
-    """The losses and pictures of all images, measured twice, or the sentence that refuses them."""
+def losses_of_all(group: Group, data: Path, max_bad_fraction: float) -> ValidationLosses | str:
+    """The losses of all images, measured twice, or the sentence that refuses them."""
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4))
     section = ValidationSection(path=str(data), num_prefixes=2, centre_crop=1.0)
     held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=max_bad_fraction)
@@ -68,7 +61,7 @@ def losses_and_pictures(group: Group, data: Path, max_bad_fraction: float) -> tu
         validate(model, held_out, group)
     except DataError as error:
         return str(error)
-    return validate(model, held_out, group), completions(model, held_out, group.device)
+    return validate(model, held_out, group)
 
 
 def test_images_that_rot_after_indexing_are_left_out_and_counted(
@@ -77,17 +70,13 @@ def test_images_that_rot_after_indexing_are_left_out_and_counted(
     sound, spoilt = tiny_data / "validation", spoil(tiny_data / "validation", tmp_path / "rotten", [4, 9, 15])
     left = [i for i in range(16) if i not in (4, 9, 15)]
     for world_size in (1, 2):
-        ((whole, _), *_) = in_group(losses_and_pictures, sound, 0.003, world_size=world_size)
-        for losses, pictures in in_group(losses_and_pictures, spoilt, 0.003, world_size=world_size):
+        (whole, *_) = in_group(losses_of_all, sound, 0.003, world_size=world_size)
+        for losses in in_group(losses_of_all, spoilt, 0.003, world_size=world_size):
             assert losses.index.tolist() == left
             assert losses.columns["val_num_images"] == 13
-            assert np.array_equal(losses.prefix_len, whole.prefix_len[left])
-            assert losses.prefix_loss_sum == pytest.approx(whole.prefix_loss_sum[left], rel=1e-5)
+            assert losses.loss_sum == pytest.approx(whole.loss_sum[left], rel=1e-5)
             assert losses.num_targets.tolist() == whole.num_targets[left].tolist()
-            assert losses.position_num_targets.sum() == losses.num_targets.sum()
-            assert losses.position_loss_sum.sum() == pytest.approx(losses.loss_sum.sum())
-            assert pictures["picture_index"].tolist() == [0, 2, 6, 11, 13]  # of 0, 2, 4, 6, 9, 11, 13 and 15
-        for sentence in in_group(losses_and_pictures, spoilt, 0.002, world_size=world_size):
+        for sentence in in_group(losses_of_all, spoilt, 0.002, world_size=world_size):
             assert "3 of 16 images of" in sentence
             assert f"last {open_dataset(spoilt).describe(15)} (" in sentence
 
@@ -107,7 +96,6 @@ def test_a_masked_model_is_validated_on_fixed_masks(tiny_data: Path) -> None:
     with torch.no_grad():
         loss_sum, num_targets = AIM(config)(images.repeat_interleave(3, dim=0), masks.flatten(0, 1))
     assert losses.loss == pytest.approx((loss_sum / num_targets).item(), rel=1e-5)
-    assert losses.prefix_len.tolist() == [[4, 4, 4]] * 13
 
 
 def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
@@ -117,28 +105,6 @@ def test_standard_error_covers_the_mean_as_often_as_it_says() -> None:
         num_targets = rng.integers(20, 40, 50).astype(float)
         # losses vary less than numbers of targets, so that an error of the sum alone would be twice too wide
         loss_sum = num_targets * rng.gamma(64, 0.4 / 64, 50)
-        losses = ValidationLosses(
-            index=np.arange(50),
-            loss_sum=loss_sum,
-            num_targets=num_targets,
-            prefix_len=np.ones((50, 1), np.int64),
-            prefix_loss_sum=loss_sum[:, None],
-            position_loss_sum=loss_sum,
-            position_num_targets=num_targets,
-        )
+        losses = ValidationLosses(index=np.arange(50), loss_sum=loss_sum, num_targets=num_targets)
         deviations.append((losses.loss - 0.4) / losses.standard_error)
     assert np.mean(np.abs(deviations) < 1.96) == pytest.approx(0.94, abs=0.02)
-
-
-@pytest.mark.parametrize("options", [{}, {"masked": 0.5}], ids=str)
-def test_completions_show_the_prefix_and_predict_the_rest(tiny_data: Path, options: dict) -> None:
-    model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral", **options))
-    section = ValidationSection(path=str(tiny_data / "validation"))
-    held_out = HeldOut(open_dataset(section.path), section, MODEL, ALONE, max_bad_fraction=0.0)
-    pictures = completions(model, held_out, torch.device("cpu"))
-    assert all(pictures[key].shape == (8, 16, 16, 3) for key in ("truth", "prefix", "prediction"))
-    given = (pictures["prefix"] != 128).any(axis=-1)
-    assert given.mean() == pytest.approx(0.5, abs=0.01)
-    assert np.array_equal(pictures["prefix"][given], pictures["truth"][given])
-    assert np.array_equal(pictures["prediction"][given], pictures["truth"][given])
-    assert (pictures["prediction"][~given] != pictures["truth"][~given]).mean() > 0.5

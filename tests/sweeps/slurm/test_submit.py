@@ -119,7 +119,7 @@ def test_a_large_run_that_lacks_only_probes_asks_for_one_node_and_is_checked_as_
     sweep = write_sweep(sizes=["rung-32"], devices=16, slurm=section, base={"probes": [task]})
     checked: list[int] = []
     monkeypatch.setattr(
-        "aimscale.sweeps.engine.launch.check_once", lambda _, runs: checked.extend(run.devices for run in runs)
+        "aimscale.sweeps.engine.launch.raise_on_problems", lambda _, runs: checked.extend(run.devices for run in runs)
     )
     assert [part.shape for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)] == [JobShape(nodes=2, devices=8)]
     launch(sweep, devices=1, command=stand_in())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group
+from aimscale.harness.probe.features.extraction import CachedTokens, StreamedTokens
 from aimscale.harness.probe.features.moments import Moments, averages, owned_averages
-from aimscale.harness.probe.features.sources import CachedTokens, StreamedTokens
 from aimscale.harness.probe.features.tasks import BlockSet, ProbeError
 
 
@@ -44,7 +44,7 @@ def fits_on(group: Group, task: Any, free: dict[str, tuple[int, int]]) -> dict[s
         with unittest.mock.patch(f"{Group.__module__}.free_host_bytes", return_value=of_ranks[group.rank]):
             try:
                 split = task.features(train, group)
-                found[case] = split.pooled.num_bytes, isinstance(split.tokens, CachedTokens)
+                found[case] = split.pooled._values.nbytes, isinstance(split.tokens, CachedTokens)
             except ProbeError:
                 found[case] = None
     return found

@@ -21,10 +21,9 @@ from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import head_params
-from aimscale.harness.probe.heads.fit import search_heads
 from aimscale.harness.probe.heads.scores import best, next_values
 from aimscale.harness.probe.heads.stacks import CLIP_NORM, LR_END, STACKS, learning_rate
-from aimscale.harness.probe.heads.training import HeadTraining
+from aimscale.harness.probe.heads.training import HeadTraining, search_heads
 from aimscale.harness.run.config import RuntimeConfig
 
 
