@@ -33,6 +33,8 @@ def loss(n: float, d: float) -> float:
     ],
 )
 def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
+    if folder == "tensorboard":
+        pytest.importorskip("tensorboard")  # analysis alone is installed without it
     if folder == "mlflow.sql":
         with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
             store.executescript((FIXTURES / folder).read_text())
