@@ -71,7 +71,7 @@ def read_hub_config(file: Path) -> dict[str, Any]:
             blocks = range(values["num_blocks"] - blocks, values["num_blocks"])
         numbers = {name: int(values[name]) for name in ("img_size", "embed_dim", "num_blocks", "num_heads")}
         return numbers | {"probe_layers": [int(block) for block in blocks]}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"{path} does not describe an AIM ({error}); restore it, or move it elsewhere") from error
 
 

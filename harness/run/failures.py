@@ -34,7 +34,7 @@ EXIT_S = 60.0
 """Seconds after which a process that failed ends even if its exit hangs."""
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EXDEV, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
+    *(errno.EXDEV, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.EFBIG),
 }
 """Error numbers that are no fault of the program: a disk that is full, read-only, closed to the user, or failing."""
 
@@ -154,6 +154,21 @@ def disk_sentence(error: OSError) -> str | None:
         return None
     where = error.filename2 or error.filename  # the target of a rename
     return f"{where or 'a file'}: {error.strerror}; mend that, then give the same command again: saved work is whole"
+
+
+LIMITS = (
+    *("Cannot allocate memory", "failed to map segment", "Too many open files", "Resource temporarily unavailable"),
+    "can't start new thread",
+)
+"""Words of the system and of Python when a limit on memory, files, processes or threads is reached."""
+
+
+def limit_sentence(error: BaseException) -> str | None:
+    """Say that a limit of the shell or the container was reached; None for other errors."""
+    text = " ".join(str(error).split())[:200]
+    if not isinstance(error, MemoryError) and not any(words in text for words in LIMITS):
+        return None
+    return f"{text or 'out of memory'}; a limit of this shell or container is too low (`ulimit -a`, cgroup): raise it"
 
 
 def classify(error: BaseException) -> tuple[ReasonClass, str]:

@@ -189,10 +189,12 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         return _run(argv)
     except Exception as error:
-        code, sentence = getattr(error, "exit_code", None), str(error)
-        if isinstance(error, OSError):
-            from aimscale.harness.run.failures import disk_sentence
+        from aimscale.harness.run.failures import disk_sentence, limit_sentence
 
+        code, sentence = getattr(error, "exit_code", None), str(error)
+        if code is None and (limit := limit_sentence(error)):
+            code, sentence = 2, limit
+        elif isinstance(error, OSError):
             named = f"{error.filename}: {error.strerror}" if error.filename else ""
             code, sentence = 2, disk_sentence(error) or named
         if code is None or not sentence:

@@ -140,6 +140,9 @@ def test_a_folder_of_the_hub_comes_in_with_its_head_and_goes_out_as_its_class_re
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"num_blocks": 5}))
     said = refused("weights", "import", tmp_path / "hub", tmp_path / "r", "--images-seen", "8192")
     assert "config.json beside it describes another model" in said
+    for odd in ("[" * 50_000, '{"img_size": 1e400, "embed_dim": 1, "num_blocks": 1, "num_heads": 1}'):
+        (tmp_path / "hub" / "config.json").write_text(odd)
+        assert "does not describe an AIM" in refused("weights", "import", tmp_path / "hub", tmp_path / "r")
 
 
 def test_what_a_file_does_not_tell_is_asked_for(released: Any, tmp_path: Path) -> None:

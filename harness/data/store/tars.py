@@ -6,6 +6,8 @@ webp, ...) and, for its label, `cls` or `json`; other members, a caption in `txt
 
 from __future__ import annotations
 
+import math
+import re
 import tarfile
 from collections.abc import Collection, Iterator
 from typing import IO, Self
@@ -67,8 +69,15 @@ def read_samples(file: IO[bytes], extensions: Collection[str]) -> Iterator[tuple
         yield current, members
 
 
+MAX_SHARDS = 10**7
+"""Largest number of shards that a pattern may name: more names take gigabytes of memory."""
+
+
 def expand_braces(pattern: str) -> list[str]:
     """Expand a pattern of webdataset's into names: `NAME-{000..123}.tar`."""
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
+        raise DataError(f"{pattern[:80]} names more than {MAX_SHARDS:,} shards; give the numbers that there are")
     try:
         return list(webdataset.shardlists.expand_urls(pattern))
     except (ValueError, KeyError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import refused
+from PIL import Image
 
 from aimscale.aim.errors import MAX_NAMED
 from aimscale.sweeps.cli.main import main
@@ -72,6 +73,22 @@ def test_a_command_whose_output_is_closed_works(tmp_path: Path, monkeypatch: pyt
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.csv")
     assert "is a pipe or a device" in refused("compare", tmp_path / "fifo.csv")
+
+
+def test_a_damaged_table_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "half.parquet").write_bytes(b"PAR1")
+    said = refused("publish", tmp_path / "half.parquet", tmp_path / "out", "--licence", "CC0-1.0")
+    assert "half.parquet as a table" in said
+
+
+@pytest.mark.parametrize(("limit", "words"), [("-n 6", "Too many open files"), ("-f 1", "File too large")])
+def test_a_limit_of_the_shell_is_one_sentence(limit: str, words: str, tmp_path: Path) -> None:
+    for name in "abc":
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
+    line = f"ulimit {limit} && exec {sys.executable} -m aimscale data pack {tmp_path} {tmp_path}/out"
+    out = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (out.returncode, out.stderr.count("\n")) == (2, 1), out.stderr
+    assert words in out.stderr
 
 
 def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(

@@ -70,6 +70,8 @@ def test_remote_mistakes_are_named(
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9"):
         open_dataset("http://127.0.0.1:9")
+    with pytest.raises(DataError, match="more than 10,000,000 shards"):
+        expand_shards("s3://b/x-{0..99999999999}.tar")
     assert expand_shards("gs://b/x-{008..010}.tar") == ("gs://b", ["x-008.tar", "x-009.tar", "x-010.tar"])
 
 

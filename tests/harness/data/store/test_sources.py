@@ -110,6 +110,7 @@ def test_index_records_undecodable_images(tmp_path: Path) -> None:
         (b"9" * 25, "cls"),
         (b'{"label": 4294967296}', "json"),
         (b'{"label": "\xff"}', "json"),
+        (b'{"label":' + b"[" * 50_000, "json"),
     ):
         write_tar(tmp_path / "b.tar", {"0.jpg": good, f"0.{extension}": broken})
         with pytest.raises(DataError, match=r"'0' of .*b\.tar"):
