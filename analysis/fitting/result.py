@@ -115,7 +115,7 @@ class HeldOut(Result):
         """Say what the held-out scale speaks against the law; empty where that is nothing."""
         v, law, line = self.variable, *map(percent, (self.mean_abs_relative_error, self.naive_mean_abs_relative_error))
         if not self.is_test:
-            return f"The largest {v} cannot test the law: without it the exponents are not identified."
+            return f"The largest {v} hardly tests the law: without it, the exponents are not identified."
         if not self.is_better:
             return f"Fitted without the largest {v}, the law misses it by {law}, a straight line by {line}."
         # the points of one scale may all err alike; so the alarm is on 0 to 6 % of sound tables

@@ -33,9 +33,11 @@ MAX_REASONS = 4
 """Doubts told in the summary; the others are flags of the fits below."""
 SMALL, SIZED = 1.0, ("scatter", "pattern")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
-HARMLESS = ("factor", "outliers", "tuned", "few_groups")
-"""Kinds of flags that never do: a coefficient that its exponent makes up for, points that the objective sets aside, a
-choice among rates that biases losses by part of their noise, groups so few that intervals hold some 90 %."""
+HARMLESS = ("outliers", "tuned", "few_groups")
+"""Kinds of flags that never do: points that the objective sets aside, a choice among rates that biases losses by part
+of their noise, groups so few that intervals hold some 90 %."""
+COEFFICIENT = "factor"
+"""Kind of flag that the summary leaves to the fits below: an imprecise coefficient, for which its exponent makes up."""
 
 
 class Trust(NamedTuple):
@@ -167,7 +169,8 @@ def trust(joint: Fit | None, frontier: Approaches | None) -> Trust:
         fatal.append("A straight line in log-log predicts the left-out scales as well.")
     tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
     failures = held_out_cautions(tests or blind) if joint.heldout else ["No scale could be left out to test it."]
-    flags = [f for f in joint.flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
+    flags = [f for f in joint.flags if f.kind != COEFFICIENT]
+    flags = [f for f in flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
     tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
     small = [] if failures else tiny
     cautions = [*failures, *map(str, frontier.flags if frontier else ()), *(str(f) for f in flags if f not in small)]
