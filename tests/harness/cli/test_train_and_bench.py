@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +30,13 @@ Config = Callable[..., RunConfig]
 
 
 def invoke(rank: int, app: object, arguments: list[str], out: Path) -> None:
+    """Run a verb; writes its output, and after it what it logs, to `out`."""
     del os.environ["RANK"], os.environ["WORLD_SIZE"]
+    logged, logger = io.StringIO(), logging.getLogger("aimscale")
+    logger.addHandler(logging.StreamHandler(logged))
+    logger.setLevel(logging.INFO)
     result = CliRunner().invoke(app, arguments)  # type: ignore[arg-type]
-    out.write_text(result.stdout)
+    out.write_text(result.stdout + logged.getvalue())
     assert result.exit_code == 0, result.exception
 
 
