@@ -74,7 +74,8 @@ def command(
     study = read_study([collect(sweep, runs, cards).table], {}, (), ())
     report = write_page(study)
     for each in findings(study):
-        typer.echo(f"{each.title}.")
+        first, *_ = each.caption.rstrip(".").split(". ")
+        typer.echo(f"{each.title}. {first}.")
     typer.echo(f"report: {report.resolve()}")
 
 

@@ -38,7 +38,7 @@ from aimscale.sweeps.slurm.submit import Submission, submit
 from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("aimscale.sweeps.engine.slurm_worker")  # run as `python -m`, it is called `__main__`
 
 
 class WorkerJobError(UserError):
