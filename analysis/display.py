@@ -14,7 +14,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human
+from aimscale.analysis.words import capital, human
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +112,7 @@ def fact_lines(facts: Sequence[tuple[str, str]]) -> str:
 
 def as_sentences(facts: Sequence[tuple[str, str]]) -> list[str]:
     """Write facts for running text."""
-    return [f"{key[0].upper()}{key[1:]}: {value.rstrip('.')}." for key, value in facts]
+    return [f"{capital(key)}: {value.rstrip('.')}." for key, value in facts]
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -113,3 +113,8 @@ def accuracy_of(kind: str, of: str = "accuracy") -> str:
     if kind == "lora":
         return f"{of} after LoRA adaptation (not frozen)"
     return f"k-NN {of}" if kind == "knn" else f"{kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
+
+
+def capital(words: str) -> str:
+    """Begin a sentence with these words; k-NN keeps its small letter."""
+    return words if words.startswith("k-NN") else words[0].upper() + words[1:]

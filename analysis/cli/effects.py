@@ -13,6 +13,9 @@ from aimscale.analysis.cli.options import show, table_of, then
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 
+if TYPE_CHECKING:
+    from aimscale.analysis.fitting.result import Fit
+
 MEASURED, TUNED = "best as measured", "as if tuned"
 
 
@@ -80,10 +83,6 @@ def correlate(
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
     found = analysis.correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
     show(found, json, following=then(["report"], tables, columns, where))
-
-
-if TYPE_CHECKING:
-    from aimscale.analysis.fitting.result import Fit
 
 
 def rates(

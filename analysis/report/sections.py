@@ -22,7 +22,7 @@ from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import COLUMNS, MFU, described
-from aimscale.analysis.words import accuracy_of, flag_words, human, kind_name
+from aimscale.analysis.words import accuracy_of, capital, flag_words, human, kind_name
 
 SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")
 COUNTED = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
@@ -181,8 +181,7 @@ def _accuracy(study: Study) -> Iterator[Part]:
         bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
         draw = partial(analysis.plot_accuracy, rows, levels(study, kind, rows))
-        title = accuracy_of(kind)
-        yield PageFigure(html_id("accuracy", kind), title[0].upper() + title[1:], caption, draw)
+        yield PageFigure(html_id("accuracy", kind), capital(accuracy_of(kind)), caption, draw)
     if probes.empty:
         return
     note = "Top-1 in per cent."

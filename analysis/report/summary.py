@@ -47,7 +47,7 @@ class Trust(NamedTuple):
     reasons: list[str]
     """Why it is that colour."""
     doubts: list[str]
-    """What is imprecise, the most serious first."""
+    """Imprecise parts, the most serious first."""
 
 
 class Line(NamedTuple):

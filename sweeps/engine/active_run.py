@@ -33,7 +33,7 @@ class Event:
     text: str
     """Line to print."""
     kind: Literal["started", "finished", "other"] = "other"
-    """What happened to a run, if anything that a display tells apart."""
+    """Start or end of a run; anything else is `other`."""
 
     def __str__(self) -> str:
         return self.text

@@ -74,7 +74,7 @@ class Worker:
     skipped: dict[str, RunState] = field(default_factory=dict)
     """Last state of each run that is not executed here."""
     events: list[Event] = field(default_factory=list)
-    """What is not printed yet."""
+    """Events that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
     is_blocked: bool = False

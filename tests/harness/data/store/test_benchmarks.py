@@ -174,7 +174,7 @@ def test_patch_camelyon_is_packed_without_loss(tmp_path: Path, monkeypatch: pyte
 
 
 def number_of(key: str) -> int:
-    """Of an image of an array, within it."""
+    """Read the number of an image in its array from its key."""
     return int(key.partition("-")[2])
 
 
