@@ -62,7 +62,6 @@ def fit(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     figure: options.FigurePath = None,
     label: options.Labels = None,
     json: options.AsJson = False,
@@ -72,7 +71,7 @@ def fit(
     from aimscale.analysis.table.points import with_compute
 
     typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
+    df, y, tuning = table_to_minimise(tables, columns, where, y)
     if found := several(law, df, y):
         if fix:
             raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
@@ -88,7 +87,7 @@ def fit(
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
     verbs = [*["frontier"] * splits, *["report"] * can_report(df)]
-    following = then(verbs, tables, columns, where, best_of, typed_y)
+    following = then(verbs, tables, columns, where, typed_y)
     show(result, json, figure, labels=label, after=after, also=also, following=following)
 
 
@@ -159,7 +158,6 @@ def forecast(
     y: options.LossColumn = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
@@ -167,7 +165,7 @@ def forecast(
     from aimscale.analysis.forecasts.forecast import register as write
 
     typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
+    df, y, tuning = table_to_minimise(tables, columns, where, y)
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
     found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
@@ -176,7 +174,7 @@ def forecast(
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    following = then([f"next --target {at[-1]}"], tables, columns, where, best_of, typed_y)
+    following = then([f"next --target {at[-1]}"], tables, columns, where, typed_y)
     show(found, json, after=after, also={"tuning": tuning}, following=following)
 
 
@@ -189,7 +187,6 @@ def frontier(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     figure: options.FigurePath = None,
     label: options.Labels = None,
     json: options.AsJson = False,
@@ -199,7 +196,7 @@ def frontier(
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
     typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
+    df, y, tuning = table_to_minimise(tables, columns, where, y)
     chosen = several(law, df, y)
     found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
@@ -216,5 +213,5 @@ def frontier(
         labels=label,
         words=found.summary(shown),
         also={"optima": optima, "flags": found.cautions, "tuning": tuning},
-        following=then([*place, *["report"] * can_report(df)], tables, columns, where, best_of, typed_y),
+        following=then([*place, *["report"] * can_report(df)], tables, columns, where, typed_y),
     )

@@ -45,21 +45,11 @@ Where = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-BestOf = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Keep the best of rows that differ only in these columns, such as optimizer. For learning rate, batch "
-        "size and weight decay laws do so anyway. May be repeated.",
-        rich_help_panel=PANEL,
-    ),
-]
 LossColumn = Annotated[str, typer.Option(help="Loss column.", rich_help_panel=PANEL)]
 Minimised = Annotated[
     str, typer.Option(help="Loss column; or a probe, TASK:KIND, for its error rate (1 - top1).", rich_help_panel=PANEL)
 ]
-FigurePath = Annotated[
-    Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png, with what is drawn as .csv.")
-]
+FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png.")]
 Labels = Annotated[
     list[str] | None,
     typer.Option("--label", help='Name in the figure of an axis, column or level, N="Parameters". May be repeated.'),
@@ -67,25 +57,19 @@ Labels = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def table_of(
-    tables: list[Path],
-    columns: list[str] | None,
-    where: list[str] | None,
-    best: list[str] | None = None,
-    y: str = "val_loss",
-) -> pd.DataFrame:
+def table_of(tables: list[Path], columns: list[str] | None, where: list[str] | None) -> pd.DataFrame:
     """Read the tables of a verb as one frame, and say on the error stream what they hold that nobody named."""
     from aimscale.analysis.table.accuracies import unnamed
     from aimscale.analysis.table.read import parse_columns
 
-    df = analysis.read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
+    df = analysis.read_tables(tables, parse_columns(columns or []), where=where or [])
     for flag in unnamed(df):
         typer.echo(f"Note: {flag}", err=True)
     return df
 
 
 def table_to_minimise(
-    tables: list[Path], columns: list[str] | None, where: list[str] | None, best: list[str] | None, y: str
+    tables: list[Path], columns: list[str] | None, where: list[str] | None, y: str
 ) -> tuple[pd.DataFrame, str, str]:
     """Read the tables of a verb for laws of `y`: a loss, corrected to the best learning rates where these are known, or
     the error rate of a probe.
@@ -95,14 +79,13 @@ def table_to_minimise(
     """
     from aimscale.analysis.table.accuracies import named_like_accuracy
     from aimscale.analysis.table.measures import to_minimise
-    from aimscale.analysis.table.points import best_of
     from aimscale.analysis.tuning.rates import tuned_where_known
 
     read = table_of(tables, columns, where)
     df, y = to_minimise(read, y)
     is_loss = y in read and not named_like_accuracy(y)
     corrected, words, _ = tuned_where_known(df, y) if is_loss else (df, "", None)
-    return (best_of(df, best, y) if best else corrected), y, words
+    return corrected, y, words
 
 
 def then(
@@ -110,12 +93,11 @@ def then(
     tables: Sequence[Path],
     columns: list[str] | None,
     where: list[str] | None,
-    best: list[str] | None = None,
     y: str = "val_loss",
 ) -> str:
     """Write what to run next on the same tables: verbs, each with further options behind it."""
     words = [NAMES.get(each, str(each)) for each in tables]
-    for option, texts in (("--columns", columns), ("--where", where), ("--best-of", best)):
+    for option, texts in (("--columns", columns), ("--where", where)):
         words += [word for text in texts or [] for word in (option, text)]
     given, of_y = shlex.join(words), "" if y == "val_loss" else f"--y {shlex.quote(y)}"
     parts = [verb.partition(" ") for verb in verbs]

@@ -27,7 +27,7 @@ FILES = {
     "data": "tables, a row per run and data budget",
     "report.html": "the page, in one file",
     "numbers.json": "every number of the page, and how the tables were read",
-    "figures": "each figure as PDF, with a CSV of what it draws; the findings' as PNG, too",
+    "figures": "each figure as PDF; the findings' as PNG, too",
     "tables": "each table for LaTeX (booktabs)",
     "models": "configuration and card of every run; its weights where they are published",
     "sweep.yaml": "what was run",

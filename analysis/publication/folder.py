@@ -47,11 +47,10 @@ class Source(NamedTuple):
     """Paths, relative to the folder."""
     columns: dict[str, str]
     where: tuple[str, ...]
-    best: tuple[str, ...]
 
     def study(self, folder: Path) -> Study:
         """Read the tables and compute everything that the page shows."""
-        return read_study([folder / each for each in self.tables], self.columns or None, self.where, self.best)
+        return read_study([folder / each for each in self.tables], self.columns or None, self.where)
 
 
 def page_numbers(study: Study) -> dict[str, Any]:
@@ -143,7 +142,6 @@ def publish(
     *,
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
-    best: Sequence[str] = (),
     add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the folder aside, then rename it: nobody sees half of it.
@@ -154,7 +152,6 @@ def publish(
         about: what stands on its card.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet.
-        best: tuned columns of which only the best value counts.
         add: writes further files into the folder, before its card is written and checksums are taken.
 
     Raises:
@@ -168,7 +165,7 @@ def publish(
             folder = Path(aside) / out.name
             folder.mkdir()
             names = _copy_tables(tables, folder)
-            source = Source(names, dict(columns or {}), tuple(where), tuple(best))
+            source = Source(names, dict(columns or {}), tuple(where))
             _write_results(source, folder, about, add)
             _write_checksums(folder)
             os.replace(folder, out)
@@ -246,7 +243,8 @@ def verify(folder: Path) -> Verification:
     try:
         sums = dict(line.split("  ", 1)[::-1] for line in (folder / CHECKSUMS).read_text("utf-8").splitlines())
         record = json.loads((folder / NUMBERS).read_text("utf-8"))
-        version, numbers, source = record["version"], record["numbers"], Source(**record["source"])
+        version, numbers = record["version"], record["numbers"]
+        source = Source(**{name: given for name, given in record["source"].items() if given or name in Source._fields})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AnalysisError(
             f"{folder} is not a folder that `aimscale publish` wrote, or not all of one ({error}); fetch it again."

@@ -40,7 +40,6 @@ def command(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     root: Root = ROOT,
     as_json: AsJson = False,
 ) -> None:
@@ -58,12 +57,12 @@ def command(
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        df, y, _ = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
+        df, y, _ = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, y)
         offer = _table_candidates(df, place, y)
         budget = _half_price(offer, place) if budget is None else budget
         found = next_runs(df, place, offer, budget=budget, law=law, y=y)
         again = [f"forecast --register --at {target}"]
-        following = then(again, list(map(Path, sweep_or_tables)), columns, where, best_of, typed_y)
+        following = then(again, list(map(Path, sweep_or_tables)), columns, where, typed_y)
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -72,7 +71,7 @@ def command(
                 f"as --write {sweep.base_dir / write.name}"
             )
         table = fresh_table(sweep)
-        df, y, _ = table_to_minimise([table], columns, where, best_of, y)
+        df, y, _ = table_to_minimise([table], columns, where, y)
         offer = _sweep_candidates(sweep, df)
         budget = _half_price(offer, place) if budget is None else budget
         found = next_runs(df, place, offer, budget=budget, law=law, y=y)
@@ -83,7 +82,7 @@ def command(
             file = sweep.base_dir / f"{sweep.name}-next.yaml"
             options.NAMES[table] = sweep_or_tables[0]
             more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
-            following = then([f"next --target {target} {more}"], [table], columns, where, best_of, typed_y)
+            following = then([f"next --target {target} {more}"], [table], columns, where, typed_y)
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
     if write is not None and not as_json:
