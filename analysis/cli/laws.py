@@ -11,7 +11,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import can_report, show, table_to_minimise, then
+from aimscale.analysis.cli.options import Given, can_report, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import Flag, human, said_once
@@ -70,8 +70,8 @@ def fit(
     from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
-    typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, y)
+    given = Given(tables, columns, where, y)
+    df, y, tuning = given.read_to_minimise()
     if found := several(law, df, y):
         if fix:
             raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
@@ -87,8 +87,7 @@ def fit(
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
     verbs = [*["frontier"] * splits, *["report"] * can_report(df)]
-    following = then(verbs, tables, columns, where, typed_y)
-    show(result, json, figure, labels=label, after=after, also=also, following=following)
+    show(result, json, figure, labels=label, after=after, also=also, following=given.then(*verbs))
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
@@ -164,8 +163,8 @@ def forecast(
     from aimscale.analysis.forecasts.forecast import REGISTER, parse_scale
     from aimscale.analysis.forecasts.forecast import register as write
 
-    typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, y)
+    given = Given(tables, columns, where, y)
+    df, y, tuning = given.read_to_minimise()
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
     found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
@@ -174,8 +173,7 @@ def forecast(
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    following = then([f"next --target {at[-1]}"], tables, columns, where, typed_y)
-    show(found, json, after=after, also={"tuning": tuning}, following=following)
+    show(found, json, after=after, also={"tuning": tuning}, following=given.then(f"next --target {at[-1]}"))
 
 
 def frontier(
@@ -195,8 +193,8 @@ def frontier(
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
-    typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, y)
+    given = Given(tables, columns, where, y)
+    df, y, tuning = given.read_to_minimise()
     chosen = several(law, df, y)
     found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
@@ -213,5 +211,5 @@ def frontier(
         labels=label,
         words=found.summary(shown),
         also={"optima": optima, "flags": found.cautions, "tuning": tuning},
-        following=then([*place, *["report"] * can_report(df)], tables, columns, where, typed_y),
+        following=given.then(*place, *["report"] * can_report(df)),
     )

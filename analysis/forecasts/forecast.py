@@ -23,13 +23,13 @@ from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
 from aimscale.analysis.forecasts.points import AUTO, JOINT, Cache
 from aimscale.analysis.laws.base import Law
+from aimscale.analysis.table.accuracies import to_numbers
 from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.words import Flag, human, percent
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
-_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
 SAME_SCALE = 0.01
@@ -190,12 +190,9 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
         name, _, value = (each.strip() for each in part.partition("="))
         if name in out:
             raise AnalysisError(f"{option} names {name} twice in {text!r}.")
-        try:
-            out[name] = float(value[:-1]) * _UNITS[value[-1]] if value[-1:] in _UNITS else float(value)
-        except ValueError:
-            raise AnalysisError(f"{option} takes numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.") from None
+        out[name] = float(to_numbers(pd.Series([value])).iloc[0])
         if not 0 < out[name] < np.inf:
-            raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {part!r}.")
+            raise AnalysisError(f"{option} takes positive numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.")
     return out
 
 
