@@ -78,12 +78,14 @@ def correlate(
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
+    figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
     given = Given(tables, columns, where)
     found = analysis.correlate(given.read(), x=x, y=y, partial=partial, within=within)
-    show(found, json, following=given.then("report"))
+    show(found, json, figure, labels=label, following=given.then("report"))
 
 
 def rates(
