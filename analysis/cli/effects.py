@@ -126,14 +126,13 @@ def rates(
     try:
         corrected = analysis.tuned(df, y=y, found=found)
         laws = {words: analysis.fit(each, law, y=y) for words, each in ((MEASURED, df), (TUNED, corrected))}
-        after = ["", f"{laws[TUNED].law.formula}:", "", text_table(_beside(laws))]
+        corrected_law = laws[TUNED]
+        rows = [
+            {"parameter": k, **{words: each.shown(k) for words, each in laws.items()}} for k in corrected_law.params
+        ]
+        after = ["", f"{corrected_law.law.formula}:", "", text_table(rows)]
     except AnalysisError as error:
         after = ["", f"No law as if all runs were tuned: {error}"]
     if target is not None:
         after.append(f"target: {found.advice(parse_scale(target, '--target'))}")
     show(found, json, figure, labels=label, after=after, also={"laws": laws}, following=given.then("fit", "report"))
-
-
-def _beside(laws: dict[str, Fit]) -> list[dict[str, str]]:
-    """Write a row per parameter with its value by every law."""
-    return [{"parameter": name, **{k: law.shown(name) for k, law in laws.items()}} for name in laws[TUNED].params]

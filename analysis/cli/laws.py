@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import Given, can_report, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import Flag, human, said_once
+from aimscale.analysis.words import human, said_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,19 +125,6 @@ def parameter_values(text: str) -> tuple[str, list[float]]:
     return name.strip(), values
 
 
-def table_flags(
-    df: pd.DataFrame, variables: Sequence[str], y: str, scales: Iterable[tuple[str, Mapping[str, float]]]
-) -> list[Flag]:
-    """Flag what a law of these variables does not know, what was tuned, and scales (in words, and as numbers) that see
-    their pool more often than any row."""
-    from aimscale.analysis.table.points import passes_flags, usable_rows
-    from aimscale.analysis.table.select import mixture_flags
-
-    found = usable_rows(df, y, best_by=y)
-    passes = [flag for what, at in scales for flag in passes_flags(found.rows, what, at)]
-    return [*mixture_flags(df, variables, y), *found.flags, *passes]
-
-
 def forecast(
     tables: options.Tables,
     at: Annotated[
@@ -166,8 +152,6 @@ def forecast(
     given = Given(tables, columns, where, y)
     df, y, tuning = given.read_to_minimise()
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
-    scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
-    found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
     after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
@@ -190,6 +174,8 @@ def frontier(
     json: options.AsJson = False,
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
+    from aimscale.analysis.table.points import passes_flags, usable_rows
+
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
@@ -200,8 +186,8 @@ def frontier(
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     optima = found.at(shown)
     c, n, d = optima.iloc[-1][["C", "N", "D"]]
-    flags = table_flags(df, ["N", "D", "C"], y, [(f"D* = {human(d)} at {human(c)} FLOP", {"D": d})])
-    found = replace(found, flags=(*found.flags, *flags))
+    passes = passes_flags(usable_rows(df, y, best_by=y).rows, f"D* = {human(d)} at {human(c)} FLOP", {"D": d})
+    found = replace(found, flags=(*found.flags, *passes))
     typed = (f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in (("N", n), ("D", d)))
     place = [] if found.are_apart else [f"forecast --at {','.join(typed)}"]
     show(

@@ -27,6 +27,7 @@ from aimscale.analysis.table.accuracies import to_numbers
 from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.select import table_flags
 from aimscale.analysis.words import Flag, human, percent
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
@@ -57,7 +58,7 @@ class Forecast(Result):
     names: Mapping[str, str]
     """Column -> its name in the file, where that differs."""
     flags: tuple[Flag, ...] = ()
-    """Errors that the table hardly tells, and accuracies that were not forecast and why."""
+    """Cautions about the table, errors that it hardly tells, and accuracies that were not forecast and why."""
 
     @property
     def loss(self) -> Forecaster:
@@ -65,9 +66,15 @@ class Forecast(Result):
         return next(iter(self.forecasters.values()))
 
     def headline(self) -> str:
-        """Say how many scales, from how many runs."""
-        where = "1 scale" if len(self.scales) == 1 else f"{len(self.scales)} scales"
-        return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.points.y)} rows"
+        """Say the loss that is expected at every scale."""
+        name = next(iter(self.forecasters))
+        what = "a loss" if name == "val_loss" else self.names.get(name, name)
+        told = list[str]()
+        for row in self.table[self.table["quantity"] == name].to_dict("records"):
+            at, far = scale_words(self.scales[row["at"]]), human(row["distance"])
+            value, low, high = (human(row[end], 4) for end in ("value", "pi_lo", "pi_hi"))
+            told.append(f"At {at} ({far} times beyond the table) {what} of {value} [{low}, {high}].")
+        return " ".join(told)
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
@@ -129,9 +136,10 @@ def forecast(
         raise AnalysisError("There is no scale to forecast at; give N and D.")
     fits = Cache()
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
-    heaviest = loss.curves[loss.weights.index[0]].law
-    flags = [*blind_flags(heaviest.groups)]
-    by = {y: loss}
+    flags, by = list[Flag](), {y: loss}
+    if not isinstance(law, Forecaster):  # else whoever made it has told them
+        flags += table_flags(df, [*loss.points.x], y, {f"D = {human(each.get('D', 0))}": each for each in scales})
+    flags += blind_flags(loss.curves[loss.weights.index[0]].law.groups)
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():
         name = ":".join(map(str, key))

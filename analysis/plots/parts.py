@@ -45,20 +45,14 @@ def plain(text: object, longest: int = 32) -> str:
 
 
 def axis_label(
-    column: str,
-    loss_unit: str = "",
-    names: Mapping[str, str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    default: str = "",
+    column: str, loss_unit: str = "", names: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
 ) -> str:
-    """Label a column (or its letter) as `labels` do, else by its name in the file if `names` has it, else by `default`
-    or our label; without `loss_unit`, of a table that is not ours, in neutral words.
+    """Label a column (or its letter) as `labels` do, else by its name in the file if `names` has it, else by our label;
+    without `loss_unit`, of a table that is not ours, in neutral words.
     """
     keys = (column, LETTERS.get(column, ""), (names or {}).get(column, ""))
     if own := [(labels or {})[key] for key in keys if key in (labels or {})]:
         return plain(own[0], 60)
-    if default:
-        return default
     if names and column in names:
         letter = LETTERS.get(column, "L")
         name = re.sub(r"\s*\*\s*", " × ", names[column].replace("`", ""))  # it may be a formula

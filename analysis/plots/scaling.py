@@ -182,11 +182,8 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
         drawn += [inside, beyond, frontier.pairs]
         if len(frontier.pairs):
             parts.draw_points(ax, frontier.pairs, ("C", "N"), color, markers=MARKERS[number:])
-    shown, size = pd.concat(drawn), "N*: compute-optimal\nparameters"
-
-    def words(column: str) -> str:
-        return parts.axis_label(column, labels=labels, default="" if column == "flops_train" else size)
-
+    shown = pd.concat(drawn)
+    words = partial(parts.axis_label, labels={"N": "N*: compute-optimal\nparameters", **(labels or {})})
     return parts.finish(ax, ("flops_train", shown["C"]), ("params_total", shown["N"]), words, columns=1)
 
 

@@ -78,13 +78,6 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _is_same(published: Any, recomputed: Any) -> bool:
-    """Compare two leaves: numbers within `TOLERANCE`, all else as it is."""
-    if {type(published), type(recomputed)} <= {int, float}:
-        return math.isclose(published, recomputed, rel_tol=TOLERANCE, abs_tol=1e-12)
-    return bool(published == recomputed)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Verification(Result):
     """Comparison of a published folder with what its table gives here."""
@@ -126,11 +119,11 @@ class Verification(Result):
 def compare_numbers(published: Any, recomputed: Any) -> tuple[int, tuple[tuple[str, str, str], ...]]:
     """Count the leaves of both and list those that differ as place, published, recomputed."""
     before, after = dict(_leaves(published)), dict(_leaves(json.loads(json.dumps(recomputed))))
-    places = list(dict.fromkeys([*before, *after]))
-    found = []
+    places, found = list(dict.fromkeys([*before, *after])), []
     for place in places:
         old, new = before.get(place, NOTHING), after.get(place, NOTHING)
-        if not _is_same(old, new):
+        are_numbers = {type(old), type(new)} <= {int, float}
+        if not (math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=1e-12) if are_numbers else old == new):
             found.append((place, str(old), str(new)))
     return len(places), tuple(found)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.fitting.covariance import KnownErrors, with_known_errors
+from aimscale.analysis.fitting.covariance import KnownErrors, half_width, with_known_errors
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SAME_DATA, chained
 from aimscale.analysis.fitting.result import Fit
@@ -146,7 +146,8 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
 
 def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: list[str]) -> pd.DataFrame:
     """Add optima with their intervals, and how each cell's was found."""
-    half = surface.half(np.sqrt(np.maximum(np.diagonal(surface.optima_covariance, axis1=1, axis2=2), 0.0)))
+    errors = np.sqrt(np.maximum(np.diagonal(surface.optima_covariance, axis1=1, axis2=2), 0.0))
+    half = half_width(errors, surface.degrees)
     known, labels = surface.has_minimum & ~(half > UNCERTAIN).any(axis=1), table.index[tuned]
     table, inside = table.assign(found=UNKNOWN), np.ones(len(tuned), bool)
     for best, reach, name in zip(surface.optima.T, half.T, settings, strict=True):
