@@ -88,5 +88,6 @@ def test_too_little_is_refused_and_the_result_draws_itself():
     found = trajectory(rows[rows["params_total"] < SIZES[-1]], SIZES[-1])
     figure = found.plot(measured=rows[rows["params_total"] == SIZES[-1]])
     assert isinstance(figure, ShownFigure)
-    assert {"forecast", "measured"} <= {part["what"].iloc[0] for _, part in figure.parts}
+    labels = {line.get_label() for line in figure.axes[0].lines}
+    assert {"forecast, 95 % of one run", "measured", "measured budget"} <= labels
     assert "3 finished runs of 3 sizes" in found.headline()
