@@ -71,9 +71,9 @@ class Forecast(Result):
         what = "a loss" if name == "val_loss" else self.names.get(name, name)
         told = list[str]()
         for row in self.table[self.table["quantity"] == name].to_dict("records"):
-            at, far = scale_words(self.scales[row["at"]]), human(row["distance"])
+            at = ", ".join(f"{v} = {human(value)}" for v, value in self.scales[row["at"]].items())
             value, low, high = (human(row[end], 4) for end in ("value", "pi_lo", "pi_hi"))
-            told.append(f"At {at} ({far} times beyond the table) {what} of {value} [{low}, {high}].")
+            told.append(f"At {at} ({human(row['distance'])} times beyond the table) {what} of {value} [{low}, {high}].")
         return " ".join(told)
 
     def facts(self) -> list[tuple[str, str]]:
