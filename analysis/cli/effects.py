@@ -78,11 +78,13 @@ def correlate(
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
+    figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
     found = analysis.correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
-    show(found, json, following=then(["report"], tables, columns, where))
+    show(found, json, figure, labels=label, following=then(["report"], tables, columns, where))
 
 
 def rates(

@@ -193,10 +193,21 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
 
 
 @styled()
-def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
-    """Draw coefficients with intervals; a dot is filled where its interval excludes zero."""
+def plot_correlations(
+    found: Correlations, ax: Axes | None = None, *, labels: Mapping[str, str] | None = None
+) -> Figure:
+    """Draw coefficients with intervals; a dot is filled where its interval excludes zero.
+
+    Args:
+        labels: words for the two columns and for tasks by their name.
+    """
+    words = labels or {}
     rows = pd.DataFrame(
-        {"what": " ".join(filter(None, (c.task, c.kind, c.compared))), "series": c.method, "x": c.value}
+        {
+            "what": " ".join(filter(None, (words.get(c.task, c.task), c.kind, c.compared))),
+            "series": c.method,
+            "x": c.value,
+        }
         | {"low": c.low, "high": c.high, "is_filled": c.is_significant}
         for c in found
         if np.isfinite(c.value)
@@ -204,7 +215,8 @@ def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
     ax = ax or new_figure(6.2, 0.9 + 0.35 * rows["what"].nunique())[1][0]
     _draw_intervals(ax, rows, {"pearson": style.cycled(0), "spearman": style.cycled(1)})
     first = found.correlations[0]
-    ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {parts.plain(first.x)} and {parts.plain(first.y)}")
+    x, y = (parts.plain(words.get(name, name)) for name in (first.x, first.y))
+    ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {x} and {y}")
     parts.legend([ax], "")
     return style.figure_of(ax)
 
