@@ -29,8 +29,8 @@ from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState, read_states
-from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.status import sweep_status
+from aimscale.sweeps.table.status_view import format_price, launch_view
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
 CONFIRM_DEVICE_HOURS = 10

@@ -25,8 +25,8 @@ from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_ide
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState, read_states
-from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.launch_view import format_price, launch_view
+from aimscale.sweeps.state.record import unplanned_runs
+from aimscale.sweeps.table.status_view import format_price, launch_view
 from aimscale.sweeps.table.views import (
     Column,
     KeyValue,

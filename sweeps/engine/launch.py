@@ -25,8 +25,7 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
 from aimscale.sweeps.state.decision import ENDED_BY_HAND, RunState, read_state, read_states
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
+from aimscale.sweeps.state.record import RunRecord, prepare_directory, unplanned_runs
 from aimscale.sweeps.table.on_track import set_stop
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_line, status_view

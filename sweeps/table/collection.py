@@ -29,8 +29,7 @@ from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned_runs
+from aimscale.sweeps.state.record import RunRecord, imported_runs, unplanned_runs
 
 Values = dict[str, Any]
 """Row, or an entry of its probes."""

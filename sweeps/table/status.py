@@ -18,7 +18,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
 from aimscale.sweeps.state.decision import RunState, State, read_states
-from aimscale.sweeps.state.sweep_dir import unplanned_runs
+from aimscale.sweeps.state.record import unplanned_runs
 
 ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "off-track", "damaged")
 """States in which nothing is executed until a person acts."""

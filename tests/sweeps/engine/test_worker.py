@@ -23,8 +23,7 @@ from aimscale.sweeps.engine.launch import cancel, load_plan
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.decision import read_state
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
+from aimscale.sweeps.state.record import RunRecord, prepare_directory, unplanned_runs
 
 
 def starts(record: RunRecord) -> int:

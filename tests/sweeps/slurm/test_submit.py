@@ -25,9 +25,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
 from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
-from aimscale.sweeps.state import sweep_dir
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import RunRecord, prepare_directory
 from aimscale.sweeps.table.status import sweep_status
 from aimscale.sweeps.table.views import format_duration
 
@@ -349,7 +347,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     sweep = write_sweep()
-    monkeypatch.setattr(sweep_dir, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("aimscale.sweeps.state.record.LOCK_TIMEOUT_S", 0.1)
     sweep.directory.mkdir(parents=True)
     with (
         hold_lock(sweep.directory / "slurm" / "lock"),

@@ -15,8 +15,7 @@ from aimscale.analysis.table.read import read_curves, read_table
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import RunRecord, prepare_directory
 from aimscale.sweeps.table import collection
 from aimscale.sweeps.table.collection import CollectResult, collect
 from aimscale.sweeps.table.status import sweep_status
