@@ -128,5 +128,4 @@ def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
     flat = tensors[0].view(-1) if is_even else tensors[0].new_empty(world_size * sum(sizes))
     own = flat.narrow(0, 0, sum(sizes))
     torch.distributed.reduce_scatter_tensor(own, flat, group=group)
-    kept = [min(size, each.numel()) for size, each in zip(sizes, tensors, strict=True)]
-    return [part.narrow(0, 0, size) for part, size in zip(own.split(sizes), kept, strict=True)]
+    return list(own.split(sizes))

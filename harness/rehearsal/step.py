@@ -157,10 +157,9 @@ class Rehearsal:
     checkpoint_bytes: int
     """Bytes of the rank's share of a checkpoint, which its host's memory holds until they are written."""
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes that tensors occupy at any time of the step."""
-        return max(sum(phase.peak.values()) for phase in self.phases if phase.phase != "point")
+    def peak_bytes(self, *, point: bool = False) -> int:
+        """Return the most bytes that tensors occupy in the step, or while a point of the curve copies the weights."""
+        return max(sum(each.peak.values()) for each in self.phases if (each.phase == "point") is point)
 
 
 @functools.cache

@@ -278,7 +278,11 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
             drop_order=4,
             legend="of a rank; z ZeRO stage, m micro-batch, r activations recomputed",
         ),
-        Column(header="rehearsed", cell=lambda card: _rehearsed(rehearsals.get(card.run_id))),
+        Column(
+            header="rehearsed",
+            cell=lambda card: _rehearsed(rehearsals.get(card.run_id), card),
+            legend="peak of a step | while a point of the curve copies the weights, before it evaluates the copy",
+        ),
         Column(header="disk", cell=lambda card: decimal(card.disk_bytes), drop_order=8),
         Column(
             header="step, ms",
@@ -303,8 +307,13 @@ def _span(values: Sequence[str]) -> str:
     return values[0] if values[0] == values[-1] else f"{values[0]}..{values[-1]}"
 
 
-def _rehearsed(rehearsal: Rehearsal | None) -> str:
-    return decimal(rehearsal.peak_bytes) if rehearsal else ""
+def _rehearsed(rehearsal: Rehearsal | None, card: CostCard) -> str:
+    """Format the rehearsed peak of a step, and of the copy where the run measures during training."""
+    if rehearsal is None:
+        return ""
+    measures = card.fit is not None and card.fit.measures
+    points = (False, True) if measures else (False,)
+    return " | ".join(decimal(rehearsal.peak_bytes(point=each)) for each in points)
 
 
 def _memory(card: CostCard) -> str:
