@@ -242,7 +242,7 @@ def track_copy(tracker: StepTracker, engine: Engine) -> None:
 def example_batch(config: ModelConfig, num_images: int, prefix: str) -> Batch:
     """Make images whose prefixes are as long as those of a run are on average."""
     positions = np.arange(num_images)
-    prefix_lengths = np.full_like(positions, 1 if prefix == "none" else config.num_tokens // 2)
+    prefix_lengths: Any = np.full_like(positions, 1 if prefix == "none" else config.num_tokens // 2)
     if config.masked is not None:
         prefix_lengths = masks(0, positions, config)
     return Batch(

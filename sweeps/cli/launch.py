@@ -76,7 +76,8 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    loaded, runs, cards = engine.load_plan(sweep, root, on)
+    loaded, cards = engine.load_plan(sweep, root, on)
+    runs = [card.run for card in cards]
     place = "slurm" if loaded.is_for_slurm else "local"
     for option, value, only in (
         ("--devices", devices, "local"),
@@ -109,7 +110,7 @@ def launch(
     elif place == "slurm" and not dry_run and any(each.startable or each.is_active for each in states):
         print_next("status", sweep, root, "--wait")
     else:
-        print_next_step(sweep_status(loaded, runs, cards), loaded, sweep, root, *options)
+        print_next_step(sweep_status(loaded, cards), loaded, sweep, root, *options)
     if code := _exit_code(result):
         raise typer.Exit(code)
 

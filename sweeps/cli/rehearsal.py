@@ -12,19 +12,19 @@ from aimscale.harness.rehearsal.step import PARTS, Part, Rehearsal, rehearse
 from aimscale.harness.run.row import model_of
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.table.views import Column, fitted_table, new_console
 
 
-def rehearse_runs(runs: Sequence[tuple[Run, CostCard]]) -> dict[str, Rehearsal]:
+def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
     """Map the ids of runs that fit their devices to their rehearsed steps; equal steps are rehearsed once."""
     found = {}
     with Bar() as bar:
-        for number, (run, card) in enumerate(runs):
-            bar("rehearsing", number, len(runs), "runs")
+        for number, card in enumerate(cards):
+            bar("rehearsing", number, len(cards), "runs")
             if (plan := card.fit) is None:
                 continue
-            training, recompute = run.config.training, plan.activation_checkpointing
+            run, recompute = card.run, plan.activation_checkpointing
+            training = run.config.training
             parts = split_step(0, card.batch_size, micro_batch=plan.micro_batch, rank=0, world_size=run.devices)
             found[run.run_id] = rehearse(
                 model_of(training),

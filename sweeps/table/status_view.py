@@ -96,7 +96,10 @@ def _bill(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices:
         needs = [(share * card.wall_s, 1) for card, share in starting]
     else:
         where = f"on {num_devices} device{'s' if num_devices > 1 else ''} here"
-        needs = [(share * card.wall_s * max(1.0, card.devices / num_devices), card.devices) for card, share in starting]
+        needs = [
+            (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
+            for card, share in starting
+        ]
     longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
     whole_s = max(schedule_s([0.0] * num_devices, longest_first))
     longest = format_duration(max(share * card.wall_s for card, share in starting))
@@ -133,7 +136,7 @@ def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
     is_elsewhere = bool({line.place for line in lines} - {"", socket.gethostname()})
     columns = [
         Column(header="run", cell=lambda line: line.run_id, align_right=False),
-        *axis_columns(lines),
+        *axis_columns(lines, lambda line: line.cell),
         Column(header="state", cell=_state, align_right=False),
         Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
         _optional("images", lambda line: line.status.images_seen, format_number, 5),

@@ -297,7 +297,7 @@ def test_a_line_of_the_setup_that_fails_ends_the_job_and_status_says_which(
         assert ("worker begins" in done.stdout) == (code == 0), done
     submissions = slurm.submissions_file(sweep)
     submissions.with_name(f"{part.job_id}.out").write_text(done.stderr + done.stdout)
-    (said,) = sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)), {}).failed_jobs
+    (said,) = sweep_status(sweep, cost_cards(sweep, plan(sweep)), {}).failed_jobs
     assert said.startswith("slurm.setup failed with exit code 127: module load cuda (1 jobs; see ")
 
 
@@ -306,12 +306,12 @@ def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
 ) -> None:
     """The most common first failure on a cluster: a line of `slurm.setup` that does not work there."""
     sweep = write_sweep(slurm={"setup": ["module load cuda || exit 1"]})
-    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    cards = cost_cards(sweep, plan(sweep))
     submit_for(sweep)
-    assert not sweep_status(sweep, runs, cards, {}).failed_jobs, "no log yet"
+    assert not sweep_status(sweep, cards, {}).failed_jobs, "no log yet"
     for i in (0, 1):
         (sweep.directory / "slurm" / f"1_{i}.out").write_text("hello\nmodule: command not found\n")
-    (said,) = sweep_status(sweep, runs, cards, slurm.jobs()).failed_jobs
+    (said,) = sweep_status(sweep, cards, slurm.jobs()).failed_jobs
     assert "module: command not found (2 jobs; see " in said
     with pytest.raises(UserError, match=r"all 2 jobs .* before their workers began: module: command not found"):
         submit_for(sweep)
@@ -323,12 +323,12 @@ def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
 
 def test_what_a_worker_says_of_itself_is_shown_and_a_regular_end_is_not(write_sweep: Any, submitted: Any) -> None:
     sweep = write_sweep(seeds=[0, 1])
-    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    cards = cost_cards(sweep, plan(sweep))
     submit_for(sweep)
     ends = ["aimscale: this job is too short", "worker ends: nothing is left", "started a\nKilled", "started b"]
     for i, end in enumerate(ends):
         (sweep.directory / "slurm" / f"1_{i}.out").write_text(f"noise\nworker begins: job 1_{i}\n{end}\n")
-    (said,) = sweep_status(sweep, runs, cards, {}).failed_jobs
+    (said,) = sweep_status(sweep, cards, {}).failed_jobs
     assert "this job is too short (1 jobs" in said
 
 
