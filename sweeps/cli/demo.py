@@ -70,7 +70,7 @@ def command(
         print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
     _probe_baselines(sweep, cards[-1].run)
-    study = read_study([collect(sweep, cards).table], {}, (), ())
+    study = read_study([collect(sweep, cards).table], {}, ())
     report = write_page(study)
     for each in findings(study):
         first, *_ = each.caption.rstrip(".").split(". ")
