@@ -29,8 +29,8 @@ from aimscale.sweeps.plan.checks import raise_on_problems
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState, read_states
-from aimscale.sweeps.table.launch_view import format_price, launch_view
 from aimscale.sweeps.table.status import sweep_status
+from aimscale.sweeps.table.status_view import format_price, launch_view
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
 
 CONFIRM_DEVICE_HOURS = 10
@@ -76,7 +76,8 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    loaded, runs, cards = engine.load_plan(sweep, root, on)
+    loaded, cards = engine.load_plan(sweep, root, on)
+    runs = [card.run for card in cards]
     place = "slurm" if loaded.is_for_slurm else "local"
     for option, value, only in (
         ("--devices", devices, "local"),
@@ -109,7 +110,7 @@ def launch(
     elif place == "slurm" and not dry_run and any(each.startable or each.is_active for each in states):
         print_next("status", sweep, root, "--wait")
     else:
-        print_next_step(sweep_status(loaded, runs, cards), loaded, sweep, root, *options)
+        print_next_step(sweep_status(loaded, cards), loaded, sweep, root, *options)
     if code := _exit_code(result):
         raise typer.Exit(code)
 

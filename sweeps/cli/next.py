@@ -122,10 +122,9 @@ def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for images_seen in (*known, 2 * known[-1], 4 * known[-1]):
         one = sweep.with_fields(**_first_setting(sweep), budgets=[images_seen], exclude=[])
-        runs = plan(one)
-        for run, card in zip(runs, cost_cards(one, runs), strict=True):
-            seen, pool = float(card.budgets[0].images_seen), run.config.training.data.unique_images
-            row = {"size": run.cell["size"], "N": float(card.params_total), "D": seen}
+        for card in cost_cards(one, plan(one)):
+            seen, pool = float(card.budgets[0].images_seen), card.run.config.training.data.unique_images
+            row = {"size": card.run.cell["size"], "N": float(card.params_total), "D": seen}
             row |= {"U": min(seen, float(pool or seen)), "C": card.budgets[0].flops, "price": card.device_hours}
             rows.append(row)
     candidates = pd.DataFrame(rows)
