@@ -58,7 +58,8 @@ class Approaches(Result):
     @property
     def cautions(self) -> list[str]:
         """Sentences of all flags: those of all approaches first, then of each."""
-        return [*map(str, self.flags), *(str(flag) for each in self.frontiers for flag in each.flags)]
+        of_each = [f"Approach {each.approach}: {flag}" for each in self.frontiers for flag in each.flags]
+        return [*map(str, self.flags), *of_each]
 
     def disagreement(self, flops: float) -> float:
         """Return the largest N* over the smallest N* at a budget."""
