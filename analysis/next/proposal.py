@@ -129,11 +129,6 @@ class Proposal(Result):
         """Price of all runs together."""
         return float(self.table["price"].sum())
 
-    def headline(self) -> str:
-        """Say what the runs cost and are worth."""
-        facts = dict(self.facts())
-        return "; ".join(f"{key}: {facts[key]}" for key in ("target", "runs", "standard deviation"))
-
     def facts(self) -> list[tuple[str, str]]:
         """List flags, what the runs cost and are worth, the forecast and how such fared, the law."""
         before, after = map(percent, (self.sd_before, self.sd_after))

@@ -118,10 +118,6 @@ class Rates(Result):
             return f"not known: these rates allow the largest size a loss of up to {percent(top['regret_hi'])}"
         return f"the largest size is tuned within {percent(max(float(top['regret_hi']), WORTH_SAYING))} of its loss"
 
-    def headline(self) -> str:
-        """Return what is known of the tuning, and the laws."""
-        return "; ".join([f"Tuning: {self.verdict()}", *map(self._law_words, self.laws)])
-
     def _law_words(self, name: str) -> str:
         law = self.laws[name]
         powers = [
