@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import shutil
@@ -13,6 +14,8 @@ from typing import IO, Any, TypeVar
 import fsspec
 
 from aimscale.harness.data import DataError
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NUM_TRIES = 6  # of a remote read: pauses of about 6 s in all
@@ -103,5 +106,7 @@ def with_retries(action: Callable[[], T]) -> T:
         except Exception as error:  # each file system raises types of its own, such as botocore's
             if attempt == NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
+            if attempt == NUM_TRIES // 2:
+                _log.warning("a server gives no data (%s); trying again", f"{type(error).__name__} {error}".strip())
             time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
