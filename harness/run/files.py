@@ -74,6 +74,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file cannot be read or holds something else.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be waited for, or read without end
+        raise UserError(f"{path} is a pipe, a device or a socket; move it away")
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -178,6 +179,20 @@ def test_a_folder_that_is_no_run_and_a_file_that_is_no_folder_are_named(tmp_path
     (tmp_path / "file").touch()
     assert str(tmp_path) in refused("baseline", "raw-pixels", "--like", tmp_path)
     assert str(tmp_path / "file") in refused("demo", "--root", tmp_path / "file")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(finished: tuple[Path, Path], capsys: Any) -> None:
+    source, run_dir = finished
+    os.mkfifo(source.with_name("pipe.yaml"))
+    assert "pipe.yaml: it is a pipe" in refused("plan", source.with_name("pipe.yaml"))
+    for path in (run_dir.parents[1] / "sweep.json", run_dir / "status.json", run_dir / "lock"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    assert "sweep.json is a pipe" in refused("status", run_dir.parents[1])
+    with pytest.raises(SystemExit):
+        main(["status", str(source), "--root", str(source.parent / "root")])
+    assert "status.json is a pipe" in capsys.readouterr().out
 
 
 @pytest.fixture
