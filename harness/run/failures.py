@@ -177,10 +177,13 @@ def environment_sentence(error: BaseException) -> str | None:
     """Name the environment variable whose value was refused where it is read; None for other errors."""
     if isinstance(error, Warning) and "PYTHONWARNINGS" in os.environ:
         return f"a warning is an error here, as the environment variable PYTHONWARNINGS says ({error}); unset it"
-    for frame, number in traceback.walk_tb(error.__traceback__ if isinstance(error, ValueError) else None):
+    if not isinstance(error, ValueError | OverflowError):
+        return None
+    for frame, number in traceback.walk_tb(error.__traceback__):
         lines = linecache.getlines(frame.f_code.co_filename)[max(0, number - 10) : number]
         for name in re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", "".join(lines)):
-            if name in os.environ and repr(os.environ[name]) in str(error):
+            is_named = name in os.environ and repr(os.environ[name]) in str(error)
+            if is_named or (name in os.environ and isinstance(error, OverflowError)):
                 return f"the environment variable {name} has a value that cannot be used ({error}); correct or unset it"
     return None
 

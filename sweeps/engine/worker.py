@@ -33,8 +33,8 @@ from aimscale.sweeps.table.on_track import write_expected
 
 POLL_S, CANCEL_CHECK_S, RESCAN_S = 0.2, 1.0, 10.0
 """Intervals between looks at own processes, at cancellations, and at skipped runs, whose worker may have died, s."""
-BLOCKED_S = 600.0
-"""Interval between messages that other launches use all devices, s."""
+WAIT_TOLD_S = 600.0
+"""Interval between messages about what a worker without runs waits for, s."""
 SILENT_AFTER_S, LOST_AFTER_S = 60.0, 900.0
 """A run of another worker whose heartbeat is older than the first, s, may have lost its worker; the worker waits for it
 until the age exceeds the second."""
@@ -79,10 +79,10 @@ class Worker:
     """Events that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
-    blocked_since: float = float("inf")
-    """Unix time since which other launches on this machine use all devices."""
-    blocked_told: float = float("-inf")
-    """Unix time at which it last said so."""
+    waits_since: float = float("inf")
+    """Unix time since which it executes nothing and waits."""
+    wait_told: float = float("-inf")
+    """Unix time at which it last said for what."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
@@ -187,9 +187,27 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
         _collect_ended(worker)
         with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
             report(worker)
-        if not worker.active and num_active == 0 and not any(map(_may_become_free, worker.skipped.values())):
-            return
+        if not worker.active and num_active == 0:
+            if not (awaited := [found for found in worker.skipped.values() if _may_become_free(found)]):
+                return
+            _tell_wait(worker, awaited[0])
         time.sleep(POLL_S)
+
+
+def _tell_wait(worker: Worker, awaited: RunState) -> None:
+    """Say, now and then, what a worker without runs waits for, and since when."""
+    now = time.time()
+    worker.waits_since = min(worker.waits_since, now)
+    if now - worker.wait_told < WAIT_TOLD_S:
+        return
+    worker.wait_told, minutes = now, (now - worker.waits_since) / 60
+    what = f"{awaited.run.run_id} is silent on {awaited.status.host}, and is taken over once its process is gone"
+    if awaited.startable:
+        pids = " and ".join(worker.devices.others)
+        what = f"other launches of this user (process {pids}) use all devices of this machine, and runs start as "
+        what += "these become free (to share, give each launch --devices)"
+    since = f", for {minutes:.0f} minutes" if minutes >= 1 else ""
+    worker.events.append(Event(text=f"waiting{since}: {what}; Ctrl-C ends this launch"))
 
 
 def _check_directory(worker: Worker) -> None:
@@ -218,30 +236,15 @@ def _start_waiting_runs(worker: Worker) -> None:
                 if (refused := _try_to_start(worker, found, acquired)) is None:
                     worker.waiting.remove(run)
                     worker.skipped.pop(run.run_id, None)
-                    worker.blocked_since, worker.blocked_told = float("inf"), float("-inf")
+                    worker.waits_since, worker.wait_told = float("inf"), float("-inf")
                     continue
                 worker.devices.release(acquired)
                 found = refused
             elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
-            elif not worker.active:
-                _tell_blocked(worker)
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found
-
-
-def _tell_blocked(worker: Worker) -> None:
-    """Say, now and then, which processes use the devices that this worker waits for, and since when."""
-    now = time.time()
-    worker.blocked_since = min(worker.blocked_since, now)
-    if now - worker.blocked_told < BLOCKED_S:
-        return
-    worker.blocked_told, minutes = now, (now - worker.blocked_since) / 60
-    who = f"other launches of this user (process {' and '.join(worker.devices.others)}) use all devices of this machine"
-    since = f", for {minutes:.0f} minutes" if minutes >= 1 else ""
-    how = "runs start as these become free (Ctrl-C ends this launch; to share, give each --devices)"
-    worker.events.append(Event(text=f"waiting: {who}{since}; {how}"))
 
 
 def _try_to_start(worker: Worker, found: RunState, acquired: tuple[int, ...]) -> RunState | None:

@@ -37,7 +37,7 @@ def test_a_launch_that_waits_for_devices_of_another_says_so(
     write_sweep: Any, launch: Any, stand_in: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "RESCAN_S", 0.1)
-    monkeypatch.setattr(worker, "BLOCKED_S", 0.5)
+    monkeypatch.setattr(worker, "WAIT_TOLD_S", 0.5)
     sweep = write_sweep(sizes=["rung-32"])
     num_cores = len(os.sched_getaffinity(0))
     other = DevicePool(Machine(devices=num_cores, is_shared=True))

@@ -295,6 +295,20 @@ def test_two_launches_on_one_machine_share_its_devices(
     assert [starts(record) for record in records] == [1, 1]
 
 
+def test_a_launch_that_waits_for_a_silent_run_of_another_worker_says_so(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "LOST_AFTER_S", 62.0)
+    sweep = write_sweep(sizes=["rung-32"])
+    (run,) = plan(sweep)
+    record = RunRecord(sweep.run_dir(run.run_id))
+    RunRecord.create(record.path, run.config)
+    with record.hold():
+        record.write_status(state="running", host="node7", heartbeat=time.time() - 61)
+        assert [each.state for each in launch(sweep, devices=1, command=stand_in()).skipped] == ["running"]
+    assert f"waiting: {run.run_id} is silent on node7" in capsys.readouterr().out
+
+
 def test_a_launcher_whose_sweep_was_moved_stops_and_makes_nothing(
     write_sweep: Any, launch: Any, stand_in: Any, tmp_path: Path
 ) -> None:
