@@ -174,17 +174,22 @@ def limit_sentence(error: BaseException) -> str | None:
 
 
 def environment_sentence(error: BaseException) -> str | None:
-    """Name the environment variable whose value was refused where it is read; None for other errors."""
+    """Name the environment variable whose value a library refused; None for other errors.
+
+    The error names the variable, or quotes its value and was raised where it is read.
+    """
+    text, lines = " ".join(str(error).split())[:200], list[str]()
     if isinstance(error, Warning) and "PYTHONWARNINGS" in os.environ:
-        return f"a warning is an error here, as the environment variable PYTHONWARNINGS says ({error}); unset it"
-    if not isinstance(error, ValueError | OverflowError):
+        return f"a warning is an error here, as the environment variable PYTHONWARNINGS says ({text}); unset it"
+    if not isinstance(error, ValueError | OverflowError | AssertionError):
         return None
     for frame, number in traceback.walk_tb(error.__traceback__):
-        lines = linecache.getlines(frame.f_code.co_filename)[max(0, number - 10) : number]
-        for name in re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", "".join(lines)):
-            is_named = name in os.environ and repr(os.environ[name]) in str(error)
-            if is_named or (name in os.environ and isinstance(error, OverflowError)):
-                return f"the environment variable {name} has a value that cannot be used ({error}); correct or unset it"
+        lines += linecache.getlines(frame.f_code.co_filename)[max(0, number - 10) : number]
+    named = set(re.findall(r"[A-Z]+_[A-Z_]+", str(error)))
+    read = set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", "".join(lines)))
+    for name, value in os.environ.items():
+        if name in named or (name in read and (repr(value) in text or isinstance(error, OverflowError))):
+            return f"the environment variable {name} has a value that cannot be used ({text}); correct or unset it"
     return None
 
 

@@ -150,8 +150,11 @@ def is_held(path: Path) -> bool:
 
 def read_holder(path: Path) -> Holder | None:
     """Read who holds a lock, or held it last; None if its file cannot be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        return _HOLDER.validate_json(path.read_bytes().partition(b"\n")[0])
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file,
+    ):
+        return _HOLDER.validate_json(file.readline(1 << 20))
     return None
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from aimscale.aim.errors import UserError, did_you_mean
+from aimscale.harness.run.files import read_file
 
 SectionT = TypeVar("SectionT", bound="Section")
 Fields = dict[str, Any]
@@ -84,10 +85,8 @@ def _num_nodes(node: Any, known: dict[int, int]) -> int:
 
 def read_yaml(path: Path) -> Any:
     """Read one YAML document; a missing or malformed file is a ConfigError."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be waited for, or read without end
-        raise ConfigError(f"cannot read {path}: it is a pipe, a device or a socket")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(read_file(path).decode("utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, or thousands of digits, are ValueErrors

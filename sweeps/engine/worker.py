@@ -79,10 +79,6 @@ class Worker:
     """Events that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
-    waits_since: float = float("inf")
-    """Unix time since which it executes nothing and waits."""
-    wait_told: float = float("-inf")
-    """Unix time at which it last said for what."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
@@ -172,8 +168,8 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
 
 
 def _run_until_idle(worker: Worker, report: Report) -> None:
-    scanned = checked = float("-inf")
-    num_active = -1
+    scanned = checked = told = float("-inf")
+    num_active, idle_since = -1, time.monotonic()
     while worker.active or not worker.stopping:
         if time.time() >= worker.deadline:
             _stop_all(worker)
@@ -187,27 +183,26 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
         _collect_ended(worker)
         with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
             report(worker)
-        if not worker.active and num_active == 0:
-            if not (awaited := [found for found in worker.skipped.values() if _may_become_free(found)]):
-                return
-            _tell_wait(worker, awaited[0])
+        now = time.monotonic()
+        if worker.active or num_active != 0:
+            idle_since, told = now, float("-inf")
+        elif not (awaited := [found for found in worker.skipped.values() if _may_become_free(found)]):
+            return
+        elif now - told > WAIT_TOLD_S:
+            worker.events.append(Event(text=_describe_wait(worker, awaited[0], now - idle_since)))
+            told = now
         time.sleep(POLL_S)
 
 
-def _tell_wait(worker: Worker, awaited: RunState) -> None:
-    """Say, now and then, what a worker without runs waits for, and since when."""
-    now = time.time()
-    worker.waits_since = min(worker.waits_since, now)
-    if now - worker.wait_told < WAIT_TOLD_S:
-        return
-    worker.wait_told, minutes = now, (now - worker.waits_since) / 60
+def _describe_wait(worker: Worker, awaited: RunState, seconds: float) -> str:
+    """Say what a worker without runs waits for, and since when."""
     what = f"{awaited.run.run_id} is silent on {awaited.status.host}, and is taken over once its process is gone"
     if awaited.startable:
         pids = " and ".join(worker.devices.others)
         what = f"other launches of this user (process {pids}) use all devices of this machine, and runs start as "
         what += "these become free (to share, give each launch --devices)"
-    since = f", for {minutes:.0f} minutes" if minutes >= 1 else ""
-    worker.events.append(Event(text=f"waiting{since}: {what}; Ctrl-C ends this launch"))
+    since = f", for {seconds / 60:.0f} minutes" if seconds >= 60 else ""
+    return f"waiting{since}: {what}; Ctrl-C ends this launch"
 
 
 def _check_directory(worker: Worker) -> None:
@@ -236,7 +231,6 @@ def _start_waiting_runs(worker: Worker) -> None:
                 if (refused := _try_to_start(worker, found, acquired)) is None:
                     worker.waiting.remove(run)
                     worker.skipped.pop(run.run_id, None)
-                    worker.waits_since, worker.wait_told = float("inf"), float("-inf")
                     continue
                 worker.devices.release(acquired)
                 found = refused

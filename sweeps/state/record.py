@@ -14,7 +14,7 @@ from typing import Any
 
 from aimscale.harness.run import lock
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import write_text
+from aimscale.harness.run.files import read_file, write_text
 from aimscale.sweeps.plan.sweepfile import SweepError
 
 WORKER_BEGINS = "worker begins"
@@ -64,7 +64,7 @@ class RunRecord(RunDir):
 
     def read_attempts(self) -> list[dict[str, Any]]:
         """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped."""
-        lines = self.attempts.read_bytes().splitlines() if self.attempts.exists() else []
+        lines = read_file(self.attempts).splitlines() if self.attempts.exists() else []
         ended: list[dict[str, Any]] = []
         for i, line in enumerate(lines):
             try:

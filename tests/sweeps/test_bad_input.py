@@ -182,17 +182,23 @@ def test_a_folder_that_is_no_run_and_a_file_that_is_no_folder_are_named(tmp_path
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(finished: tuple[Path, Path], capsys: Any) -> None:
+def test_pipes_and_devices_in_place_of_files_are_not_read_without_end(finished: tuple[Path, Path], capsys: Any) -> None:
     source, run_dir = finished
     os.mkfifo(source.with_name("pipe.yaml"))
-    assert "pipe.yaml: it is a pipe" in refused("plan", source.with_name("pipe.yaml"))
-    for path in (run_dir.parents[1] / "sweep.json", run_dir / "status.json", run_dir / "lock"):
-        path.unlink(missing_ok=True)
-        os.mkfifo(path)
+    assert "pipe.yaml is a pipe" in refused("plan", source.with_name("pipe.yaml"))
+    os.symlink("/dev/zero", run_dir / "attempts.jsonl")
+    for name in ("claim", "lock", "results.json"):
+        (run_dir / name).unlink(missing_ok=True)
+        os.mkfifo(run_dir / name)
+    for reason in ("attempts.jsonl", "results.json"):
+        with pytest.raises(SystemExit):
+            main(["status", str(source), "--root", str(source.parent / "root")])
+        said = capsys.readouterr().out
+        assert f"{reason} is a pipe" in said
+        (run_dir / reason).unlink()
+    (run_dir.parents[1] / "sweep.json").unlink()
+    os.mkfifo(run_dir.parents[1] / "sweep.json")
     assert "sweep.json is a pipe" in refused("status", run_dir.parents[1])
-    with pytest.raises(SystemExit):
-        main(["status", str(source), "--root", str(source.parent / "root")])
-    assert "status.json is a pipe" in capsys.readouterr().out
 
 
 @pytest.fixture

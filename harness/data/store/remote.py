@@ -15,8 +15,6 @@ import fsspec
 
 from aimscale.harness.data import DataError
 
-_log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 NUM_TRIES = 6  # of a remote read: pauses of about 6 s in all
 FIRST_PAUSE_S = 0.2  # before the second try; doubles
@@ -107,6 +105,6 @@ def with_retries(action: Callable[[], T]) -> T:
             if attempt == NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
             if attempt == NUM_TRIES // 2:
-                _log.warning("a server gives no data (%s); trying again", f"{type(error).__name__} {error}".strip())
+                logging.getLogger(__name__).warning("a server gives no data (%r); trying again", error)
             time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")

@@ -65,6 +65,8 @@ def test_a_variable_of_the_environment_that_a_library_refuses_is_named(monkeypat
     with pytest.raises(ValueError, match="ever") as caught:
         int("ever")  # a fault of ours, beside SOURCE_DATE_EPOCH
     assert classify(caught.value)[0] == "code"
+    monkeypatch.setenv("TORCH_LOGS", "x")
+    assert classify(ValueError('Invalid settings: x,\ntry TORCH_LOGS="help"'))[0] == "config"
     monkeypatch.delenv("PYTHONWARNINGS", raising=False)
     assert classify(FutureWarning("soon gone"))[0] == "code"
     monkeypatch.setenv("PYTHONWARNINGS", "error")
