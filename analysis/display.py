@@ -63,8 +63,8 @@ class Result:
 
     def summary(self) -> str:
         """Write all there is to say, as the command prints it."""
-        above = fact_lines(facts) if (facts := self.facts()) else "\n".join(self.sentences() or [self.headline()])
-        return f"{above}\n\n{text_table(self.cells())}"
+        facts = self.facts()
+        return f"{fact_lines(facts) if facts else self.headline()}\n\n{text_table(self.cells())}"
 
     def plot(self, **options: Any) -> Figure:
         """Draw its figure, where the class of the result has one."""

@@ -16,7 +16,7 @@ class AnalysisError(Exception):
 
 _IS_COMMAND = ContextVar("is_command", default=False)
 _PYTHON = {
-    "best-of": 'best=["{}"]', "columns": 'columns={{"{}": "{}"}}', "fix": 'fixed={{"{}": {}}}',
+    "columns": 'columns={{"{}": "{}"}}', "fix": 'fixed={{"{}": {}}}',
     "ignore": 'ignore=["{}"]', "measure": 'measures=["{}"]', "out": 'out="{}"', "where": 'where=["{}"]',
 }  # fmt: skip
 """Option -> the argument that it is in Python, with its value."""

@@ -29,6 +29,10 @@ class Flag:
         return self.text
 
 
+SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
+"""What a number may end in, as tables and people write it."""
+
+
 def human(value: float, digits: int = 3) -> str:
     """Write a count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
     if not math.isfinite(value):
@@ -92,11 +96,6 @@ def flag_words(flags: Sequence[Flag]) -> list[str]:
         alike.setdefault((flag.kind, flag.subject), []).append(str(flag))
     groups = (each if len(each) <= 3 else [f"{each[0]} (and {len(each) - 1} more)"] for each in alike.values())
     return [words for group in groups for words in group]
-
-
-def kind_name(kind: str) -> str:
-    """Name a kind of probe in a table: LoRA is none, because it adapts the backbone."""
-    return "LoRA (not frozen)" if kind == "lora" else kind
 
 
 PROBES = ("attentive", "efficient", "linear", "knn", "lora")

@@ -9,7 +9,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_of, then
+from aimscale.analysis.cli.options import Given, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 
@@ -46,8 +46,8 @@ def contrast(
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals."""
-    df = table_of(tables, columns, where)
-    name, _, baseline = by.partition("=")
+    given = Given(tables, columns, where)
+    df, (name, _, baseline) = given.read(), by.partition("=")
     if as_law:
         if ignore or len(measure or []) > 1:
             raise AnalysisError("--as-law fits one loss, named by --measure, and takes no --ignore; leave these out.")
@@ -59,11 +59,11 @@ def contrast(
             labels=label,
             after=[line for more in each[1:] for line in ("", more.summary())],
             also={"levels": each} if len(each) > 1 else None,
-            following=then(["report"], tables, columns, where),
+            following=given.then("report"),
         )
         return
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
-    show(found, json, figure, labels=label, following=then(["report"], tables, columns, where))
+    show(found, json, figure, labels=label, following=given.then("report"))
 
 
 def correlate(
@@ -78,11 +78,14 @@ def correlate(
     within: Annotated[str | None, typer.Option(help="Correlate within groups of this column (size).")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
+    figure: options.FigurePath = None,
+    label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
-    found = analysis.correlate(table_of(tables, columns, where), x=x, y=y, partial=partial, within=within)
-    show(found, json, following=then(["report"], tables, columns, where))
+    given = Given(tables, columns, where)
+    found = analysis.correlate(given.read(), x=x, y=y, partial=partial, within=within)
+    show(found, json, figure, labels=label, following=given.then("report"))
 
 
 def rates(
@@ -112,32 +115,24 @@ def rates(
     from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.table.names import our_name
 
-    df = table_of(tables, columns, where)
+    given = Given(tables, columns, where)
+    df = given.read()
     y = our_name(df, y)
     found = analysis.rates(df, y=y, lr=lr, batch=batch)
     if write is not None:
-        write.write_text(found.recipe(then(["rates"], tables, columns, where)))
+        write.write_text(found.recipe(given.then("rates")))
         typer.echo(f"wrote {write}", err=True)
     laws: dict[str, Fit] = {}
     try:
         corrected = analysis.tuned(df, y=y, found=found)
         laws = {words: analysis.fit(each, law, y=y) for words, each in ((MEASURED, df), (TUNED, corrected))}
-        after = ["", f"{laws[TUNED].law.formula}:", "", text_table(_beside(laws))]
+        corrected_law = laws[TUNED]
+        rows = [
+            {"parameter": k, **{words: each.shown(k) for words, each in laws.items()}} for k in corrected_law.params
+        ]
+        after = ["", f"{corrected_law.law.formula}:", "", text_table(rows)]
     except AnalysisError as error:
         after = ["", f"No law as if all runs were tuned: {error}"]
     if target is not None:
         after.append(f"target: {found.advice(parse_scale(target, '--target'))}")
-    show(
-        found,
-        json,
-        figure,
-        labels=label,
-        after=after,
-        also={"laws": laws},
-        following=then(["fit", "report"], tables, columns, where),
-    )
-
-
-def _beside(laws: dict[str, Fit]) -> list[dict[str, str]]:
-    """Write a row per parameter with its value by every law."""
-    return [{"parameter": name, **{k: law.shown(name) for k, law in laws.items()}} for name in laws[TUNED].params]
+    show(found, json, figure, labels=label, after=after, also={"laws": laws}, following=given.then("fit", "report"))

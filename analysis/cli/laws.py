@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +10,10 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import can_report, show, table_to_minimise, then
+from aimscale.analysis.cli.options import Given, can_report, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import Flag, human, said_once
+from aimscale.analysis.words import human, said_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +61,6 @@ def fit(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     figure: options.FigurePath = None,
     label: options.Labels = None,
     json: options.AsJson = False,
@@ -71,8 +69,8 @@ def fit(
     from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
-    typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
+    given = Given(tables, columns, where, y)
+    df, y, tuning = given.read_to_minimise()
     if found := several(law, df, y):
         if fix:
             raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
@@ -88,8 +86,7 @@ def fit(
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
     verbs = [*["frontier"] * splits, *["report"] * can_report(df)]
-    following = then(verbs, tables, columns, where, best_of, typed_y)
-    show(result, json, figure, labels=label, after=after, also=also, following=following)
+    show(result, json, figure, labels=label, after=after, also=also, following=given.then(*verbs))
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
@@ -128,19 +125,6 @@ def parameter_values(text: str) -> tuple[str, list[float]]:
     return name.strip(), values
 
 
-def table_flags(
-    df: pd.DataFrame, variables: Sequence[str], y: str, scales: Iterable[tuple[str, Mapping[str, float]]]
-) -> list[Flag]:
-    """Flag what a law of these variables does not know, what was tuned, and scales (in words, and as numbers) that see
-    their pool more often than any row."""
-    from aimscale.analysis.table.points import passes_flags, usable_rows
-    from aimscale.analysis.table.select import mixture_flags
-
-    found = usable_rows(df, y, best_by=y)
-    passes = [flag for what, at in scales for flag in passes_flags(found.rows, what, at)]
-    return [*mixture_flags(df, variables, y), *found.flags, *passes]
-
-
 def forecast(
     tables: options.Tables,
     at: Annotated[
@@ -159,25 +143,21 @@ def forecast(
     y: options.LossColumn = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
     from aimscale.analysis.forecasts.forecast import REGISTER, parse_scale
     from aimscale.analysis.forecasts.forecast import register as write
 
-    typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
+    given = Given(tables, columns, where, y)
+    df, y, tuning = given.read_to_minimise()
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
-    scales = ((f"D = {human(each.get('D', 0))}", each) for each in found.scales)
-    found = replace(found, flags=(*table_flags(df, [*found.loss.points.x], y, scales), *found.flags))
     after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    following = then([f"next --target {at[-1]}"], tables, columns, where, best_of, typed_y)
-    show(found, json, after=after, also={"tuning": tuning}, following=following)
+    show(found, json, after=after, also={"tuning": tuning}, following=given.then(f"next --target {at[-1]}"))
 
 
 def frontier(
@@ -189,24 +169,25 @@ def frontier(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     figure: options.FigurePath = None,
     label: options.Labels = None,
     json: options.AsJson = False,
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
+    from aimscale.analysis.table.points import passes_flags, usable_rows
+
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
-    typed_y = y
-    df, y, tuning = table_to_minimise(tables, columns, where, best_of, y)
+    given = Given(tables, columns, where, y)
+    df, y, tuning = given.read_to_minimise()
     chosen = several(law, df, y)
     found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
     optima = found.at(shown)
     c, n, d = optima.iloc[-1][["C", "N", "D"]]
-    flags = table_flags(df, ["N", "D", "C"], y, [(f"D* = {human(d)} at {human(c)} FLOP", {"D": d})])
-    found = replace(found, flags=(*found.flags, *flags))
+    passes = passes_flags(usable_rows(df, y, best_by=y).rows, f"D* = {human(d)} at {human(c)} FLOP", {"D": d})
+    found = replace(found, flags=(*found.flags, *passes))
     typed = (f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in (("N", n), ("D", d)))
     place = [] if found.are_apart else [f"forecast --at {','.join(typed)}"]
     show(
@@ -216,5 +197,5 @@ def frontier(
         labels=label,
         words=found.summary(shown),
         also={"optima": optima, "flags": found.cautions, "tuning": tuning},
-        following=then([*place, *["report"] * can_report(df)], tables, columns, where, best_of, typed_y),
+        following=given.then(*place, *["report"] * can_report(df)),
     )

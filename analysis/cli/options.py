@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,21 +46,11 @@ Where = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-BestOf = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Keep the best of rows that differ only in these columns, such as optimizer. For learning rate, batch "
-        "size and weight decay laws do so anyway. May be repeated.",
-        rich_help_panel=PANEL,
-    ),
-]
 LossColumn = Annotated[str, typer.Option(help="Loss column.", rich_help_panel=PANEL)]
 Minimised = Annotated[
     str, typer.Option(help="Loss column; or a probe, TASK:KIND, for its error rate (1 - top1).", rich_help_panel=PANEL)
 ]
-FigurePath = Annotated[
-    Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png, with what is drawn as .csv.")
-]
+FigurePath = Annotated[Path | None, typer.Option(help="Also draw FIGURE.svg, .pdf and .png.")]
 Labels = Annotated[
     list[str] | None,
     typer.Option("--label", help='Name in the figure of an axis, column or level, N="Parameters". May be repeated.'),
@@ -67,60 +58,52 @@ Labels = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def table_of(
-    tables: list[Path],
-    columns: list[str] | None,
-    where: list[str] | None,
-    best: list[str] | None = None,
-    y: str = "val_loss",
-) -> pd.DataFrame:
-    """Read the tables of a verb as one frame, and say on the error stream what they hold that nobody named."""
-    from aimscale.analysis.table.accuracies import unnamed
-    from aimscale.analysis.table.read import parse_columns
+@dataclass(frozen=True)
+class Given:
+    """Tables that a verb was given, and how they are read."""
 
-    df = analysis.read_tables(tables, parse_columns(columns or []), where=where or [], best=best or [], y=y)
-    for flag in unnamed(df):
-        typer.echo(f"Note: {flag}", err=True)
-    return df
+    tables: Sequence[Path]
+    columns: list[str] | None = None
+    where: list[str] | None = None
+    y: str = "val_loss"
+    """Loss column, as it was typed."""
 
+    def read(self) -> pd.DataFrame:
+        """Read them as one frame, and say on the error stream what they hold that nobody named."""
+        from aimscale.analysis.table.accuracies import unnamed
+        from aimscale.analysis.table.read import parse_columns
 
-def table_to_minimise(
-    tables: list[Path], columns: list[str] | None, where: list[str] | None, best: list[str] | None, y: str
-) -> tuple[pd.DataFrame, str, str]:
-    """Read the tables of a verb for laws of `y`: a loss, corrected to the best learning rates where these are known, or
-    the error rate of a probe.
+        df = analysis.read_tables(self.tables, parse_columns(self.columns or []), where=self.where or [])
+        for flag in unnamed(df):
+            typer.echo(f"Note: {flag}", err=True)
+        return df
 
-    Returns:
-        The table, the column of `y`, and how well the largest size is tuned; nothing of an accuracy.
-    """
-    from aimscale.analysis.table.accuracies import named_like_accuracy
-    from aimscale.analysis.table.measures import to_minimise
-    from aimscale.analysis.table.points import best_of
-    from aimscale.analysis.tuning.rates import tuned_where_known
+    def read_to_minimise(self) -> tuple[pd.DataFrame, str, str]:
+        """Read them for laws of `y`: a loss, corrected to the best learning rates where these are known, or the error
+        rate of a probe.
 
-    read = table_of(tables, columns, where)
-    df, y = to_minimise(read, y)
-    is_loss = y in read and not named_like_accuracy(y)
-    corrected, words, _ = tuned_where_known(df, y) if is_loss else (df, "", None)
-    return (best_of(df, best, y) if best else corrected), y, words
+        Returns:
+            The table, the column of `y`, and how well the largest size is tuned; nothing of an accuracy.
+        """
+        from aimscale.analysis.table.accuracies import named_like_accuracy
+        from aimscale.analysis.table.measures import to_minimise
+        from aimscale.analysis.tuning.rates import tuned_where_known
 
+        read = self.read()
+        df, y = to_minimise(read, self.y)
+        is_loss = y in read and not named_like_accuracy(y)
+        corrected, words, _ = tuned_where_known(df, y) if is_loss else (df, "", None)
+        return corrected, y, words
 
-def then(
-    verbs: Sequence[str],
-    tables: Sequence[Path],
-    columns: list[str] | None,
-    where: list[str] | None,
-    best: list[str] | None = None,
-    y: str = "val_loss",
-) -> str:
-    """Write what to run next on the same tables: verbs, each with further options behind it."""
-    words = [NAMES.get(each, str(each)) for each in tables]
-    for option, texts in (("--columns", columns), ("--where", where), ("--best-of", best)):
-        words += [word for text in texts or [] for word in (option, text)]
-    given, of_y = shlex.join(words), "" if y == "val_loss" else f"--y {shlex.quote(y)}"
-    parts = [verb.partition(" ") for verb in verbs]
-    lines = [("aimscale", verb, given, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
-    return "; ".join(" ".join(filter(None, line)) for line in lines)
+    def then(self, *verbs: str) -> str:
+        """Write what to run next on the same tables: verbs, each with further options behind it."""
+        words = [NAMES.get(each, str(each)) for each in self.tables]
+        for option, texts in (("--columns", self.columns), ("--where", self.where)):
+            words += [word for text in texts or [] for word in (option, text)]
+        given, of_y = shlex.join(words), "" if self.y == "val_loss" else f"--y {shlex.quote(self.y)}"
+        parts = [verb.partition(" ") for verb in verbs]
+        lines = [("aimscale", verb, given, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
+        return "; ".join(" ".join(filter(None, line)) for line in lines)
 
 
 def can_report(df: pd.DataFrame) -> bool:

@@ -9,7 +9,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_of, then
+from aimscale.analysis.cli.options import Given, show
 
 
 def report(
@@ -17,10 +17,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     figures: Annotated[
-        Path | None,
-        typer.Option(help="Also write each figure into this folder: SVG, PDF, PNG at a paper's width, and its CSV."),
+        Path | None, typer.Option(help="Also write each figure into this folder: SVG, PDF and PNG at a paper's width.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: summary, figures, laws, single changes, methods.
@@ -31,14 +29,14 @@ def report(
     from aimscale.analysis.report.study import next_scales, read_study
     from aimscale.analysis.table.read import parse_columns
 
-    study = read_study(tables, parse_columns(columns or []), where or [], best_of or [])
+    study = read_study(tables, parse_columns(columns or []), where or [])
     page = write_page(study, out, figures)
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
     if study.get("forecast") is not None:
         scale = ",".join(f"{name}={value:.4g}" for name, value in next_scales(study)[-1].items())
-        options.say_next(then([f"forecast --at {scale}"], tables, columns, where, best_of))
+        options.say_next(Given(tables, columns, where).then(f"forecast --at {scale}"))
 
 
 def compare(
@@ -47,8 +45,8 @@ def compare(
     json: options.AsJson = False,
 ) -> None:
     """Compare runs with published models and own baselines, task by task; what is not comparable is named."""
-    found = analysis.compare(table_of([table], columns, None))
-    show(found, json, following=then(["report"], [table], columns, None))
+    given = Given([table], columns)
+    show(analysis.compare(given.read()), json, following=given.then("report"))
 
 
 def verify(

@@ -6,9 +6,8 @@ that cancels in what is told of their difference.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,6 @@ from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.select import main_part
 from aimscale.analysis.words import Flag, flag_words, human, power_of_ten
 
-TERMS = ("E", "A", "B", "alpha", "beta")
-"""Parameters of L = E + A N^-alpha + B D^-beta that two recipes may share."""
 NEWTON_STEPS = 20
 """Steps to a gain, in the logarithm of the excess loss, which is nearly linear in that of compute."""
 NUM_SCALES = 7
@@ -44,35 +41,32 @@ EXPONENTS = ("alpha", "beta")
 """Parameters whose ratio between the recipes is told."""
 GAIN, TIME_GAIN = ("gain", "low", "high"), ("time_gain", "time_low", "time_high")
 """Columns of a gain and its interval."""
-SHARED, OWN = ("E", *EXPONENTS), ("E",)
-"""Terms that both recipes share: exponents, too, unless these differ significantly."""
 
 
-def _terms(x: Columns, t: Params, *, share: frozenset[str]) -> tuple[Array, ...]:
-    level = x.log("G") / np.log(2.0)
-    power = {
-        "E": [np.ones_like(level)] * 2,
-        "A": [np.exp(-t["alpha" + ("" if "alpha" in share else own)] * x.log("N")) for own in ("", "_2")],
-        "B": [np.exp(-t["beta" + ("" if "beta" in share else own)] * x.log("D")) for own in ("", "_2")],
-    }
-    parts = list[Array]()
-    for name, (first, second) in power.items():
-        both = (1 - level) * first, level * second
-        parts += [both[0] + both[1]] if name in share else both
-    return tuple(parts)
+def _terms(x: Columns, t: Params) -> tuple[Array, ...]:
+    """Return 1, and the terms of size and of data of the first recipe and of the second."""
+    is_second, parts = x.log("G") / np.log(2.0), list[Array]()
+    for name, variable in (("alpha", "N"), ("beta", "D")):
+        first, second = (np.exp(-t[each] * x.log(variable)) for each in (name, _second(name, t)))
+        parts += [(1 - is_second) * first, is_second * second]
+    return np.ones_like(is_second), *parts
 
 
-def pair(share: Collection[str] = SHARED) -> Law:
-    """Make Chinchilla's law of two recipes, G = 1 and G = 2; what they do not share has a second parameter, as A_2."""
-    names = {name: [name] if name in share else [name, f"{name}_2"] for name in TERMS}
-    own = ", ".join(name for name in TERMS if name not in share) or "nothing"
+def _second(name: str, params: Params) -> str:
+    """Name the second recipe's parameter: the first one's where they share it."""
+    return own if (own := f"{name}_2") in params else name
+
+
+def pair(*, own_exponents: bool = False) -> Law:
+    """Make Chinchilla's law of two recipes, G = 1 and G = 2, that share E and, unless each has its own, exponents."""
+    exponents = ("alpha", "alpha_2", "beta", "beta_2") if own_exponents else EXPONENTS
     return Law(
         name="pair",
-        formula=f"L = E + A N^-alpha + B D^-beta, each recipe with its own {own}",
+        formula=f"L = E + A N^-alpha + B D^-beta, each recipe with its own A, B{', alpha, beta' * own_exponents}",
         variables=("N", "D", "G"),
-        linear=tuple(coefficient(each) for name in "EAB" for each in names[name]),
-        nonlinear=tuple(exponent(each) for name in ("alpha", "beta") for each in names[name]),
-        basis=partial(_terms, share=frozenset(share)),
+        linear=tuple(map(coefficient, ("E", "A", "A_2", "B", "B_2"))),
+        nonlinear=tuple(map(exponent, exponents)),
+        basis=_terms,
         source="Hoffmann et al. 2022, approach 3, of two recipes",
     )
 
@@ -165,10 +159,9 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
         >>> recipes(read_table("two.csv"), by="recipe")[0].table
     """
     by, y = our_name(df, by), our_name(df, y)
-    columns = {letter: our_name(df, letter) for letter in "ND"}
-    if absent := [name for name in (by, y, *columns.values()) if name not in df]:
-        raise no_column(df, absent[0])
-    used = usable_rows(df, {**columns, "y": y})
+    if by not in df:
+        raise no_column(df, by)
+    used = usable_rows(df, {"N": our_name(df, "N"), "D": our_name(df, "D"), "y": y})
     known = used.rows[used.rows[by].notna()]
     rows, which = main_part(known, free={by, *FOLLOWS.get(by, ())})
     others = len(known) - len(rows)
@@ -195,7 +188,7 @@ def _compared(
 ) -> Recipes:
     """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
     points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
-    own, shared = (fit(points, pair(share), y="y", is_tested=False) for share in (OWN, SHARED))
+    own, shared = (fit(points, pair(own_exponents=each), y="y", is_tested=False) for each in (True, False))
     ratios = {name: own.estimate.error_of(_log_ratio(name)) for name in EXPONENTS}
     either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
     differs = any(low > 1 or high < 1 for each in ratios.values() for _, low, high in [_factor(*each, either)[:, 0]])
@@ -283,8 +276,9 @@ def _gain_of(law: Fit, n: Array, d: Array) -> Function:
     root gain times as much for the loss that the level has there."""
 
     def gain(params: Params) -> Array:
-        first = {name: np.asarray(params[name])[..., None] for name in TERMS}
-        second = {name: np.asarray(params.get(f"{name}_2", params[name]))[..., None] for name in TERMS}
+        names = ("E", "A", "B", *EXPONENTS)
+        first = {name: np.asarray(params[name])[..., None] for name in names}
+        second = {name: np.asarray(params[_second(name, params)])[..., None] for name in names}
         excess = second["E"] - first["E"] + second["A"] * n ** -second["alpha"] + second["B"] * d ** -second["beta"]
         found = np.zeros_like(excess)
         for _ in range(NEWTON_STEPS):

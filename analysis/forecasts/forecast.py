@@ -23,13 +23,14 @@ from aimscale.analysis.fitting.result import Interval
 from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
 from aimscale.analysis.forecasts.points import AUTO, JOINT, Cache
 from aimscale.analysis.laws.base import Law
+from aimscale.analysis.table.accuracies import to_numbers
 from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.select import table_flags
 from aimscale.analysis.words import Flag, human, percent
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
-_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 REGISTER = "forecasts.jsonl"
 SCORES = "forecast-scores.csv"
 SAME_SCALE = 0.01
@@ -57,7 +58,7 @@ class Forecast(Result):
     names: Mapping[str, str]
     """Column -> its name in the file, where that differs."""
     flags: tuple[Flag, ...] = ()
-    """Errors that the table hardly tells, and accuracies that were not forecast and why."""
+    """Cautions about the table, errors that it hardly tells, and accuracies that were not forecast and why."""
 
     @property
     def loss(self) -> Forecaster:
@@ -65,9 +66,15 @@ class Forecast(Result):
         return next(iter(self.forecasters.values()))
 
     def headline(self) -> str:
-        """Say how many scales, from how many runs."""
-        where = "1 scale" if len(self.scales) == 1 else f"{len(self.scales)} scales"
-        return f"Forecast of {len(self.forecasters)} quantities at {where} from {len(self.loss.points.y)} rows"
+        """Say the loss that is expected at every scale."""
+        name = next(iter(self.forecasters))
+        what = "a loss" if name == "val_loss" else self.names.get(name, name)
+        told = list[str]()
+        for row in self.table[self.table["quantity"] == name].to_dict("records"):
+            at = ", ".join(f"{v} = {human(value)}" for v, value in self.scales[row["at"]].items())
+            value, low, high = (human(row[end], 4) for end in ("value", "pi_lo", "pi_hi"))
+            told.append(f"At {at} ({human(row['distance'])} times beyond the table) {what} of {value} [{low}, {high}].")
+        return " ".join(told)
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
@@ -129,9 +136,10 @@ def forecast(
         raise AnalysisError("There is no scale to forecast at; give N and D.")
     fits = Cache()
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
-    heaviest = loss.curves[loss.weights.index[0]].law
-    flags = [*blind_flags(heaviest.groups)]
-    by = {y: loss}
+    flags, by = list[Flag](), {y: loss}
+    if not isinstance(law, Forecaster):  # else whoever made it has told them
+        flags += table_flags(df, [*loss.points.x], y, {f"D = {human(each.get('D', 0))}": each for each in scales})
+    flags += blind_flags(loss.curves[loss.weights.index[0]].law.groups)
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():
         name = ":".join(map(str, key))
@@ -190,12 +198,9 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
         name, _, value = (each.strip() for each in part.partition("="))
         if name in out:
             raise AnalysisError(f"{option} names {name} twice in {text!r}.")
-        try:
-            out[name] = float(value[:-1]) * _UNITS[value[-1]] if value[-1:] in _UNITS else float(value)
-        except ValueError:
-            raise AnalysisError(f"{option} takes numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.") from None
+        out[name] = float(to_numbers(pd.Series([value])).iloc[0])
         if not 0 < out[name] < np.inf:
-            raise AnalysisError(f"{option} takes positive values as in N=1e9,D=2B, not {part!r}.")
+            raise AnalysisError(f"{option} takes positive numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.")
     return out
 
 

@@ -17,6 +17,7 @@ from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, parametric_frontier, points_of, why_not
 from aimscale.analysis.optimum.isoflop import isoflop_frontier
 from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.select import table_flags
 from aimscale.analysis.words import Flag, human, power_of_ten
 
 
@@ -70,10 +71,15 @@ class Approaches(Result):
         return max(each.range[1] for each in self.frontiers)
 
     def headline(self) -> str:
-        """Say which approaches there are, and how far they disagree."""
-        names, top = " and ".join(str(each.approach) for each in self.frontiers), self.largest_budget
-        apart = f"; at {power_of_ten(top, 3)} FLOP their N* differ by a factor of {self.disagreement(top):.2f}"
-        return f"Compute-optimal size for {self.measure} by approach {names}{apart * (len(self.frontiers) > 1)}"
+        """Say the optimum at the largest budget by the last approach, and how the best size grows by all."""
+        top, best, several = self.largest_budget, self.frontiers[-1], len(self.frontiers) > 1
+        at = best.at(top).iloc[0]
+        n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
+        law = f" on the {best.law.law.name} law" if best.law else ""
+        exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in self.frontiers]
+        found = f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}. "
+        found += f"N grows as {', '.join(exponents)}."
+        return found + f" There they differ by a factor of {human(self.disagreement(top), 2)} in N." * several
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row an approach: the exponent with its interval, the range of C."""
@@ -139,6 +145,7 @@ def frontier(df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "c
     if not frontiers:
         raise AnalysisError(f"No frontier can be drawn. {' '.join(failed_words(failures))}")
     flags, measure = apart_flags(frontiers), their_name(df, y)
+    flags += () if isinstance(law, Fit) else table_flags(df, ["N", "D", "C"], y)  # a fit has flags of its own
     return Approaches(frontiers=tuple(frontiers), failures=failures, measure=measure, flags=flags)
 
 

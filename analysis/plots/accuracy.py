@@ -52,7 +52,7 @@ def plot_accuracy(probes: pd.DataFrame, levels: pd.DataFrame | None = None) -> F
             mine = rows[(rows["task"] == task) & rows[x].notna()]
             if is_split:
                 parts.draw_means(ax, mine, x, "top1", by)
-            parts.draw_points(ax, mine, (x, *TOP1), "measured")
+            parts.draw_points(ax, mine, (x, *TOP1))
         parts.log_axis(column[-1], "x", rows[x], x, lambda column: words(column).partition(",")[0])
     sides = ("lower left", "lower right") if len(scales) > 1 else ("lower center",)
     for by, place in zip(dict.fromkeys(scales.values()), sides, strict=False):
@@ -93,10 +93,10 @@ def plot_loss_accuracy(
     probes["series"], _ = parts.series_of(probes, by)
     for ax, task in zip(panels, tasks, strict=True):
         mine = probes[probes["task"] == task]
-        parts.draw_points(ax, mine, ("val_loss", *TOP1), "measured")
+        parts.draw_points(ax, mine, ("val_loss", *TOP1))
         if links and task in links:
             heights = ax.get_ylim()  # those of the points: where few tell, the band may reach from chance to 100 %
-            parts.draw(ax, curve_of(links[task], "L"), ("L", *CURVE), "link", MUTED)
+            parts.draw(ax, curve_of(links[task], "L"), ("L", *CURVE), MUTED)
             ax.set_ylim(heights)
         ax.set_xlabel(words("val_loss").replace("\n", " "))
         lines = _correlation_lines((correlations or {}).get(task, ()))
@@ -150,11 +150,14 @@ def plot_comparison(found: Comparison) -> Figure:
         theirs = aim.assign(top1=table6().loc[aim["size"], task].to_numpy())
         rows = pd.concat([mine, theirs], keys=names, names=["series"]).reset_index("series")
         rows["series"] = pd.Categorical(rows["series"], names)
-        for name, what in zip(names, ("ours", "AIM"), strict=True):
-            parts.draw_points(ax, rows[rows["series"] == name], ("params_total", *TOP1), what)
-        best, top1 = mine[["best_frozen", "best_frozen_top1"]].iloc[0]
-        ax.axhline(top1, color=MUTED, linewidth=0.9, linestyle="--", label="best frozen model, published")
-        parts.record(ax, "level", pd.DataFrame({"series": [best], "y": top1}))
+        parts.draw_points(ax, rows, ("params_total", *TOP1))
+        ax.axhline(
+            mine["best_frozen_top1"].iloc[0],
+            color=MUTED,
+            linewidth=0.9,
+            linestyle="--",
+            label="best frozen model, published",
+        )
         parts.log_axis(ax, "x", rows["params_total"], "N: parameters")
         ax.set_title(parts.plain(task))
     parts.legend(panels, "", 2 if len(tasks) < 2 else 3)
@@ -193,10 +196,21 @@ def plot_contrasts(found: Contrasts, *, labels: Mapping[str, str] | None = None)
 
 
 @styled()
-def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
-    """Draw coefficients with intervals; a dot is filled where its interval excludes zero."""
+def plot_correlations(
+    found: Correlations, ax: Axes | None = None, *, labels: Mapping[str, str] | None = None
+) -> Figure:
+    """Draw coefficients with intervals; a dot is filled where its interval excludes zero.
+
+    Args:
+        labels: words for the two columns and for tasks by their name.
+    """
+    words = labels or {}
     rows = pd.DataFrame(
-        {"what": " ".join(filter(None, (c.task, c.kind, c.compared))), "series": c.method, "x": c.value}
+        {
+            "what": " ".join(filter(None, (words.get(c.task, c.task), c.kind, c.compared))),
+            "series": c.method,
+            "x": c.value,
+        }
         | {"low": c.low, "high": c.high, "is_filled": c.is_significant}
         for c in found
         if np.isfinite(c.value)
@@ -204,7 +218,8 @@ def plot_correlations(found: Correlations, ax: Axes | None = None) -> Figure:
     ax = ax or new_figure(6.2, 0.9 + 0.35 * rows["what"].nunique())[1][0]
     _draw_intervals(ax, rows, {"pearson": style.cycled(0), "spearman": style.cycled(1)})
     first = found.correlations[0]
-    ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {parts.plain(first.x)} and {parts.plain(first.y)}")
+    x, y = (parts.plain(words.get(name, name)) for name in (first.x, first.y))
+    ax.set(xlim=(-1.05, 1.05), xlabel=f"correlation of {x} and {y}")
     parts.legend([ax], "")
     return style.figure_of(ax)
 
@@ -222,7 +237,6 @@ def _draw_intervals(ax: Axes, rows: pd.DataFrame, colours: Mapping[str, Any]) ->
         ax.errorbar(part["x"], y, xerr=reach, elinewidth=1.8, label=parts.plain(series), **look)
         is_open = ~part["is_filled"].astype(bool)
         ax.plot(part["x"][is_open], y[is_open], markerfacecolor=PAPER, zorder=3, **look)
-        parts.record(ax, part["what"], part.assign(y=y))
     ax.set_yticks(range(len(names)), [parts.plain(name, 60) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)

@@ -45,20 +45,14 @@ def plain(text: object, longest: int = 32) -> str:
 
 
 def axis_label(
-    column: str,
-    loss_unit: str = "",
-    names: Mapping[str, str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    default: str = "",
+    column: str, loss_unit: str = "", names: Mapping[str, str] | None = None, labels: Mapping[str, str] | None = None
 ) -> str:
-    """Label a column (or its letter) as `labels` do, else by its name in the file if `names` has it, else by `default`
-    or our label; without `loss_unit`, of a table that is not ours, in neutral words.
+    """Label a column (or its letter) as `labels` do, else by its name in the file if `names` has it, else by our label;
+    without `loss_unit`, of a table that is not ours, in neutral words.
     """
     keys = (column, LETTERS.get(column, ""), (names or {}).get(column, ""))
     if own := [(labels or {})[key] for key in keys if key in (labels or {})]:
         return plain(own[0], 60)
-    if default:
-        return default
     if names and column in names:
         letter = LETTERS.get(column, "L")
         name = re.sub(r"\s*\*\s*", " × ", names[column].replace("`", ""))  # it may be a formula
@@ -130,22 +124,14 @@ def series_of(data: pd.DataFrame, by: str | None) -> tuple[pd.Series, dict[str, 
     return series.cat.rename_categories(names), dict(zip(names, map(float, distinct), strict=True))
 
 
-def record(ax: Axes, what: str | pd.Series, frame: pd.DataFrame) -> None:
-    """Keep the numbers of what is drawn with the figure, which writes them beside it."""
-    figure = figure_of(ax)
-    if isinstance(figure, ShownFigure):
-        figure.parts.append((ax, frame.assign(what=what)))
-
-
-def draw(ax: Axes, rows: pd.DataFrame, columns: Sequence[str], what: str, color: Any = None, **look: Any) -> None:
-    """Draw and record columns: x, y, and both ends of an interval if given. A column `series` makes several lines with
-    bands, or points with bars where `markers` are given, in their own colours or in one. A legend is made later.
+def draw(ax: Axes, rows: pd.DataFrame, columns: Sequence[str], color: Any = None, **look: Any) -> None:
+    """Draw columns: x, y, and both ends of an interval if given. A column `series` makes several lines with bands, or
+    points with bars where `markers` are given, in their own colours or in one. A legend is made later.
     """
     markers, label = look.pop("markers", ()), look.pop("label", "")
     names = [*["x", "y", "low", "high"][: len(columns)], "series"]
     rows = rows if "series" in rows else rows.assign(series=label)
     rows = rows[[*columns, "series"]].set_axis(names, axis=1).dropna(subset=["x", "y", "series"])
-    record(ax, what, rows)
     x, y, series = (rows[name].to_numpy() for name in ("x", "y", "series"))
     levels = list(rows["series"].astype("category").cat.categories)
     colours, is_many = palette(levels, color), bool(markers) and len(rows) > MAX_SHAPES
@@ -169,7 +155,7 @@ draw_points = partial(
 )
 
 
-def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, what: str = "mean", **look: Any) -> None:
+def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, **look: Any) -> None:
     """Draw a thin line through the means of each value of a column, in the colour of its series (categorical)."""
     rows = rows.dropna(subset=[y])
     values = rows[by].unique()
@@ -177,7 +163,7 @@ def draw_means(ax: Axes, rows: pd.DataFrame, x: str, y: str, by: str, what: str 
     means = rows.groupby([by, x, "series"], observed=True)[y].mean().reset_index()
     means = means.astype({"series": rows["series"].dtype})
     look = {"linestyle": "-", "linewidth": 0.9, "alpha": 0.8, "zorder": 1.5, "units": means[by].to_numpy(), **look}
-    draw(ax, means, (x, y), what, **look)
+    draw(ax, means, (x, y), **look)
 
 
 def name_task(panels: Sequence[Axes], rows: pd.DataFrame, task: str, **look: Any) -> None:
@@ -189,7 +175,6 @@ def name_task(panels: Sequence[Axes], rows: pd.DataFrame, task: str, **look: Any
     if chance is not None and low < chance < high:
         for ax in panels:
             ax.axhline(chance, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
-        record(panels[0], "chance", pd.DataFrame({"series": ["chance"], "y": chance}))
 
 
 def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> None:
@@ -205,8 +190,6 @@ def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> N
         for ax in () if arrow else panels:
             ax.axhline(value, zorder=1, **look)
         handles.append(Line2D([], [], label=f"{arrow}{plain(name, 30)} {100 * value:.1f}", **look))
-        what = "level, beyond the axis" if arrow else "level"
-        record(panels[-1], what, pd.DataFrame({"series": [name], "y": value}))
     if handles:
         look = {"labelcolor": MUTED, "fontsize": "small", "handlelength": 1.6, "handletextpad": 0.4}
         panels[-1].legend(handles=handles, **look, **place)

@@ -73,8 +73,8 @@ def plot_fit(
         for name, value in values.items()
     )
     drawn = drawn.astype({"series": series.dtype})
-    parts.draw(ax, drawn, (x, *CURVE), "law", color, **look)
-    parts.draw_points(ax, data.assign(series=series), (x, "y"), "measured", color)
+    parts.draw(ax, drawn, (x, *CURVE), color, **look)
+    parts.draw_points(ax, data.assign(series=series), (x, "y"), color)
     letters = {fit.columns.get(name, name): text for name, text in (labels or {}).items()}
     words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names, labels=letters)
     title = words(fit.columns[other]) if other and not is_one else ""
@@ -133,10 +133,10 @@ def plot_points(
     both = both.assign(series=parts.series_of(both, by)[0])
     rows = both[~both["is_during"]]
     if curves is not None:
-        parts.draw_means(ax, both[both["is_during"]].sort_values(x), x, y, "run_id", "during training")
+        parts.draw_means(ax, both[both["is_during"]].sort_values(x), x, y, "run_id")
     elif by:
         parts.draw_means(ax, rows, x, y, by)
-    parts.draw_points(ax, rows, (x, y), "measured" if curves is None else "budget")
+    parts.draw_points(ax, rows, (x, y))
     return parts.finish(ax, (x, both[x]), (y, both[y]), words, words(by) if by else "")
 
 
@@ -154,13 +154,13 @@ def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.D
     smaller = smaller.assign(series=parts.series_of(smaller, "params_total")[0])
     columns, color = (x, "loss", "low", "high"), cycled(0)
     if len(during):
-        parts.draw_means(ax, smaller, x, "val_loss", "run_id", "smaller runs", color=MUTED)
-        parts.draw(ax, during, columns, "forecast", color, label="forecast, 95 % of one run")
-    parts.draw_points(ax, budgets, columns, "forecast of budgets", color, markers=MARKERS[3:])
+        parts.draw_means(ax, smaller, x, "val_loss", "run_id", color=MUTED)
+        parts.draw(ax, during, columns, color, label="forecast, 95 % of one run")
+    parts.draw_points(ax, budgets, columns, color, markers=MARKERS[3:])
     if measured is not None:
         names = {False: "measured", True: "measured budget"}
         rows = measured.assign(series=measured["is_budget"].map(names)).sort_values(x)
-        parts.draw_points(ax, rows, (x, "val_loss"), "measured", INK)
+        parts.draw_points(ax, rows, (x, "val_loss"), INK)
     shown = pd.concat([during["low"], during["high"], budgets["low"], smaller["val_loss"]])
     return parts.finish(ax, (x, found.table[x]), ("val_loss", shown), words)
 
@@ -174,19 +174,16 @@ def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels
     """
     ax, columns, drawn = ax or new_figure()[1][0], ("C", "N", "N_lo", "N_hi"), []
     for number, frontier in enumerate(found.frontiers):
-        name, (low, high), color = f"approach {frontier.approach}", frontier.range, cycled(number)
-        label = f"{name}: exponent {frontier.exponent_words()}"
+        (low, high), color = frontier.range, cycled(number)
+        label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}"
         inside, beyond = (frontier.at(np.geomspace(*span, 12)) for span in ((low, high), (high, 10 * high)))
-        parts.draw(ax, inside, columns, name, color, label=label, linestyle=("-", "--", "-.")[number])
-        parts.draw(ax, beyond, columns, f"{name}, beyond", color, linestyle=":")
+        parts.draw(ax, inside, columns, color, label=label, linestyle=("-", "--", "-.")[number])
+        parts.draw(ax, beyond, columns, color, linestyle=":")
         drawn += [inside, beyond, frontier.pairs]
         if len(frontier.pairs):
-            parts.draw_points(ax, frontier.pairs, ("C", "N"), f"{name}, optima", color, markers=MARKERS[number:])
-    shown, size = pd.concat(drawn), "N*: compute-optimal\nparameters"
-
-    def words(column: str) -> str:
-        return parts.axis_label(column, labels=labels, default="" if column == "flops_train" else size)
-
+            parts.draw_points(ax, frontier.pairs, ("C", "N"), color, markers=MARKERS[number:])
+    shown = pd.concat(drawn)
+    words = partial(parts.axis_label, labels={"N": "N*: compute-optimal\nparameters", **(labels or {})})
     return parts.finish(ax, ("flops_train", shown["C"]), ("params_total", shown["N"]), words, columns=1)
 
 
@@ -216,12 +213,12 @@ def plot_forecast(
     path = by.predict(at).assign(C=_compute(by, at))
     ends = found.table[found.table["quantity"] == y]
     ends = ends.assign(C=_compute(by, {v: ends[v].to_numpy(float) for v in found.scales[0]}))
-    parts.draw_points(ax, measured, ("C", "y"), "measured", MUTED)
-    parts.draw(ax, path, ("C", *ONE_RUN), "forecast of one run", color, label="forecast")
-    parts.draw(ax, path, ("C", *CURVE), "forecast", color)
+    parts.draw_points(ax, measured, ("C", "y"), MUTED)
+    parts.draw(ax, path, ("C", *ONE_RUN), color, label="forecast")
+    parts.draw(ax, path, ("C", *CURVE), color)
     for end, label in (("rival_lo", "single laws"), ("rival_hi", "")):
-        parts.draw(ax, path, ("C", end), "single laws", MUTED, label=label, linestyle=":")
-    parts.draw_points(ax, ends, ("C", *ONE_RUN), "forecast, 95 %", color, markers=MARKERS[3:])
+        parts.draw(ax, path, ("C", end), MUTED, label=label, linestyle=":")
+    parts.draw_points(ax, ends, ("C", *ONE_RUN), color, markers=MARKERS[3:])
     words = partial(parts.axis_label, names=found.names, labels=labels)
     x, y_range = ("flops_train", [*measured["C"], *path["C"]]), [*measured["y"], *path["value"], *ends["pi_lo"]]
     if not points.is_accuracy:
@@ -253,8 +250,8 @@ def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, l
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
     inside, columns = found.table[~found.table["beyond"]], ("C", "gain", "low", "high")
     beyond = found.table.iloc[len(inside) - 1 :]
-    parts.draw(ax, inside, columns, "gain", color, label=f"{level} against {baseline}", linestyle="-")
-    parts.draw(ax, beyond, columns, "gain, beyond", color, linestyle=":")
+    parts.draw(ax, inside, columns, color, label=f"{level} against {baseline}", linestyle="-")
+    parts.draw(ax, beyond, columns, color, linestyle=":")
     ax.axhline(1, color=MUTED, linewidth=0.9)
     label = partial(parts.axis_label, labels={"gain": "gain in compute (factor)", **words})
     return parts.finish(ax, ("flops_train", found.table["C"]), ("gain", found.table[["low", "high"]]), label)
@@ -275,15 +272,15 @@ def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] |
     lowest = lowest.assign(N=found.table["N"].to_numpy()[lowest["cell"]])
     lowest = lowest[lowest["cell"].isin(found.tuned)]
     lowest = lowest.assign(series=parts.series_of(lowest, "N")[0])
-    parts.draw_points(axes[0], lowest, (setting, "y"), "lowest loss")
+    parts.draw_points(axes[0], lowest, (setting, "y"))
     curves = pd.concat([_parabola(found, setting, number) for number in range(len(found.tuned))])
     names = lowest.drop_duplicates("N").set_index("N")["series"]
     curves = curves.assign(series=curves["N"].map(names).astype(lowest["series"].dtype))
     look: dict[str, Any] = {"linewidth": 0.8, "units": curves["cell"].to_numpy(), "linestyle": "-"}
-    parts.draw(axes[0], curves, (setting, "y"), "parabola", **look)
+    parts.draw(axes[0], curves, (setting, "y"), **look)
     optima = found.table.take(found.tuned).assign(y=np.exp(found.surface.lowest))
     optima = optima[optima["found"] == OPTIMUM]
-    parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), "optimum", INK, markers=("X",))
+    parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), INK, markers=("X",))
     words = {setting: SETTING_WORDS[setting], "val_loss": found.columns["y"]}
     words |= ({setting: found.columns[setting]} if found.names else {}) | dict(labels or {})
     if law:
@@ -313,9 +310,9 @@ def _draw_law(found: Rates, setting: str, optima: pd.DataFrame, ax: Axes, words:
         curve_of(law, x, optima[labels == name], **({other: value} if other else {})).assign(series=name)
         for name, value in values.items()
     )
-    parts.draw(ax, lines.astype({"series": labels.dtype}), (x, *CURVE), "law")
+    parts.draw(ax, lines.astype({"series": labels.dtype}), (x, *CURVE))
     columns = (x, *(f"{setting}_{end}" for end in ("best", "lo", "hi")))
-    parts.draw_points(ax, optima.assign(series=labels), columns, "optimum")
+    parts.draw_points(ax, optima.assign(series=labels), columns)
     parts.log_axis(ax, "x", optima[x], "images_seen" if x == "D" else "params_total", lambda _: words.get(x, x))
     ends = optima[[f"{setting}_lo", f"{setting}_hi"]]
     parts.log_axis(ax, "y", ends, setting, lambda _: f"best {words[setting]}")

@@ -1,4 +1,4 @@
-"""Style and formats of figures: SVG, PDF and PNG for a paper with the numbers drawn, and SVG inside a page.
+"""Style and formats of figures: SVG, PDF and PNG for a paper, and SVG inside a page.
 
 A figure has the width of a paper's column or of two. Colours are colour-blind safe and differ in lightness, so that
 figures survive a grey printer; series differ in marker and line style too. What a user has set in `rcParams` stays.
@@ -16,7 +16,6 @@ from xml.sax.saxutils import quoteattr
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -66,27 +65,10 @@ def styled() -> Iterator[None]:
 
 
 class ShownFigure(Figure):
-    """A figure that no global state keeps alive, that a notebook shows when it is a cell's last value, and that knows
-    the numbers it draws."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.parts: list[tuple[Axes, pd.DataFrame]] = []
-        """Parts that were drawn: the axes, and rows of `drawn` without what the axes say."""
+    """A figure that no global state keeps alive, and that a notebook shows when it is a cell's last value."""
 
     def _repr_png_(self) -> bytes:
         return png_bytes(self)
-
-    @property
-    def drawn(self) -> pd.DataFrame:
-        """Exactly what is drawn, a row per point: panel, x_axis, y_axis, what, series, x, y, low, high."""
-        frames = [
-            frame.assign(panel=ax.get_title(loc="left"), x_axis=ax.get_xlabel(), y_axis=ax.get_ylabel())
-            for ax, frame in self.parts
-        ]
-        columns = ["panel", "x_axis", "y_axis", "what", "series", "x", "y", "low", "high"]
-        drawn = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-        return drawn.reindex(columns=columns).replace({"y_axis": {"\n": " "}}, regex=True)
 
 
 def new_figure(
@@ -160,7 +142,7 @@ def _image(
 
 
 def save(figure: Figure, stem: str | Path, kinds: Sequence[str] = KINDS) -> list[Path]:
-    """Write `stem`.svg, `stem`.pdf and `stem`.png at a paper's width, and `stem`.csv with exactly what is drawn.
+    """Write `stem`.svg, `stem`.pdf and `stem`.png at a paper's width.
 
     Args:
         figure: a figure of ours, or any other of matplotlib's.
@@ -168,7 +150,7 @@ def save(figure: Figure, stem: str | Path, kinds: Sequence[str] = KINDS) -> list
         kinds: formats to write, of svg, pdf and png.
 
     Returns:
-        The paths; without the CSV where the figure was made elsewhere and only some of its axes were drawn here.
+        The paths.
 
     Raises:
         AnalysisError: the path names no file, or the folder cannot be written.
@@ -179,14 +161,12 @@ def save(figure: Figure, stem: str | Path, kinds: Sequence[str] = KINDS) -> list
     stem = Path(stem)
     if stem.name in ("", ".."):
         raise AnalysisError(f"'{stem}' names no figure; give a path such as figures/loss")
-    contents = {f".{kind}": png_bytes(figure) if kind == "png" else _image(figure, kind) for kind in kinds}
-    if isinstance(figure, ShownFigure):
-        contents[".csv"] = figure.drawn.to_csv(index=False, float_format="%.6g").encode()
-    stem = stem.with_suffix("") if stem.suffix[1:] in (*KINDS, "csv") else stem
-    paths = [stem.with_name(stem.name + suffix) for suffix in contents]
+    stem = stem.with_suffix("") if stem.suffix[1:] in KINDS else stem
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, contents.values(), strict=True):
+        for path, kind in zip(paths, kinds, strict=True):
+            content = png_bytes(figure) if kind == "png" else _image(figure, kind)
             with written_aside(path) as aside:
                 aside.write_bytes(content)
     except OSError as error:

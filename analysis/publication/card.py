@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import pandas as pd
 import yaml
 
@@ -23,21 +24,6 @@ TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 """Kinds of numpy's types -> types of Croissant; all else is text."""
 ENCODINGS = {".csv": "text/csv", ".parquet": "application/x-parquet"}
 """Suffix of a table -> its media type."""
-FILES = {
-    "data": "tables, a row per run and data budget",
-    "report.html": "the page, in one file",
-    "numbers.json": "every number of the page, and how the tables were read",
-    "figures": "each figure as PDF, with a CSV of what it draws; the findings' as PNG, too",
-    "tables": "each table for LaTeX (booktabs)",
-    "models": "configuration and card of every run; its weights where they are published",
-    "sweep.yaml": "what was run",
-    "environment.txt": "versions of the packages that trained",
-    "croissant.json": "the tables described for machines",
-    "CITATION.cff": "how to cite it",
-    "SHA256SUMS": "checksums of all files, for `sha256sum -c`",
-}
-"""Files of a folder that the card explains where they are there."""
-WRITTEN_LAST = ("SHA256SUMS",)
 
 
 def croissant(folder: Path, about: About) -> dict[str, Any]:
@@ -126,29 +112,24 @@ def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About)
             for i, each in enumerate(tables)
         ],
     }
-    figures = sorted(path.name for path in (folder / "figures").glob("*.png"))[:4]
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
-        f"# {about.title}",
-        f"{len(study.frame)} rows, one per training run and data budget, analysed by aimscale.",
-        "## Findings",
-        "\n".join([f"- **{each.title}.** {each.caption}" for each in findings(study)]),
-        "\n".join(f"- **{line.question}** {line.answer}" for line in verdict(study)),
-        "\n".join(f"![{name.removesuffix('.png').replace('-', ' ')}](figures/{name})" for name in figures),
-    ]
-    if cost := energy(study.frame, about):
-        parts += ["## Cost", "\n".join(f"- {line}" for line in cost)]
-    there = [(name, what) for name, what in FILES.items() if name in WRITTEN_LAST or (folder / name).exists()]
-    listed = "\n".join(f"| `{name}` | {what} |" for name, what in there)
-    parts += [
-        f"## Files\n\n| file | content |\n|---|---|\n{listed}",
-        "## Check it",
-        "Any laptop recomputes every number of the page from the tables, without torch:",
-        "```bash\npip install aimscale\naimscale verify .\n```",
-        f"## Licence\n\nThis folder: {', '.join((about.licence, *about.authors))}.",
-        f"Images that were trained on (not part of it): {about.images}." if about.images else "",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _template("folder.md").render(
+        head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
+        about=about,
+        study=study,
+        findings=findings(study),
+        verdict=verdict(study),
+        figures=sorted(path.name for path in (folder / "figures").glob("*.png"))[:4],
+        cost=energy(study.frame, about),
+        files={"SHA256SUMS", *(path.name for path in folder.iterdir())},  # checksums are written last
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    """Load the template of a card."""
+    loader = jinja2.PackageLoader("aimscale.analysis.publication")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["human"] = human
+    return environment.get_template(name)
 
 
 def energy(frame: pd.DataFrame, about: About) -> list[str]:
@@ -166,38 +147,20 @@ def energy(frame: pd.DataFrame, about: About) -> list[str]:
 
 
 def model_cards(frame: pd.DataFrame, about: About) -> dict[str, str]:
-    """Write a card per run that has rows: what it is, what it saw, what was measured."""
+    """Write a card per run that has rows: what it is, what it saw, what was measured at each budget."""
     if "run_id" not in frame:
         return {}
-    head = f"---\nlicense: {about.licence.lower()}\ntags: [aimscale, autoregressive-image-models]\n---"
-    probes = probe_frame(frame) if "probes" in frame else pd.DataFrame(columns=["run_id"])
-    return {
-        str(run_id): "\n\n".join(
-            [head, f"# {run_id}", _sentence(rows.iloc[0]), _measured(rows, probes[probes["run_id"] == run_id])]
+    template, cards, probes = _template("model.md"), dict[str, str](), probe_frame(frame)
+    probes = probes.assign(probe=probes["task"].astype(str) + " " + probes["kind"].astype(str))
+    for run_id, rows in frame.dropna(subset=["run_id"]).groupby("run_id", sort=False):
+        own = probes[probes["run_id"] == run_id]
+        wide = own.pivot_table(index="images_seen", columns="probe", values="top1", sort=False)
+        measured = rows.sort_values("images_seen")[["images_seen", "val_loss"]].join(wide, on="images_seen")
+        cards[str(run_id)] = template.render(
+            licence=about.licence,
+            run_id=run_id,
+            run=rows.iloc[0].dropna().to_dict(),
+            probes=[*wide],
+            rows=measured.to_dict("records"),
         )
-        + "\n"
-        for run_id, rows in frame.dropna(subset=["run_id"]).groupby("run_id", sort=False)
-    }
-
-
-def _sentence(row: pd.Series) -> str:
-    """Say what a run is, from the columns that its row has."""
-    has = row.dropna()
-    said = [f"An autoregressive image model of size {has.get('size')}"]
-    said += [f"with {human(has['params_total'])} parameters"] if "params_total" in has else []
-    said += [f"on {human(has['unique_images'])} different images"] if "unique_images" in has else []
-    said += [f"(fingerprint {has['data_fingerprint']})"] if "data_fingerprint" in has else []
-    return f"{' '.join(said)}; seed {has.get('seed')}, code {has.get('git_commit')}."
-
-
-def _measured(rows: pd.DataFrame, probes: pd.DataFrame) -> str:
-    """Write a table of what was measured at each budget."""
-    heads, cells = ["images seen", "validation loss"], list[dict[str, str]]()
-    for _, row in rows.sort_values("images_seen").iterrows():
-        cell = {"images seen": human(row["images_seen"]), "validation loss": human(row["val_loss"], 4)}
-        own = probes[probes["images_seen"] == row["images_seen"]] if len(probes) else probes
-        cell |= {f"{each['task']} {each['kind']}, %": f"{100 * each['top1']:.1f}" for _, each in own.iterrows()}
-        cells.append(cell)
-        heads += [name for name in cell if name not in heads]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.get(head, '') for head in heads)} |" for cell in cells)])
+    return cards

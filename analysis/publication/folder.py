@@ -47,11 +47,10 @@ class Source(NamedTuple):
     """Paths, relative to the folder."""
     columns: dict[str, str]
     where: tuple[str, ...]
-    best: tuple[str, ...]
 
     def study(self, folder: Path) -> Study:
         """Read the tables and compute everything that the page shows."""
-        return read_study([folder / each for each in self.tables], self.columns or None, self.where, self.best)
+        return read_study([folder / each for each in self.tables], self.columns or None, self.where)
 
 
 def page_numbers(study: Study) -> dict[str, Any]:
@@ -77,13 +76,6 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(each, f"{place}[{i}]")
     elif not isinstance(value, str) or " " not in value:
         yield place, value
-
-
-def _is_same(published: Any, recomputed: Any) -> bool:
-    """Compare two leaves: numbers within `TOLERANCE`, all else as it is."""
-    if {type(published), type(recomputed)} <= {int, float}:
-        return math.isclose(published, recomputed, rel_tol=TOLERANCE, abs_tol=1e-12)
-    return bool(published == recomputed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +119,11 @@ class Verification(Result):
 def compare_numbers(published: Any, recomputed: Any) -> tuple[int, tuple[tuple[str, str, str], ...]]:
     """Count the leaves of both and list those that differ as place, published, recomputed."""
     before, after = dict(_leaves(published)), dict(_leaves(json.loads(json.dumps(recomputed))))
-    places = list(dict.fromkeys([*before, *after]))
-    found = []
+    places, found = list(dict.fromkeys([*before, *after])), []
     for place in places:
         old, new = before.get(place, NOTHING), after.get(place, NOTHING)
-        if not _is_same(old, new):
+        are_numbers = {type(old), type(new)} <= {int, float}
+        if not (math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=1e-12) if are_numbers else old == new):
             found.append((place, str(old), str(new)))
     return len(places), tuple(found)
 
@@ -143,7 +135,6 @@ def publish(
     *,
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
-    best: Sequence[str] = (),
     add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the folder aside, then rename it: nobody sees half of it.
@@ -154,7 +145,6 @@ def publish(
         about: what stands on its card.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet.
-        best: tuned columns of which only the best value counts.
         add: writes further files into the folder, before its card is written and checksums are taken.
 
     Raises:
@@ -168,7 +158,7 @@ def publish(
             folder = Path(aside) / out.name
             folder.mkdir()
             names = _copy_tables(tables, folder)
-            source = Source(names, dict(columns or {}), tuple(where), tuple(best))
+            source = Source(names, dict(columns or {}), tuple(where))
             _write_results(source, folder, about, add)
             _write_checksums(folder)
             os.replace(folder, out)
@@ -246,7 +236,8 @@ def verify(folder: Path) -> Verification:
     try:
         sums = dict(line.split("  ", 1)[::-1] for line in (folder / CHECKSUMS).read_text("utf-8").splitlines())
         record = json.loads((folder / NUMBERS).read_text("utf-8"))
-        version, numbers, source = record["version"], record["numbers"], Source(**record["source"])
+        version, numbers = record["version"], record["numbers"]
+        source = Source(**{name: given for name, given in record["source"].items() if given or name in Source._fields})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AnalysisError(
             f"{folder} is not a folder that `aimscale publish` wrote, or not all of one ({error}); fetch it again."

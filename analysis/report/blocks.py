@@ -16,13 +16,12 @@ from matplotlib.figure import Figure
 from aimscale.analysis.display import Result
 from aimscale.analysis.plots.style import inline_svg
 from aimscale.analysis.table.schema import frame_cells
+from aimscale.analysis.words import SUFFIXES
 
 MAX_ROWS = 100
 """Rows shown on the page; the CSV beside the table has all."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes text that begins so for a formula."""
-SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
-"""Letters behind a number, as `words.human` writes them."""
 PLAIN = str.maketrans("−⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "--0123456789")
 
 
@@ -109,10 +108,8 @@ class Block:
 def result_block(
     key: str, title: str, found: Result, *, facts: Sequence[tuple[str, str]] | None = None, **parts: Any
 ) -> Block:
-    """Lay out a result by its facts, or sentences where it has none, and its table."""
-    facts = found.facts() if facts is None else facts
-    lines = [] if facts else found.sentences() or [found.headline()]
-    return Block(key, title, found.table, found.cells(), facts=facts, lines=lines, **parts)
+    """Lay out a result by its facts and its table."""
+    return Block(key, title, found.table, found.cells(), facts=found.facts() if facts is None else facts, **parts)
 
 
 def sort_key(text: str) -> float | str:
@@ -120,7 +117,7 @@ def sort_key(text: str) -> float | str:
     missing one is empty."""
     plain = re.sub(r"(×?)10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"{'' if m[1] else 1}e{m[2]}", text).translate(PLAIN)
     found = re.match(r"\[?([-+]?(?:\d[\d,]*)?\.?\d+(?:e-?\d+)?)([kMB]?)(?![\w.])", plain)
-    return float(found[1].replace(",", "")) * SUFFIXES[found[2]] if found else text.strip("–")
+    return float(found[1].replace(",", "")) * SUFFIXES.get(found[2], 1.0) if found else text.strip("–")
 
 
 def html_id(what: str, name: str) -> str:

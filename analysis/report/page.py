@@ -33,7 +33,6 @@ def write_report(
     *,
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
-    best: Sequence[str] = (),
     figures: str | Path | None = None,
 ) -> Path:
     """Analyse tables and write the page.
@@ -44,8 +43,7 @@ def write_report(
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
-        best: tuned columns of which only the best value counts, see `table.select.best_of`.
-        figures: folder for the page's figures as SVG, PDF and PNG of a paper's width, each with a CSV of what it draws.
+        figures: folder for the page's figures as SVG, PDF and PNG of a paper's width.
 
     Returns:
         Path of the page.
@@ -58,7 +56,7 @@ def write_report(
     """
     given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     paths = [path / "results.parquet" if (path / "results.parquet").is_file() else path for path in given]
-    return write_page(read_study(paths, columns, where, best), out, figures)
+    return write_page(read_study(paths, columns, where), out, figures)
 
 
 def write_page(

@@ -22,7 +22,7 @@ from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.read import loss_unit, read_curves
 from aimscale.analysis.table.schema import COLUMNS, MFU, described
-from aimscale.analysis.words import accuracy_of, capital, flag_words, human, kind_name
+from aimscale.analysis.words import accuracy_of, capital, flag_words, human
 
 SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")
 COUNTED = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
@@ -192,7 +192,7 @@ def _accuracy(study: Study) -> Iterator[Part]:
     blocks = probes["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     names = ["task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "top1_lo95", "top1_hi95"]
     names += ["last_top1", "chance", "ideal", "n", "blocks", "lr"]
-    listed = probes.assign(blocks=blocks, kind=probes["kind"].map(kind_name))
+    listed = probes.assign(blocks=blocks, kind=probes["kind"].replace({ADAPTED: "LoRA (not frozen)"}))
     title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
     yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
 

@@ -135,15 +135,13 @@ class Study:
         return "schema_version" in self.frame and bool(self.frame["schema_version"].notna().any())
 
 
-def read_study(
-    paths: Sequence[Path], columns: Mapping[str, str] | None, where: Sequence[str], best: Sequence[str]
-) -> Study:
+def read_study(paths: Sequence[Path], columns: Mapping[str, str] | None, where: Sequence[str]) -> Study:
     """Read the tables of a page and study them.
 
     Raises:
         AnalysisError: a table cannot be read, or they hold neither losses nor probes.
     """
-    frame = read_tables(paths, columns, where=where, best=best)
+    frame = read_tables(paths, columns, where=where)
     if "probes" not in frame and ("val_loss" not in frame or frame["val_loss"].isna().all()):
         raise no_column(frame, "val_loss")
     return study_tables(paths, frame)

@@ -205,30 +205,15 @@ def _split(study: Study, found: Approaches | None) -> str:
     if found is None:
         why = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
         return f"Not known: {why}."
-    top, best, several = found.largest_budget, found.frontiers[-1], len(found.frontiers) > 1
-    at = best.at(top).iloc[0]
-    n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
-    law = f" on the {best.law.law.name} law" if best.law else ""
-    exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in found.frontiers]
-    parts = [
-        f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}.",
-        f"N grows as {', '.join(exponents)}.",
-        *[f"There they differ by a factor of {human(found.disagreement(top), 2)} in N."] * several,
-        *map(str, passes_flags(study.usable, "This D", {"D": at["D"]})),
-    ]
-    return " ".join(parts)
+    d = found.frontiers[-1].at(found.largest_budget)["D"].iloc[0]
+    return " ".join([found.headline(), *map(str, passes_flags(study.usable, "This D", {"D": d}))])
 
 
 def _forecast(study: Study) -> str:
     if (found := study.get("forecast")) is None:
         return "None without a law."
-    parts, repeats = list[str](), list[str]()
-    for row in found.table[found.table["quantity"] == "val_loss"].to_dict("records"):
-        n, d, far = (human(row[name]) for name in ("N", "D", "distance"))
-        loss, low, high = (human(row[name], 4) for name in ("value", "pi_lo", "pi_hi"))
-        parts.append(f"At N = {n}, D = {d} ({far} times beyond the table) a loss of {loss} [{low}, {high}].")
-        repeats += map(str, passes_flags(study.usable, f"D = {d}", {"D": row["D"]}))
-    return " ".join([*parts, f"Intervals are {percent(CONFIDENCE)}, for one new run.", *repeats])
+    passes = [flag for at in found.scales for flag in passes_flags(study.usable, f"D = {human(at['D'])}", at)]
+    return " ".join([found.headline(), f"Intervals are {percent(CONFIDENCE)}, for one new run.", *map(str, passes)])
 
 
 def _next(study: Study, joint: Fit | None) -> str:

@@ -15,10 +15,9 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, Column
-from aimscale.analysis.words import Flag, some
+from aimscale.analysis.words import SUFFIXES, Flag, some
 
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
-_SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
 _TYPES: dict[str, Callable[[Any], Any]] = {"string": str, "list<int64>": lambda values: [int(each) for each in values]}
 _FIELDS = {field.name: _TYPES.get(field.dtype, float) for field in PROBE_FIELDS if field.dtype != "json"}
 """Fields of a probe and what types them; whole numbers become floats, as in a data frame."""
@@ -33,8 +32,8 @@ def to_numbers(values: pd.Series) -> pd.Series:
     texts = values[numbers.isna() & values.notna()].map(str)
     if texts.empty:
         return numbers
-    parts = texts.str.extract(rf"^\s*(.*?)\s*([{''.join(_SUFFIXES)}])\s*$")
-    found = pd.to_numeric(parts[0], errors="coerce") * parts[1].map(_SUFFIXES).astype(float)
+    parts = texts.str.extract(rf"^\s*(.*?)\s*([{''.join(SUFFIXES)}])\s*$")
+    found = pd.to_numeric(parts[0], errors="coerce") * parts[1].map(SUFFIXES).astype(float)
     return numbers.astype(float).fillna(found)
 
 

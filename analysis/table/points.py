@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError, option
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.table.accuracies import named_like_accuracy
 from aimscale.analysis.table.design import FOLLOWS, follows_scale, foreign_settings, held_equal, tuned_columns, varies
-from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, remember, their_name
-from aimscale.analysis.words import Flag, human, some
+from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
+from aimscale.analysis.words import Flag, human
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Observations:
     flags: tuple[Flag, ...]
     """Cautions about the best of tuned columns, where one was chosen."""
     num_rows: int
-    """Rows of the table as it was given: what was chosen from it (--where, --best-of) is no part of it any more."""
+    """Rows of the table as it was given: what was chosen from it (--where) is no part of it any more."""
 
     @property
     def index(self) -> pd.Index:
@@ -60,7 +60,6 @@ def usable_rows(
     signed: Collection[str] = (),
     may_be_zero: Collection[str] = (),
     best_by: str = "",
-    tuned: Sequence[str] = (),
 ) -> Observations:
     """Find the complete rows with finite, positive numbers in some columns (name -> column, or one column), each once.
 
@@ -68,8 +67,7 @@ def usable_rows(
         signed: names of those whose numbers may be negative.
         may_be_zero: names of those whose numbers may be zero.
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
-            learning rate, the best are kept. Empty for all rows, as contrasts need them.
-        tuned: the tuned columns; default: those of `tuned_columns`.
+            learning rate (`tuned_columns`), the best are kept. Empty for all rows, as contrasts need them.
     """
     if not frame.index.is_unique:
         raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
@@ -94,7 +92,7 @@ def usable_rows(
     alike = frame[values.duplicated(keep=False) & values.notna().all(axis=1)]
     repeats = alike.astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
     leave_out("repeat", "", "that repeat another row exactly", repeats)
-    if best_by and (tuned := tuned or tuned_columns(frame[keep], used=columns.values())):
+    if best_by and (tuned := tuned_columns(frame[keep], used=columns.values())):
         y, rows = columns[best_by], frame[keep]
         best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, columns.values())
         subject = flags[0].subject if flags else ""
@@ -135,26 +133,6 @@ def _best_settings(
                 text = f"The best {what} is the {end} that was tried in {where}, so a better one may lie beyond."
                 flags.append(Flag(kind="tuned_edge", subject=what, number=num, text=text))
     return keep, tuple(flags)
-
-
-def best_of(frame: pd.DataFrame, names: Sequence[str], y: str = "val_loss") -> pd.DataFrame:
-    """Keep of rows that differ in some tuned columns those of the lowest loss, its mean where seeds were run."""
-    *tuned, y = (our_name(frame, name) for name in (*names, y))
-    if absent := [name for name in (*tuned, y) if name not in frame]:
-        raise no_column(frame, absent[0], f" for {option('best-of')}")
-    found = usable_rows(frame, y, best_by=y, tuned=tuned)
-    if not found.flags:
-        also = [their_name(frame, name) for name in tuned_columns(found.rows, used=tuned)]
-        why = f"; name what was tuned with it, too: {some(also)}" if also else ""
-        raise AnalysisError(
-            f"{option('best-of', ', '.join(names))}: no two rows differ in nothing else, so there is no choice{why}"
-        )
-    edges = "; ".join(str(flag) for flag in found.flags if flag.kind == "tuned_edge")
-    new = [
-        replace(each, text=f"{each.text} ({edges})") if edges and each.kind == "best of" else each
-        for each in found.exclusions[len(left_out_of(frame)) :]
-    ]
-    return remember(found.rows.reset_index(drop=True), left_out=new)
 
 
 def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:

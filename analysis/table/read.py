@@ -19,7 +19,7 @@ from aimscale.analysis.table.accuracies import is_accuracy, to_numbers, typed, w
 from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
 from aimscale.analysis.table.logs import from_wandb, run_logs
 from aimscale.analysis.table.names import CANONICAL, FOLDER, Exclusion, column_words, joined, remember, their_name
-from aimscale.analysis.table.points import best_of, complete
+from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
 from aimscale.analysis.table.select import select
 
@@ -30,19 +30,13 @@ MAX_BYTES = 10**9  # a table is held in memory, and several times over
 
 
 def read_tables(
-    paths: str | Path | Sequence[str | Path],
-    columns: Mapping[str, str] | None = None,
-    *,
-    where: Sequence[str] = (),
-    best: Sequence[str] = (),
-    y: str = "val_loss",
+    paths: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None, *, where: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Read tables into one frame, with a column for every field of the set-up that varies over them.
 
     Args:
         columns: our name -> the name in the files; see `read_table`.
         where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
-        best: tuned columns, of which only the value of the lowest `y` in each cell is kept; see `best_of`.
 
     Returns:
         A row per run and budget. One that two tables hold counts once, the first time it stands complete.
@@ -55,8 +49,7 @@ def read_tables(
         raise AnalysisError("name at least one table")
     folders = [path if path.is_dir() else path.parent for path in map(Path, given)]
     frames = [read_table(path, columns).assign(**{FOLDER: str(f)}) for path, f in zip(given, folders, strict=True)]
-    chosen = select(with_setup(_each_run_once(frames)), where)
-    return best_of(chosen, best, y) if best else chosen
+    return select(with_setup(_each_run_once(frames)), where)
 
 
 def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:

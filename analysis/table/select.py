@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp
 from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, no_column, our_name, remember, their_name
-from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, usable_rows
+from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, passes_flags, usable_rows
 from aimscale.analysis.words import Flag, some
 
 _CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.+)")
@@ -129,6 +129,16 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
         text += f"; leave them out by {option('where', 'status=complete')}." if is_mixed else "."
         flags.append(Flag(kind="during_mixed" if is_mixed else "during", number=during, text=text))
     return tuple(flags)
+
+
+def table_flags(
+    frame: pd.DataFrame, variables: Sequence[str], y: str, scales: Mapping[str, Mapping[str, float]] | None = None
+) -> tuple[Flag, ...]:
+    """Flag what a law of these variables does not know, what was tuned, and scales (by their name in words) that see
+    their pool more often than any row."""
+    found = usable_rows(frame, y, best_by=y)
+    passes = [flag for what, at in (scales or {}).items() for flag in passes_flags(found.rows, what, at)]
+    return (*mixture_flags(frame, variables, y), *found.flags, *passes)
 
 
 def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.fitting.covariance import KnownErrors, with_known_errors
+from aimscale.analysis.fitting.covariance import KnownErrors, half_width, with_known_errors
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.groups import SAME_DATA, chained
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array
 from aimscale.analysis.table.design import FOLLOWS, design_columns, tuned_columns, varies
-from aimscale.analysis.table.names import Exclusion, left_out_of, names_of, no_column, our_name, remember, their_name
+from aimscale.analysis.table.names import Exclusion, left_out_of, names_of, our_name, remember, their_name
 from aimscale.analysis.table.points import complete, usable_rows
 from aimscale.analysis.table.select import spaced
 from aimscale.analysis.tuning.result import (
@@ -67,8 +67,6 @@ def rates(df: pd.DataFrame, *, y: str = "val_loss", lr: str = "lr_peak", batch: 
     """
     names = _setting_columns(df, lr, batch)
     wanted = {"N": our_name(df, "N"), "D": our_name(df, "D"), **names, "y": our_name(df, y)}
-    if absent := [name for name in wanted.values() if name not in df]:
-        raise no_column(df, absent[0])
     used = usable_rows(df, wanted)
     if len(used.rows) and (np.ptp(np.log(used.numbers[["N", "D"]]), axis=0) > np.log(WIDEST)).any():
         raise AnalysisError(f"N or D spans more than a factor of {WIDEST:g}, which no sweep does; correct the table.")
@@ -148,7 +146,8 @@ def _surface(log_loss: Array, cells: Array, settings: Array, table: pd.DataFrame
 
 def _with_optima(table: pd.DataFrame, tuned: Array, surface: Surface, settings: list[str]) -> pd.DataFrame:
     """Add optima with their intervals, and how each cell's was found."""
-    half = surface.half(np.sqrt(np.maximum(np.diagonal(surface.optima_covariance, axis1=1, axis2=2), 0.0)))
+    errors = np.sqrt(np.maximum(np.diagonal(surface.optima_covariance, axis1=1, axis2=2), 0.0))
+    half = half_width(errors, surface.degrees)
     known, labels = surface.has_minimum & ~(half > UNCERTAIN).any(axis=1), table.index[tuned]
     table, inside = table.assign(found=UNKNOWN), np.ones(len(tuned), bool)
     for best, reach, name in zip(surface.optima.T, half.T, settings, strict=True):

@@ -117,10 +117,6 @@ class Surface:
         moved = [function(self.coefficients + steps[:, j]) - values for j in range(size.shape[1])]
         return np.stack(moved, axis=2) / size[:, None]
 
-    def half(self, errors: Array) -> Array:
-        """Return half of Student's interval; NaN where no error can be told."""
-        return half_width(errors, self.degrees) if self.degrees > 0 else np.full_like(errors, np.nan)
-
     def regret_of_own(self, settings: Array) -> Array:
         """Return the regret of a setting (cells, p) of every cell by its own optimum, and its interval: (cells, 3)."""
 
@@ -129,7 +125,7 @@ class Surface:
             return np.einsum("nji,nj->ni", root, settings - self.optima_of(coefficients))
 
         away = distance(self.coefficients)
-        return _shares(away, self.half(_along(away, self._covariance_of(distance))))
+        return _shares(away, half_width(_along(away, self._covariance_of(distance)), self.degrees))
 
     def regret_about(self, settings: Array, optimum: Array, half: Array, scale: Array) -> Array:
         """Return the regret of settings (n, p) about optima with half-widths (n, p), and its interval: (n, 3)."""

@@ -118,9 +118,19 @@ def kept_bytes_per_image(
 def peak_bytes_per_image(
     config: ModelConfig, precision: Precision, activation_checkpointing: bool, scored_tokens: float
 ) -> int:
-    """Return the peak bytes of one image in the backward pass: what is stored, and one recomputed block."""
+    """Return the peak bytes of one image in the backward pass: what is stored, and one recomputed block.
+
+    A block of the trunk is recomputed when the head's part is gone.
+    """
     kept = kept_bytes_per_image(config, precision, activation_checkpointing, scored_tokens)
-    return kept + (max(_block_bytes(config, precision, math.ceil(scored_tokens))) if activation_checkpointing else 0)
+    if not activation_checkpointing:
+        return kept
+    scored, head = math.ceil(scored_tokens), config.head
+    block, head_block = _block_bytes(config, precision, scored)
+    into_head = config.num_tokens if head.num_heads else scored
+    head_values = 0 if head.is_linear else (head.depth * into_head + 2 * scored) * head.width
+    of_head = head_values * ELEMENT_BYTES[precision] + 4 * scored * config.patch_dim
+    return max(kept + head_block, kept - of_head + block)
 
 
 def copy_bytes(config: ModelConfig, precision: Precision) -> int:

@@ -44,6 +44,11 @@ class Rehearsal:
         return max(sum(phase.peak.values()) for phase in self.phases if phase.phase != "point")
 
     @property
+    def copy_peak_bytes(self) -> int:
+        """Most bytes while a point of the curve copies the weights."""
+        return sum(self.phases[-1].peak.values())
+
+    @property
     def held_bytes(self) -> int:
         """Bytes that they occupy between steps."""
         return sum(self.phases[-1].held.values())

@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import show, table_to_minimise, then
+from aimscale.analysis.cli.options import Given, show
 from aimscale.analysis.errors import AnalysisError
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root
 
@@ -40,7 +40,6 @@ def command(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     root: Root = ROOT,
     as_json: AsJson = False,
 ) -> None:
@@ -54,16 +53,16 @@ def command(
     from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
-    place, typed_y = parse_scale(target, "--target"), y
+    place = parse_scale(target, "--target")
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        df, y, _ = table_to_minimise([Path(name) for name in sweep_or_tables], columns, where, best_of, y)
+        given = Given(list(map(Path, sweep_or_tables)), columns, where, y)
+        df, y, _ = given.read_to_minimise()
         offer = _table_candidates(df, place, y)
         budget = _half_price(offer, place) if budget is None else budget
         found = next_runs(df, place, offer, budget=budget, law=law, y=y)
-        again = [f"forecast --register --at {target}"]
-        following = then(again, list(map(Path, sweep_or_tables)), columns, where, best_of, typed_y)
+        following = given.then(f"forecast --register --at {target}")
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -72,7 +71,8 @@ def command(
                 f"as --write {sweep.base_dir / write.name}"
             )
         table = fresh_table(sweep)
-        df, y, _ = table_to_minimise([table], columns, where, best_of, y)
+        given = Given([table], columns, where, y)
+        df, y, _ = given.read_to_minimise()
         offer = _sweep_candidates(sweep, df)
         budget = _half_price(offer, place) if budget is None else budget
         found = next_runs(df, place, offer, budget=budget, law=law, y=y)
@@ -83,7 +83,7 @@ def command(
             file = sweep.base_dir / f"{sweep.name}-next.yaml"
             options.NAMES[table] = sweep_or_tables[0]
             more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
-            following = then([f"next --target {target} {more}"], [table], columns, where, best_of, typed_y)
+            following = given.then(f"next --target {target} {more}")
         if write is not None:
             write.write_text(_sweep_file(sweep, found.table))
     if write is not None and not as_json:

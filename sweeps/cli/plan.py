@@ -240,7 +240,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}{apart}"),
         ("time", f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
-        *zip(("assumed", *[""] * 9), _assumptions(cards), strict=False),
+        *zip(("assumed", "", ""), _assumptions(cards), strict=True),
     ]
     return [KeyValue(key=key, value=value) for key, value in facts]
 
@@ -253,8 +253,6 @@ def _assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
     yield f"{device.name} ({device.why}), {decimal(device.memory_bytes)}"
     yield f"{rates}, MFU {100 * cards[0].rates.mfu:g} %"
     yield f"{DECODED_PER_S:,.0f} photographs/s a loader process (see `aimscale bench data`)"
-    yield "memory of a rank: z ZeRO stage, m micro-batch, r activations recomputed"
-    yield "step, ms: computing | loading; the slower one counts, without start-up"
 
 
 def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]) -> list[Column]:
@@ -274,10 +272,24 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
         Column(header="batch", cell=lambda card: str(card.batch_size), drop_order=6),
         Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", drop_order=7),
         Column(header="devices", cell=lambda card: str(card.devices), drop_order=3),
-        Column(header="memory", cell=_memory, drop_order=4),
-        Column(header="rehearsed", cell=lambda card: _rehearsed(rehearsals.get(card.run_id))),
+        Column(
+            header="memory",
+            cell=_memory,
+            drop_order=4,
+            legend="of a rank; z ZeRO stage, m micro-batch, r activations recomputed",
+        ),
+        Column(
+            header="rehearsed",
+            cell=lambda card: _rehearsed(rehearsals.get(card.run_id), card),
+            legend="peak of a step | while a point of the curve copies the weights, before it evaluates the copy",
+        ),
         Column(header="disk", cell=lambda card: decimal(card.disk_bytes), drop_order=8),
-        Column(header="step, ms", cell=_step, drop_order=4),
+        Column(
+            header="step, ms",
+            cell=_step,
+            drop_order=5,
+            legend="computing | loading; the slower one counts, without start-up",
+        ),
         Column(header="limit", cell=lambda card: card.limit, drop_order=5, align_right=False),
         Column(header="time", cell=lambda card: format_duration(card.wall_s)),
         Column(header="device-h", cell=lambda card: format_number(card.device_hours)),
@@ -295,8 +307,13 @@ def _span(values: Sequence[str]) -> str:
     return values[0] if values[0] == values[-1] else f"{values[0]}..{values[-1]}"
 
 
-def _rehearsed(rehearsal: Rehearsal | None) -> str:
-    return decimal(rehearsal.peak_bytes) if rehearsal else ""
+def _rehearsed(rehearsal: Rehearsal | None, card: CostCard) -> str:
+    """Format the rehearsed peak of a step, and of the copy where the run measures during training."""
+    if rehearsal is None:
+        return ""
+    measures = card.fit is not None and card.fit.measures
+    peaks = [rehearsal.peak_bytes, *[rehearsal.copy_peak_bytes] * measures]
+    return " | ".join(map(decimal, peaks))
 
 
 def _memory(card: CostCard) -> str:

@@ -28,7 +28,6 @@ def command(
     weights: Annotated[bool, typer.Option("--weights", help="Export the weights of every finished run, too.")] = False,
     columns: options.Columns = None,
     where: options.Where = None,
-    best_of: options.BestOf = None,
     root: Root = Path("aimscale-runs"),
 ) -> None:
     """Write one folder with table, page, figures, LaTeX, numbers and checksums, in the layout of the Hugging Face hub.
@@ -63,7 +62,6 @@ def command(
         about,
         columns=parse_columns(columns or []),
         where=where or [],
-        best=best_of or [],
         add=lambda folder: _add_sweep(sweep, folder, weights=weights) if sweep else None,
     )
     typer.echo(f"wrote {out}")

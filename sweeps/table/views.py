@@ -109,16 +109,27 @@ class Column:
     drop_order: int = 0
     """Order in which columns are dropped, highest first; 0 is always shown."""
     align_right: bool = True
+    legend: str = ""
+    """Meaning of its signs, printed below the table."""
 
 
 def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> Table:
-    """Make a table no wider than `width`, without empty columns and those that do not fit."""
+    """Make a table no wider than `width`, without empty columns and those that do not fit; legends stand below it."""
     cells = {column.header: [column.cell(row) for row in rows] for column in columns}
     sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
     shown = [column for column in columns if any(map(str, cells[column.header]))]
     while sum(sizes[column.header] for column in shown) > width and any(column.drop_order for column in shown):
         shown.remove(max(shown, key=lambda column: column.drop_order))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    legends = "\n".join(f"{column.header}: {column.legend}" for column in shown if column.legend)
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+        caption=legends or None,
+        caption_justify="left",
+        caption_style="dim",
+    )
     for column in shown:
         table.add_column(column.header, justify="right" if column.align_right else "left", no_wrap=True)
     for i in range(len(rows)):

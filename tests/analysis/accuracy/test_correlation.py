@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from commands import say
 from scipy import stats
 
 from aimscale.analysis import correlate
@@ -14,6 +15,13 @@ def frame() -> pd.DataFrame:
     c = np.exp(rng.normal(size=60))
     x = np.log(c) + rng.normal(size=60)
     return pd.DataFrame({"c": c, "x": x.round(1), "y": (np.log(c) + rng.normal(size=60)).round(1)})
+
+
+def test_the_verb_draws_coefficients_under_the_names_given(frame, tmp_path):
+    frame.to_csv(tmp_path / "table.csv", index=False)
+    asked = ["correlate", tmp_path / "table.csv", "--x", "x", "--y", "y", "--figure", tmp_path / "drawn"]
+    say(*asked, "--label", "x=Cost of a run")
+    assert "Cost of a run" in (tmp_path / "drawn.svg").read_text()
 
 
 def test_coefficients_equal_scipys_with_ties(frame):

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t as student
 from tables import KNOWN, law_grid
 
-from aimscale.analysis import forecast, forecaster, laws, read_table
+from aimscale.analysis import forecast, forecaster, frontier, laws, read_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.forecaster import DOF, TERMS, Forecaster, weigh
 from aimscale.analysis.forecasts.points import Points
@@ -86,6 +86,16 @@ def test_a_forecast_says_where_budgets_are_too_few_to_tell_what_they_share():
     few = law_grid(TRUTH, sizes=(1e5, 1e7, 5), budgets=(1e5, 3e6, 4), noise=0.003, rng=1)
     kinds = {(flag.kind, flag.subject) for flag in forecast(few, {"N": 1e6, "D": 6e5}, law="chinchilla").flags}
     assert ("few_groups", "budgets") in kinds
+
+
+def test_a_table_of_two_designs_is_flagged_by_forecast_and_frontier_unless_a_law_was_made_of_it_before():
+    """Only the commands said so."""
+    df = law_grid(TRUTH, noise=0.001, rng=1)
+    df = df.assign(prefix=np.where(np.arange(len(df)) % 2, "paired", "none"))
+    law = forecaster(df, law="chinchilla")
+    found = [forecast(df, {"N": 1e6, "D": 6e5}, law=each) for each in ("chinchilla", law)]
+    told = [[flag.subject for flag in each.flags if flag.kind == "mixed"] for each in (*found, frontier(df))]
+    assert told == [["prefix"], [], ["prefix"]]
 
 
 @dataclass

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import AnalysisError, trajectory
-from aimscale.analysis.plots.style import ShownFigure
+from aimscale.analysis.plots.style import INK, ShownFigure
 
 SIZES, AT = (20e3, 45e3, 100e3, 220e3), np.arange(1, 31) * 2048
 
@@ -86,7 +86,11 @@ def test_too_little_is_refused_and_the_result_draws_itself():
     with pytest.raises(AnalysisError, match="too few points to tell how runs scatter"):
         trajectory(rows[rows["is_budget"] & rows["params_total"].isin(SIZES[:2])], SIZES[-1])
     found = trajectory(rows[rows["params_total"] < SIZES[-1]], SIZES[-1])
-    figure = found.plot(measured=rows[rows["params_total"] == SIZES[-1]])
+    measured = rows[rows["params_total"] == SIZES[-1]]
+    figure = found.plot(measured=measured)
     assert isinstance(figure, ShownFigure)
-    assert {"forecast", "measured"} <= {part["what"].iloc[0] for _, part in figure.parts}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["forecast, 95 % of one run"]
+    drawn = [line for line in figure.axes[0].lines if line.get_linestyle() == "None" and line.get_color() == INK]
+    assert sum(len(line.get_xdata()) for line in drawn) == len(measured)
     assert "3 finished runs of 3 sizes" in found.headline()

@@ -94,7 +94,7 @@ def test_the_card_is_the_hubs_and_counts_a_runs_hours_once(published: Path) -> N
     assert yaml.safe_load(head)["configs"][0]["data_files"] == "data/losses.csv"
     assert "12 device-hours" in body
     assert "This folder: CC-BY-4.0, A. Author.\n\nImages that were trained on (not part of it): some pictures" in body
-    assert {path.suffix for path in (published / "figures").iterdir()} == {".pdf", ".png", ".csv"}
+    assert {path.suffix for path in (published / "figures").iterdir()} == {".pdf", ".png"}
     frame = pd.DataFrame({"run_id": ["a", "a", "b"], "device_hours": [1.0, 3.0, 2.0]})
     assert energy(frame, ABOUT)[0].startswith("5 device-hours")
     assert energy(frame, ABOUT)[1].startswith("2.5 kWh")

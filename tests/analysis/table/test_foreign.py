@@ -12,7 +12,6 @@ from aimscale.analysis import contrast, correlate, fit, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError, in_command
 from aimscale.analysis.table.design import foreign_settings
 from aimscale.analysis.table.names import left_out_of
-from aimscale.analysis.table.points import best_of
 from aimscale.analysis.table.read import parse_columns
 from aimscale.analysis.table.select import select
 
@@ -94,35 +93,6 @@ def test_a_column_of_a_letter_gives_way_to_the_one_that_was_named(lettered, tmp_
     assert fit(df, "chinchilla").ranges["N"][1] == pytest.approx(1e9)
 
 
-def test_the_best_rate_of_every_cell_is_kept(theirs, tmp_path):
-    def best(names, frame=theirs, where=()):
-        frame.to_csv(tmp_path / "theirs.csv", index=False)
-        return read_tables([tmp_path / "theirs.csv"], NAMES, where=where, best=names)
-
-    df = best(["lr"])
-    assert len(df) == 20
-    assert set(df.loc[df["params_total"] < 9e8, "lr"]) == {3e-4}
-    assert [(each.kind, each.subject, each.number) for each in left_out_of(df)] == [("best of", "lr", 40)]
-    out = say("fit", tmp_path / "theirs.csv", "--columns", COLUMNS, "--best-of", "lr")
-    assert "20 of 20\n" in out
-    assert "40 rows not the best lr" in out
-    missing = theirs.assign(loss=theirs["loss"].where(theirs.index > 0))
-    left_out = left_out_of(best(["lr"], missing, ["lr<1e-3"]))
-    assert [(each.kind, each.number) for each in left_out] == [("where", 20), ("not positive", 1), ("best of", 19)]
-    twice = pd.concat([theirs.assign(batch=64), theirs.assign(batch=128, loss=1.01 * theirs["loss"])])
-    assert len(best(["lr"], twice)) == 40  # a batch of one's own is a cell's
-    assert len(best(["lr", "batch"], twice)) == 20
-    together = theirs.assign(batch=(1e4 * theirs["lr"]).round())
-    assert len(best(["lr", "batch"], together)) == 20
-    for names, frame, subject in (
-        (["note"], theirs, "note"),
-        (["lr"], together, r"too: batch$"),
-        (["rate"], theirs, "no column 'rate'"),
-    ):
-        with pytest.raises(AnalysisError, match=subject):
-            best(names, frame)
-
-
 def test_their_names_are_kept_in_words_figures_and_conditions(theirs, tmp_path):
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
     df = select(read_table(tmp_path / "theirs.csv", NAMES), ["num_params<9e8", "lr=3e-4"])
@@ -162,7 +132,6 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
     [
         (lambda df: fit(df.drop(columns="N"), "chinchilla"), 'columns={"N": "THEIRS"}', "--columns N=THEIRS"),
         (lambda df: select(df, ["lr>1"]), 'where=["lr>1"]', "--where 'lr>1'"),
-        (lambda df: best_of(df, ["rate"]), "best", "--best-of"),
         (lambda df: correlate(df), 'columns={"TASK:KIND": "THEIRS"}', "--columns TASK:KIND=THEIRS"),
         (lambda df: contrast(df, by="lr", measures=["los"]), 'columns={"TASK:KIND": "THEIRS"}', "loss"),
     ],
@@ -214,7 +183,7 @@ def test_per_cents_are_measurements_and_words_are_settings(theirs, tmp_path):
 def test_what_to_run_next_keeps_the_loss_that_was_named_and_runs(theirs, tmp_path):
     table = tmp_path / "theirs.csv"
     theirs.rename(columns={"loss": "bits"}).to_csv(table, index=False)
-    given = f"{table} --columns N=num_params,D=tokens,C=flops --best-of lr --y bits"
+    given = f"{table} --columns N=num_params,D=tokens,C=flops --y bits"
     last = say("fit", *given.split()).splitlines()[-1]
     assert last == f"next: aimscale frontier {given}", "a report needs val_loss"
     say(*last.split()[2:])

@@ -7,7 +7,7 @@ from commands import say
 
 from aimscale.analysis import contrast, fit, read_table
 from aimscale.analysis.table.design import tuned_columns
-from aimscale.analysis.table.points import best_of, usable_rows
+from aimscale.analysis.table.points import usable_rows
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -45,8 +45,6 @@ def test_two_names_of_one_rate_are_said_once_and_the_edge_of_what_was_tried_is(r
     assert len(found.rows) == 30
     assert kinds(found.flags) == [("tuned", "lr_multiplier", 30), ("tuned_edge", "lr_multiplier", 30)]
     assert "largest that was tried in 30 of 30 cells" in str(found.flags[1])
-    chosen = fit(best_of(low, ["lr_multiplier", "lr_peak"]), "chinchilla")
-    assert "largest that was tried in 30 of 30 cells" in str(chosen.exclusions[0]), "chosen by hand"
 
 
 def test_a_rate_is_chosen_by_the_mean_of_its_seeds(rates):

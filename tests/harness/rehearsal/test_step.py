@@ -29,6 +29,8 @@ CONFIG = model_config("w96-d3", image_size=32, patch_size=4)
 MICRO_BATCHES = [4, 4, 4]
 NUMBERS = 100
 """Bytes of single numbers, such as a loss, which the first engine of a process keeps a little longer or shorter."""
+PEAK_TOLERANCE = 0.01
+"""Relative error of a peak: on a busy machine gloo's thread may hold a message it has sent a little longer."""
 
 
 class TrackerUnderGloo(StepTracker):
@@ -120,11 +122,10 @@ def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: l
         assert fake["checkpoint"] == real["checkpoint"], setting
         assert [each["phase"] for each in fake["phases"]] == ["forward", "backward", "update", "point"]
         for mine, theirs in zip(fake["phases"], real["phases"], strict=True):
-            for name in ("peak", "held"):
-                ours, most = sum(mine[name].values()), sum(theirs[name].values())
-                assert ours == pytest.approx(most, abs=NUMBERS), (setting, name, mine, theirs)
-                for part in ("weights", "optimiser", "gradients", "activations") if name == "held" else ():
-                    assert mine[name][part] == pytest.approx(theirs[name][part], abs=NUMBERS), (setting, mine)
+            ours, most = sum(mine["peak"].values()), sum(theirs["peak"].values())
+            assert ours == pytest.approx(most, rel=PEAK_TOLERANCE), (setting, mine, theirs)
+            for part, num_bytes in theirs["held"].items():
+                assert mine["held"][part] == pytest.approx(num_bytes, abs=NUMBERS), (setting, part, mine, theirs)
 
 
 if __name__ == "__main__":  # a rank of `observe_real`

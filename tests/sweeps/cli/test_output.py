@@ -102,3 +102,6 @@ def test_a_plan_fits_a_terminal_with_its_flags_first(name: str, width: int, tmp_
     assert next(key for key in keys if key not in ("fail", "warn")) == "size"
     assert keys[-6:] == ["runs", "training", "evaluation", "time", "disk", "assumed"]
     assert max(map(len, said)) <= width
+    for header in ("memory", "step, ms"):
+        shown = any(header in line and line.startswith("size ") for line in said)
+        assert shown == any(line.startswith(f"{header}: ") for line in said), "a legend explains a column that is shown"
