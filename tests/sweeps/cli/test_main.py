@@ -73,6 +73,8 @@ def test_a_command_whose_output_is_closed_works(tmp_path: Path, monkeypatch: pyt
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.csv")
     assert "is a pipe or a device" in refused("compare", tmp_path / "fifo.csv")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert "/dev/full is a pipe" in refused("data", "pack", tmp_path, tmp_path / "out", "--classes", "/dev/full")
 
 
 def test_a_damaged_table_is_not_published(tmp_path: Path) -> None:
