@@ -13,8 +13,7 @@ from aimscale.aim.cost import param_count
 from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.execution import execution_plan
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
-from aimscale.harness.distributed.group import start_group, stop_group
-from aimscale.harness.distributed.placement import find_placement
+from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig

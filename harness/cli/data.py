@@ -111,8 +111,7 @@ def pack(
 
 def _pack_parts(to: Callable[..., Packed], out: Path, listing: Listing, shares: dict[str, int]) -> dict[Path, Packed]:
     """Pack a source, cut into shares, to folders within a new one, and say how it was cut."""
-    from aimscale.harness.data.store.pack import new_folder
-    from aimscale.harness.data.store.split import split_images
+    from aimscale.harness.data.store.pack import new_folder, split_images
 
     cut = split_images(listing, shares)
     with new_folder(out) as folder:

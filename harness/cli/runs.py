@@ -25,7 +25,7 @@ def train(
     off its forecast, 75 stopped by Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal; both saved (start it again to go on).
     """
     from aimscale.harness.data.store.dataset_info import with_fingerprints
-    from aimscale.harness.distributed.placement import find_placement
+    from aimscale.harness.distributed.group import find_placement
     from aimscale.harness.run.config import ConfigError, load_run_config
     from aimscale.harness.run.directory import RunDir
 

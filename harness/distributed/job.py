@@ -21,8 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.distributed.group import PHASE_TIMEOUT_S, Group, start_group, stop_group
-from aimscale.harness.distributed.placement import LaunchError, find_placement
+from aimscale.harness.distributed.group import (
+    PHASE_TIMEOUT_S,
+    Group,
+    LaunchError,
+    find_placement,
+    start_group,
+    stop_group,
+)
 from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
     EXIT_S,

@@ -30,38 +30,25 @@ except ImportError as error:
     raise UserError(f"torch {torch.__version__} lacks what a rehearsal needs ({error}); install 2.13") from error
 
 
-class RehearsalError(UserError):
-    """Rehearsal that is impossible in this process."""
-
-
 @contextlib.contextmanager
 def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
     """Be a rank of `world_size` during the block, in which new tensors are fake.
 
     Args:
         on_gpu: whether attention keeps what a GPU's fused kernel does, or what a CPU does.
-
-    Raises:
-        RehearsalError: this process has a process group, or uses another accelerator.
     """
-    if torch.distributed.is_initialized():
-        raise RehearsalError("a rehearsal needs a process of its own, and this one has a process group")
     placement = Placement(rank=rank, world_size=world_size, local_rank=0, address="127.0.0.1", port=1)
     names = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     names |= {"MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port)}
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, names))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", UserWarning)  # DeepSpeed asks fake tensors for their address
+        stack.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))  # of fake addresses
         import_deepspeed()
         from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero import partition_parameters, stage3
 
-        accelerator = get_accelerator()
-        if accelerator.device_name() != "cpu":
-            raise RehearsalError("a rehearsal runs DeepSpeed on the CPU, and this process has it on a GPU already")
         # It decides by the memory that is free where parameters are made contiguous: on the host, if it is little.
-        stack.enter_context(patch.object(accelerator, "available_memory", lambda device_index=None: 2**60))
+        stack.enter_context(patch.object(get_accelerator(), "available_memory", lambda device_index=None: 2**60))
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(nn.functional, "linear", nn.functional.linear))  # ZeRO 3 leaves its own there
         stack.enter_context(patch.object(stage3, "reduce_scatter_coalesced", _reduce_scatter))
@@ -82,14 +69,11 @@ class _HostValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if args and isinstance(args[0], FakeTensor) and func is not torch.ops.aten._local_scalar_dense.default:
-            return func(*args, **kwargs)
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
             return 1.0 if tensors[0].dtype.is_floating_point else tensors[0].dtype is not torch.bool and 0
-        is_host = tensors or func is torch.ops.aten.arange.default
-        if kwargs.get("dtype", torch.int64).is_floating_point:
-            is_host = False
+        is_whole = not (kwargs.get("dtype") or torch.int64).is_floating_point
+        is_host = is_whole and (tensors or func is torch.ops.aten.arange.default)
         if is_host and not any(isinstance(each, FakeTensor) or each.is_floating_point() for each in tensors):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -144,5 +128,4 @@ def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
     flat = tensors[0].view(-1) if is_even else tensors[0].new_empty(world_size * sum(sizes))
     own = flat.narrow(0, 0, sum(sizes))
     torch.distributed.reduce_scatter_tensor(own, flat, group=group)
-    kept = [min(size, each.numel()) for size, each in zip(sizes, tensors, strict=True)]
-    return [part.narrow(0, 0, size) for part, size in zip(own.split(sizes), kept, strict=True)]
+    return list(own.split(sizes))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from aimscale.harness.distributed.group import find_placement
 from aimscale.harness.distributed.job import Job, execute_job
-from aimscale.harness.distributed.placement import find_placement
 from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.probe.pending_evaluations import pending_work
 from aimscale.harness.run.budgets import missing_budgets

@@ -54,14 +54,13 @@ def command(
     data = sweep.base_dir / "data"
     if not data.is_dir():
         write_bundled(data)
-    runs = plan(sweep)
-    cards = cost_cards(sweep, runs)
+    cards = cost_cards(sweep, plan(sweep))
 
     def tell(event: Event) -> str | None:
         """Word an event of the launch: what the sizes that are trained say so far."""
         if event.kind == "started":
             return None
-        return _first_law(sweep, runs, cards) if event.kind == "finished" else str(event)
+        return _first_law(sweep, cards) if event.kind == "finished" else str(event)
 
     result = launch(sweep, root, devices=devices, smallest_first=True, tell=tell)
     if result.interrupted:
@@ -71,8 +70,8 @@ def command(
     if failed := failed_runs(result):
         print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
-    _probe_baselines(sweep, runs[-1])
-    study = read_study([collect(sweep, runs, cards).table], {}, (), ())
+    _probe_baselines(sweep, cards[-1].run)
+    study = read_study([collect(sweep, cards).table], {}, ())
     report = write_page(study)
     for each in findings(study):
         first, *_ = each.caption.rstrip(".").split(". ")
@@ -80,21 +79,21 @@ def command(
     typer.echo(f"report: {report.resolve()}")
 
 
-def _first_law(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> str | None:
+def _first_law(sweep: Sweep, cards: Sequence[CostCard]) -> str | None:
     """Fit the sizes that are trained so far; None while they are too few, or once the report is about to come."""
     from aimscale.analysis import AnalysisError, fit, read_table
     from aimscale.sweeps.table.collection import collect
 
-    rows = read_table(collect(sweep, runs, cards).table).dropna(subset="val_loss")
+    rows = read_table(collect(sweep, cards).table).dropna(subset="val_loss")
     num = rows["size"].nunique()
-    if not FIRST_LAW <= num < len(runs):
+    if not FIRST_LAW <= num < len(cards):
         return None
     try:
         law = fit(rows, "chinchilla")
     except AnalysisError as error:
-        return f"so far, {num} of {len(runs)} sizes: {error}"
+        return f"so far, {num} of {len(cards)} sizes: {error}"
     exponents = ", ".join(law.equation(name, name) for name in ("alpha", "beta"))
-    return f"so far, {num} of {len(runs)} sizes: {law.law.formula}, {exponents}"
+    return f"so far, {num} of {len(cards)} sizes: {law.law.formula}, {exponents}"
 
 
 def _probe_baselines(sweep: Sweep, largest: Run) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.aim.errors import check_training_installed, some
+from aimscale.aim.errors import check_training_installed
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
@@ -26,12 +26,14 @@ from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.plan.checks import raise_on_problems
-from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState, read_states
-from aimscale.sweeps.table.launch_view import format_price, launch_view
+from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.state.decision import read_states
 from aimscale.sweeps.table.status import sweep_status
+from aimscale.sweeps.table.status_view import format_price, launch_view
 from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
+
+if TYPE_CHECKING:
+    from aimscale.sweeps.slurm.submit import Submission
 
 CONFIRM_DEVICE_HOURS = 10
 """A launch of more device-hours asks for confirmation on a terminal."""
@@ -78,7 +80,8 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    loaded, runs, cards = engine.load_plan(sweep, root, on)
+    loaded, cards = engine.load_plan(sweep, root, on)
+    runs = [card.run for card in cards]
     place = "slurm" if loaded.is_for_slurm else "local"
     for option, value, only in (
         ("--devices", devices, "local"),
@@ -100,9 +103,14 @@ def launch(
     options += [*(["--devices", str(devices)] if devices else []), *["--allow-dirty"] * allow_dirty]
     result = LaunchResult()
     if place == "slurm":
-        _launch_slurm(loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)
+        from aimscale.sweeps.engine.slurm_worker import launch_slurm
+
+        submitted = launch_slurm(
+            loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty
+        )
+        _print_submissions(submitted, dry_run=dry_run)
     elif dry_run:
-        _print_commands(loaded, runs, states, devices)
+        raise_on_problems(loaded, [each.run for each in states if each.startable])
     else:
         result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track)
         print_result(result)
@@ -111,7 +119,7 @@ def launch(
     elif place == "slurm" and not dry_run and any(each.startable or each.is_active for each in states):
         print_next("status", sweep, root, "--wait")
     else:
-        print_next_step(sweep_status(loaded, runs, cards), loaded, sweep, root, *options)
+        print_next_step(sweep_status(loaded, cards), loaded, sweep, root, *options)
     if code := _exit_code(result):
         raise typer.Exit(code)
 
@@ -171,25 +179,8 @@ def cancel(
         raise typer.Exit(1)
 
 
-def _print_commands(sweep: Sweep, runs: Sequence[Run], states: Sequence[RunState], devices: int | None) -> None:
-    """Check the runs and print the commands that a launch on this machine would execute."""
-    machine = local_machine(runs, devices=devices)
-    raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
-    for each in (each for each in states if each.startable):
-        command = machine.command(each.record.path, min(each.run.devices, machine.devices))
-        is_new = each.state == "not started"
-        typer.echo(f"{'start' if is_new else 'resume':<6}  {' '.join(command)}")
-        if not is_new:
-            typer.echo(f"        to do: {some(each.missing)}")
-
-
-def _launch_slurm(
-    sweep: Sweep, runs: list[Run], *, retry: bool, stop_sd: float | None, dry_run: bool, allow_dirty: bool
-) -> None:
-    """Submit jobs, or print their scripts."""
-    from aimscale.sweeps.engine.slurm_worker import launch_slurm
-
-    submitted = launch_slurm(sweep, runs, retry=retry, stop_sd=stop_sd, dry_run=dry_run, allow_dirty=allow_dirty)
+def _print_submissions(submitted: Sequence[Submission], *, dry_run: bool) -> None:
+    """Print which jobs were submitted, or the scripts that would be."""
     for part in submitted:
         shape = f"{part.shape.nodes} x {part.shape.devices} (nodes x devices)"
         if dry_run:

@@ -53,16 +53,11 @@ def command(
     from aimscale.sweeps.cli.sweep import fresh_table
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
-    place = parse_scale(target, "--target")
+    place, sweep = parse_scale(target, "--target"), None
     if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        given = Given(list(map(Path, sweep_or_tables)), columns, where, y)
-        df, y, _ = given.read_to_minimise()
-        offer = _table_candidates(df, place, y)
-        budget = _half_price(offer, place) if budget is None else budget
-        found = next_runs(df, place, offer, budget=budget, law=law, y=y)
-        following = given.then(f"forecast --register --at {target}")
+        tables = list(map(Path, sweep_or_tables))
     else:
         sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
@@ -70,22 +65,23 @@ def command(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
                 f"as --write {sweep.base_dir / write.name}"
             )
-        table = fresh_table(sweep)
-        given = Given([table], columns, where, y)
-        df, y, _ = given.read_to_minimise()
-        offer = _sweep_candidates(sweep, df)
-        budget = _half_price(offer, place) if budget is None else budget
-        found = next_runs(df, place, offer, budget=budget, law=law, y=y)
-        under = [] if root == ROOT else ["--root", str(root)]
-        if write is not None:
-            following = shlex.join(["aimscale", "plan", str(write), *under])
-        else:
-            file = sweep.base_dir / f"{sweep.name}-next.yaml"
-            options.NAMES[table] = sweep_or_tables[0]
-            more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
-            following = given.then(f"next --target {target} {more}")
-        if write is not None:
-            write.write_text(_sweep_file(sweep, found.table))
+        tables = [fresh_table(sweep)]
+        options.NAMES[tables[0]] = sweep_or_tables[0]
+    given = Given(tables, columns, where, y)
+    df, y, _ = given.read_to_minimise()
+    offer = _table_candidates(df, place, y) if sweep is None else _sweep_candidates(sweep, df)
+    budget = _half_price(offer, place) if budget is None else budget
+    found = next_runs(df, place, offer, budget=budget, law=law, y=y)
+    under = [] if root == ROOT else ["--root", str(root)]
+    if sweep is None:
+        following = given.then(f"forecast --register --at {target}")
+    elif write is None:
+        file = sweep.base_dir / f"{sweep.name}-next.yaml"
+        more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
+        following = given.then(f"next --target {target} {more}")
+    else:
+        following = shlex.join(["aimscale", "plan", str(write), *under])
+        write.write_text(_sweep_file(sweep, found.table))
     if write is not None and not as_json:
         typer.echo(f"wrote {write}", err=True)
     show(found, as_json, following=following)
@@ -122,10 +118,9 @@ def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for images_seen in (*known, 2 * known[-1], 4 * known[-1]):
         one = sweep.with_fields(**_first_setting(sweep), budgets=[images_seen], exclude=[])
-        runs = plan(one)
-        for run, card in zip(runs, cost_cards(one, runs), strict=True):
-            seen, pool = float(card.budgets[0].images_seen), run.config.training.data.unique_images
-            row = {"size": run.cell["size"], "N": float(card.params_total), "D": seen}
+        for card in cost_cards(one, plan(one)):
+            seen, pool = float(card.budgets[0].images_seen), card.run.config.training.data.unique_images
+            row = {"size": card.run.cell["size"], "N": float(card.params_total), "D": seen}
             row |= {"U": min(seen, float(pool or seen)), "C": card.budgets[0].flops, "price": card.device_hours}
             rows.append(row)
     candidates = pd.DataFrame(rows)

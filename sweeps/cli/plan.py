@@ -25,8 +25,8 @@ from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_ide
 from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState, read_states
-from aimscale.sweeps.state.sweep_dir import unplanned_runs
-from aimscale.sweeps.table.launch_view import format_price, launch_view
+from aimscale.sweeps.state.record import unplanned_runs
+from aimscale.sweeps.table.status_view import format_price, launch_view
 from aimscale.sweeps.table.views import (
     Column,
     KeyValue,
@@ -124,7 +124,7 @@ def plan(
     if rehearse:
         from aimscale.sweeps.cli.rehearsal import rehearse_runs
 
-        rehearsals = rehearse_runs([pair for pair in zip(runs, cards, strict=True) if pair[0].run_id in chosen])
+        rehearsals = rehearse_runs([card for card in cards if card.run.run_id in chosen])
     if as_json:
         found = to_json(cards) | {"problems": [asdict(each) for each in problems]}
         found |= {"states": dict(Counter(each.state for each in states)), "unplanned": unplanned_runs(loaded, runs)}
@@ -191,7 +191,7 @@ def print_plan(
 
 
 def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[KeyValue]:
-    cautions = group_findings((card.run_id, card.cautions) for card in cards)
+    cautions = group_findings((card.run.run_id, card.cautions) for card in cards)
     for level, found in (("fail", problems), ("warn", cautions)):
         for each in found:
             yield KeyValue(level=level, key=each.key, value=f"{each.why} ({describe_runs(each.run_ids, len(cards))})")
@@ -228,7 +228,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     limits = " and ".join(sorted({card.limit for card in cards}))
     share = f"{100 * total['share_during']:.1f} % of the time"
     beside = f"; {during:.3g} of them during training, {share}" if during else ""
-    num_apart = sum(card.probe_devices < card.devices for card in cards)
+    num_apart = sum(card.run.probe_devices < card.run.devices for card in cards)
     apart = f"; {num_apart} runs are probed on one node" if num_apart else ""
     stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
     longest = format_duration(total["longest_wall_s"])
@@ -262,8 +262,8 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
         )
 
     return [
-        Column(header="size", cell=lambda card: card.cell["size"], align_right=False),
-        *axis_columns(cards),
+        Column(header="size", cell=lambda card: card.run.cell["size"], align_right=False),
+        *axis_columns(cards, lambda card: card.run.cell),
         Column(header="params", cell=lambda card: format_number(card.params_total)),
         Column(header="backbone", cell=lambda card: format_number(card.params_trunk), drop_order=6),
         span("images", lambda budget: format_number(budget.images_seen), 0),
@@ -271,7 +271,7 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
         span("FLOPs", lambda budget: f"{budget.flops:.2e}", 1),
         Column(header="batch", cell=lambda card: str(card.batch_size), drop_order=6),
         Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", drop_order=7),
-        Column(header="devices", cell=lambda card: str(card.devices), drop_order=3),
+        Column(header="devices", cell=lambda card: str(card.run.devices), drop_order=3),
         Column(
             header="memory",
             cell=_memory,
@@ -280,7 +280,7 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
         ),
         Column(
             header="rehearsed",
-            cell=lambda card: _rehearsed(rehearsals.get(card.run_id), card),
+            cell=lambda card: _rehearsed(rehearsals.get(card.run.run_id), card),
             legend="peak of a step | while a point of the curve copies the weights, before it evaluates the copy",
         ),
         Column(header="disk", cell=lambda card: decimal(card.disk_bytes), drop_order=8),
@@ -312,8 +312,8 @@ def _rehearsed(rehearsal: Rehearsal | None, card: CostCard) -> str:
     if rehearsal is None:
         return ""
     measures = card.fit is not None and card.fit.measures
-    peaks = [rehearsal.peak_bytes, *[rehearsal.copy_peak_bytes] * measures]
-    return " | ".join(map(decimal, peaks))
+    points = (False, True) if measures else (False,)
+    return " | ".join(decimal(rehearsal.peak_bytes(point=each)) for each in points)
 
 
 def _memory(card: CostCard) -> str:

@@ -7,49 +7,40 @@ from collections.abc import Sequence
 from rich.filesize import decimal
 
 from aimscale.harness.data.stream.loader import split_step
-from aimscale.harness.device.execution import ExecutionPlan
 from aimscale.harness.log.progress import Bar
-from aimscale.harness.rehearsal.step import Rehearsal, StepShape, rehearse
-from aimscale.harness.rehearsal.tracker import PARTS, Part
+from aimscale.harness.rehearsal.step import PARTS, Part, Rehearsal, rehearse
 from aimscale.harness.run.row import model_of
+from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.table.views import Column, fitted_table, new_console
 
-_Row = tuple[str, dict[Part, int]]
 
-
-def rehearse_runs(runs: Sequence[tuple[Run, CostCard]]) -> dict[str, Rehearsal]:
+def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
     """Map the ids of runs that fit their devices to their rehearsed steps; equal steps are rehearsed once."""
     found = {}
     with Bar() as bar:
-        for number, (run, card) in enumerate(runs):
-            bar("rehearsing", number, len(runs), "runs")
-            if card.fit is not None:
-                found[run.run_id] = rehearse(_shape(run, card.fit, on_gpu=card.device.is_gpu))
+        for number, card in enumerate(cards):
+            bar("rehearsing", number, len(cards), "runs")
+            if (plan := card.fit) is None:
+                continue
+            run, recompute = card.run, plan.activation_checkpointing
+            training = run.config.training
+            parts = split_step(0, card.batch_size, micro_batch=plan.micro_batch, rank=0, world_size=run.devices)
+            found[run.run_id] = rehearse(
+                model_of(training),
+                precision=training.optimiser.precision,
+                options=EngineOptions(zero_stage=plan.zero_stage, activation_checkpointing=recompute),
+                world_size=run.devices,
+                micro_batches=tuple(map(len, parts)),
+                prefix=training.objective.prefix,
+                on_gpu=card.device.is_gpu,
+            )
     return found
-
-
-def _shape(run: Run, plan: ExecutionPlan, *, on_gpu: bool) -> StepShape:
-    """Return the shape of a run's steps."""
-    training, world_size = run.config.training, run.devices
-    batch = training.optimiser.batch_size
-    parts = split_step(0, batch, micro_batch=plan.micro_batch, rank=0, world_size=world_size)
-    return StepShape(
-        model=model_of(training),
-        precision=training.optimiser.precision,
-        zero_stage=plan.zero_stage,
-        activation_checkpointing=plan.activation_checkpointing,
-        world_size=world_size,
-        micro_batches=tuple(map(len, parts)),
-        prefix=training.objective.prefix,
-        on_gpu=on_gpu,
-    )
 
 
 def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
     """Print the memory of a step by phase and part, and its collectives."""
-    memory: list[_Row] = []
+    memory: list[tuple[str, dict[Part, int]]] = []
     for phase in rehearsal.phases:
         memory += [(f"{phase.phase}, at most", phase.peak), (f"{phase.phase}, at its end", phase.held)]
 
@@ -67,9 +58,7 @@ def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
         Column(header="bytes", cell=lambda each: decimal(each.num_bytes)),
     ]
     console = new_console()
-    console.print(f"\n{run_id}: one step of a rank, rehearsed", highlight=False)
+    print(f"\n{run_id}: one step of a rank, rehearsed")
     console.print(fitted_table(parts, memory, console.width))
-    if rehearsal.collectives:
-        console.print(fitted_table(calls, rehearsal.collectives, console.width))
-    share = decimal(rehearsal.checkpoint_bytes)
-    console.print(f"checkpoint: the rank writes {share}, copied to its host first if that has room", highlight=False)
+    console.print(fitted_table(calls, rehearsal.collectives, console.width))
+    print(f"checkpoint: the rank writes {decimal(rehearsal.checkpoint_bytes)}, copied to its host if that has room")

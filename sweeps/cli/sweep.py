@@ -82,7 +82,7 @@ def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus
             if answer is None:
                 typer.echo("Slurm does not answer; its jobs are shown as they were, if they are known", err=True)
             jobs = jobs if answer is None else answer
-        return sweep_status(sweep, runs, cards, jobs)
+        return sweep_status(sweep, cards, jobs)
 
     return look
 
@@ -196,8 +196,7 @@ def fresh_table(sweep: Sweep) -> Path:
 
 def _collect(sweep: Sweep) -> CollectResult:
     """Collect a sweep and say on the error stream what is left out."""
-    runs = plan_runs(sweep)
-    found = collection.collect(sweep, runs, costs.cost_cards(sweep, runs))
+    found = collection.collect(sweep, costs.cost_cards(sweep, plan_runs(sweep)))
     for why in found.damaged.values():
         typer.echo(f"skipped: {why}", err=True)
     if found.unplanned:

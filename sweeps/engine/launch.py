@@ -25,8 +25,7 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import live_jobs
 from aimscale.sweeps.state.attempts import clear_failure, record_lost_attempt
 from aimscale.sweeps.state.decision import ENDED_BY_HAND, RunState, read_state, read_states
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
+from aimscale.sweeps.state.record import RunRecord, prepare_directory, unplanned_runs
 from aimscale.sweeps.table.on_track import set_stop
 from aimscale.sweeps.table.status import SweepStatus, sweep_status
 from aimscale.sweeps.table.status_view import progress_line, status_view
@@ -71,7 +70,8 @@ def launch(
             directory cannot be written; nothing was created.
     """
     started = time.time()
-    loaded, runs, cards = load_plan(sweep, root, "local")
+    loaded, cards = load_plan(sweep, root, "local")
+    runs = [card.run for card in cards]
     machine = local_machine(runs, devices=devices)
     prepare_launch(loaded, runs, retry=retry, stop_sd=stop_sd)
     deadline = float("inf")
@@ -81,7 +81,7 @@ def launch(
     worker = Worker(
         sweep=loaded, machine=machine, waiting=runs[:: -1 if smallest_first else 1], command=command, deadline=deadline
     )
-    with _progress_display(lambda: sweep_status(loaded, runs, cards), show_progress, tell) as report:
+    with _progress_display(lambda: sweep_status(loaded, cards), show_progress, tell) as report:
         return run_worker(worker, report)
 
 
@@ -120,16 +120,12 @@ def _close_attempt(found: RunState, job_states: Mapping[str, str], *, retry: boo
         lock.release()
 
 
-def load_plan(
-    sweep: Sweep | str | Path, root: Path, place: Place | None = None
-) -> tuple[Sweep, list[Run], list[CostCard]]:
-    """Load a sweep with its runs, longest first, and their cost cards; `place` replaces what the file says."""
+def load_plan(sweep: Sweep | str | Path, root: Path, place: Place | None = None) -> tuple[Sweep, list[CostCard]]:
+    """Load a sweep with the cost cards of its runs, longest first; `place` replaces what the file says."""
     loaded = sweep if isinstance(sweep, Sweep) else load_sweep(sweep, root)
     loaded = loaded if place is None else loaded.at(place)
-    runs = plan(loaded)
-    cards = cost_cards(loaded, runs)
-    order = sorted(range(len(runs)), key=lambda i: (-cards[i].device_hours, -cards[i].flops_executed))
-    return loaded, [runs[i] for i in order], [cards[i] for i in order]
+    cards = cost_cards(loaded, plan(loaded))
+    return loaded, sorted(cards, key=lambda card: (-card.device_hours, -card.flops_executed))
 
 
 @contextmanager

@@ -59,7 +59,8 @@ def execute_job(directory: Path, shape: JobShape) -> str:
     skip_failed_here = bool(nodes)
     with _relay_warnings():
         while True:
-            sweep, runs, _ = load_plan(str(directory), directory.parent)
+            sweep, cards = load_plan(str(directory), directory.parent)
+            runs = [card.run for card in cards]
             machine, broken = _find_machine(sweep.file.slurm, shape)
             runnable = [run for run in runs if machine.can_run(run)]
             end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_limit_min)

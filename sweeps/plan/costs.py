@@ -61,11 +61,7 @@ class BudgetCost:
 class CostCard:
     """Cost of one run."""
 
-    run_id: str
-    cell: dict[str, Any]
-    """Axis -> value."""
-    is_tuning: bool
-    """Whether the run is one of `tune`, beside the grid."""
+    run: Run
     params_total: int
     """Parameters of backbone, head and preprocessor: N."""
     params_trunk: int
@@ -79,10 +75,6 @@ class CostCard:
     steps: int
     batch_size: int
     lr_peak: float
-    devices: int
-    """Data-parallel ranks."""
-    probe_devices: int
-    """Ranks that probe the budgets."""
     device: Device
     """Assumed type of each device."""
     precision: str
@@ -132,9 +124,9 @@ def totals(cards: Sequence[CostCard]) -> dict[str, Any]:
     return {
         "num_runs": len(cards),
         "num_rows": sum(len(card.budgets) for card in cards),
-        "num_tuning_runs": sum(card.is_tuning for card in cards),
+        "num_tuning_runs": sum(card.run.is_tuning for card in cards),
         **sums,
-        "share_tuning": sum(card.device_hours for card in cards if card.is_tuning) / sums["device_hours"],
+        "share_tuning": sum(card.device_hours for card in cards if card.run.is_tuning) / sums["device_hours"],
         "share_during": sum(card.share_during * card.device_hours for card in cards) / sums["device_hours"],
         "longest_wall_s": max(card.wall_s for card in cards),
     }
@@ -159,7 +151,13 @@ def not_identified(cards: Sequence[CostCard]) -> tuple[str, ...]:
 
 def to_json(cards: Sequence[CostCard]) -> dict[str, Any]:
     """Return the plan as a JSON object."""
-    return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [asdict(card) for card in cards]}
+    return {"totals": totals(cards), "not_identified": not_identified(cards), "runs": [_fields(card) for card in cards]}
+
+
+def _fields(card: CostCard) -> dict[str, Any]:
+    """Return the fields of a card, and those of its run that a configuration does not hold."""
+    of_run = {name: getattr(card.run, name) for name in ("run_id", "cell", "is_tuning", "devices", "probe_devices")}
+    return of_run | {name: value for name, value in asdict(card).items() if name != "run"}
 
 
 def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> CostCard:
@@ -195,9 +193,7 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         evaluation_s = seconds(num_budgets * flops.forward * validated, num_budgets * validated) + apart_s
     evaluation_s += during_s
     card = CostCard(
-        run_id=run.run_id,
-        cell=run.cell,
-        is_tuning=run.is_tuning,
+        run=run,
         params_total=params.total,
         params_trunk=params.trunk,
         budgets=tuple(
@@ -214,8 +210,6 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         steps=executed // batch_size,
         batch_size=batch_size,
         lr_peak=training.optimiser.lr_peak,
-        devices=run.devices,
-        probe_devices=ranks,
         device=device,
         precision=training.optimiser.precision,
         rates=rates,
@@ -234,15 +228,12 @@ def _card(sweep: Sweep, run: Run, device: Device, lookup: DatasetLookup) -> Cost
         device_hours=((training_s + evaluation_s) * run.devices - apart_s * (run.devices - ranks)) / 3600,
         cautions=(),
     )
-    return replace(card, cautions=tuple(_cautions(run, card, unique, lookup, lacks_memory=lacks_memory)))
+    return replace(card, cautions=tuple(_cautions(card, unique, lookup, lacks_memory=lacks_memory)))
 
 
-def _cautions(
-    run: Run, card: CostCard, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool
-) -> Iterator[Finding]:
+def _cautions(card: CostCard, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool) -> Iterator[Finding]:
     """Yield the cautions about a run's data, schedule and evaluation during training."""
-    training = run.config.training
-    epochs, on_plateau = card.budgets[-1].epochs or 0.0, _plateau_end(run, card)
+    run, epochs, on_plateau = card.run, card.budgets[-1].epochs or 0.0, _plateau_end(card)
     if unique and epochs > FAR_TOO_MANY_EPOCHS:
         may_shrink = FAR_TOO_MANY_EPOCHS * unique >= on_plateau
         instead = " or smaller budgets" if may_shrink else ": smaller budgets would lie on the first plateau"
@@ -257,10 +248,10 @@ def _cautions(
         loaded, wanted = card.rates.loaded_per_s, card.rates.compute_per_s
         words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
         yield "runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files"
-    if card.batch_size < 2 * card.devices:
-        words = f"{card.batch_size} is less than two images for each of {card.devices} devices; some are idle"
+    if card.batch_size < 2 * run.devices:
+        words = f"{card.batch_size} is less than two images for each of {run.devices} devices; some are idle"
         yield "optimiser.batch_size", words
-    if training.data.is_unindexed:
+    if run.config.training.data.is_unindexed:
         words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
         yield "data.sources", f"{words}; epochs are not counted, validation images in it are not found"
     validation = run.config.evaluation.validation.path
@@ -277,8 +268,9 @@ def _cautions(
         )
 
 
-def _plateau_end(run: Run, card: CostCard) -> float:
+def _plateau_end(card: CostCard) -> float:
     """Return the images before which the loss follows no law yet; 0 where that is not known or does not matter."""
+    run = card.run
     if run.is_tuning or run.config.training.model.parametrisation != "standard":
         return 0.0
     scale = Scale(width=model_of(run.config.training).width, params_total=card.params_total, budget=run.budgets[0])

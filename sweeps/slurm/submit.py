@@ -26,8 +26,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
 from aimscale.sweeps.state.decision import read_states
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import hold_submissions
+from aimscale.sweeps.state.record import RunRecord, hold_submissions
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Run directory with the files of launchers: claim, attempts and cancellation.
+"""Directories of a sweep and of its runs, with the files of launchers: claim, attempts and cancellation.
 
 Beside the files of `harness.run.directory` there are `claim`, a lock that a worker holds from its decision to start the
 run until it has recorded how the attempt ended; `attempts.jsonl`, one line per ended attempt; and `cancelled`, a marker
@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aimscale.harness.run import lock
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import read_file, write_text
-from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.harness.run.failures import disk_sentence
+from aimscale.harness.run.files import read_file, write_json, write_text
+from aimscale.harness.run.lock import Holder, Lock, is_held, read_holder
+from aimscale.harness.run.provenance import is_imported
+from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 
+_log = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_S = 600.0
+"""Time to wait for another launch of the sweep that submits jobs, s."""
 WORKER_BEGINS = "worker begins"
 """First words of the line that a Slurm job's worker prints when it begins."""
 RUN_BEGINS = ("started ", "resumed ")
@@ -43,11 +53,11 @@ class RunRecord(RunDir):
 
     def is_claimed(self) -> bool:
         """Return whether a live worker executes the run, or is about to."""
-        return lock.is_held(self.claim)
+        return is_held(self.claim)
 
-    def claimant(self) -> lock.Holder | None:
+    def claimant(self) -> Holder | None:
         """Return the worker that holds the claim, or held it last."""
-        return lock.read_holder(self.claim)
+        return read_holder(self.claim)
 
     def saved_progress(self) -> list[int]:
         """Return a measure of progress, which grows with everything that a resumed attempt need not repeat: numbers of
@@ -117,3 +127,69 @@ class RunRecord(RunDir):
         """Return the log of the last attempt, or None if there is none."""
         logs = [path for path in self.logs.glob("attempt-*.log") if path.stem.partition("-")[2].isdecimal()]
         return max(logs, key=lambda path: int(path.stem.partition("-")[2]), default=None)
+
+
+@contextlib.contextmanager
+def hold_submissions(sweep: Sweep) -> Iterator[None]:
+    """Hold the lock of the sweep's Slurm submissions for the block.
+
+    Raises:
+        SweepError: another launch holds it for too long, or the directory cannot be written.
+    """
+    path = sweep.directory / "slurm" / "lock"
+    lock, deadline, told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _write_error(sweep, error) from error
+    while not lock.take():
+        other = read_holder(path)
+        who = f"process {other.pid} on {other.host}" if other else "another process"
+        if not told:
+            _log.warning(told := f"waiting for {who}, which submits jobs of this sweep")
+        if time.monotonic() > deadline:
+            raise SweepError(
+                f"{who} submits jobs of this sweep, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again"
+            )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write_error(sweep: Sweep, error: OSError) -> SweepError:
+    where = f"cannot write into {sweep.directory} ({error.strerror}); choose another --root"
+    return SweepError(disk_sentence(error) or where)
+
+
+def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
+    """Create the sweep's directory and record its base directory and the fingerprints of its data; a sweep that was
+    moved goes on."""
+    directory = sweep.directory
+    try:
+        sweep.runs_dir.mkdir(parents=True, exist_ok=True)
+        record = read_record(directory)
+        write_text(directory / SWEEP_FILE, sweep.text)
+        sources = [source for run in runs for source in run.config.training.data.sources]
+        data = {sweep.relative_path(source.path): source.fingerprint for source in sources if source.fingerprint}
+        values = {"version": 1, "name": sweep.name, "directory": str(directory), "base_dir": str(sweep.base_dir)}
+        values |= {"data": {**(record or {}).get("data", {}), **data}}
+        if record != values:
+            write_json(directory / SWEEP_RECORD, values)
+    except OSError as error:
+        raise _write_error(sweep, error) from error
+
+
+def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
+    """Return the finished runs outside the plan whose weights were imported (`aimscale weights import`)."""
+    return [record for record in _unplanned_records(sweep, runs) if is_imported(record)]
+
+
+def unplanned_runs(sweep: Sweep, runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return the ids of run directories outside the plan, except imported ones: they trained something else."""
+    return tuple(record.path.name for record in _unplanned_records(sweep, runs) if not is_imported(record))
+
+
+def _unplanned_records(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:
+    planned = {run.run_id for run in runs}
+    return [RunRecord(path) for path in sorted(sweep.runs_dir.glob("*/")) if path.name not in planned]

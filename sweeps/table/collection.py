@@ -29,8 +29,7 @@ from aimscale.harness.run.row import planned_columns
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import imported_runs, unplanned_runs
+from aimscale.sweeps.state.record import RunRecord, imported_runs, unplanned_runs
 
 Values = dict[str, Any]
 """Row, or an entry of its probes."""
@@ -54,7 +53,7 @@ class CollectResult:
     """Run directories outside the plan, which are left out."""
 
 
-def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> CollectResult:
+def collect(sweep: Sweep, cards: Sequence[CostCard]) -> CollectResult:
     """Collect the rows of all planned runs.
 
     Raises:
@@ -65,6 +64,7 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     if not sweep.runs_dir.is_dir():
         where = f"launch it first, or name its folder, ROOT/{sweep.name}"
         raise SweepError(f"sweep '{sweep.name}' has no runs under {sweep.directory}; {where}")
+    runs = [card.run for card in cards]
     left_out = unplanned_runs(sweep, runs)
     if left_out and not any((sweep.run_dir(run.run_id) / "config.yaml").exists() for run in runs):
         raise SweepError(
@@ -74,10 +74,10 @@ def collect(sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard]) -> Col
     damaged: dict[str, str] = {}
     rows: list[Values] = []
     points: list[Values] = []
-    for run, card in zip(runs, cards, strict=True):
-        rows += _read_rows(damaged, run.run_id, _run_rows, sweep, run, card)
-        if run.run_id not in damaged:
-            points += _read_rows(damaged, run.run_id, _curve_rows, sweep, run, card)
+    for card in cards:
+        rows += _read_rows(damaged, card.run.run_id, _run_rows, sweep, card)
+        if card.run.run_id not in damaged:
+            points += _read_rows(damaged, card.run.run_id, _curve_rows, sweep, card)
     for record in imported_runs(sweep, runs):
         rows += _read_rows(damaged, record.name, _imported_rows, sweep, record)
     baselines: list[Values] = []
@@ -137,9 +137,9 @@ def _baseline_rows(sweep: Sweep, folder: Path) -> list[Values]:
     return [{**origin, "size": name, "probes": entries} for name, entries in probes.items()]
 
 
-def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+def _run_rows(sweep: Sweep, card: CostCard) -> list[Values]:
     """Return a run's rows, one per planned budget."""
-    record = RunRecord(sweep.run_dir(run.run_id))
+    run, record = card.run, RunRecord(sweep.run_dir(card.run.run_id))
     status = record.read_status()
     found = {row["images_seen"]: row for row in record.read_rows()}
     other_run_ids = {row.get("run_id") for row in found.values()} - {run.run_id}
@@ -163,9 +163,9 @@ def _run_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
     return rows
 
 
-def _curve_rows(sweep: Sweep, run: Run, card: CostCard) -> list[Values]:
+def _curve_rows(sweep: Sweep, card: CostCard) -> list[Values]:
     """Return the values measured in a run's stable phase, with the columns of a budget at that point."""
-    planned = planned_columns(run.config)
+    run, planned = card.run, planned_columns(card.run.config)
     last, points = card.budgets[-1], []
     for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
         share = found["images_seen"] / last.images_seen

@@ -13,12 +13,11 @@ from typing import Any
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import Status
 from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.plan.planner import Run
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
 from aimscale.sweeps.state.decision import RunState, State, read_states
-from aimscale.sweeps.state.sweep_dir import unplanned_runs
+from aimscale.sweeps.state.record import unplanned_runs
 
 ENDED_STATES = ("finished", "cancelled", "failed", "diverged", "off-track", "damaged")
 """States in which nothing is executed until a person acts."""
@@ -90,12 +89,10 @@ class SweepStatus:
         return self.num_jobs > 0 or any(state in self.counts for state in ("running", "starting", "queued"))
 
 
-def sweep_status(
-    sweep: Sweep, runs: Sequence[Run], cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None
-) -> SweepStatus:
+def sweep_status(sweep: Sweep, cards: Sequence[CostCard], jobs: dict[str, JobInfo] | None = None) -> SweepStatus:
     """Inspect every run; `jobs` are Slurm's jobs (`sweeps.slurm.commands.jobs`), None if Slurm cannot be asked."""
     live = live_jobs(sweep, jobs) if jobs else []
-    pending = _pending_jobs(live, cards)
+    pending, runs = _pending_jobs(live, cards), [card.run for card in cards]
     lines = [_inspect_run(found, card, pending) for found, card in zip(read_states(sweep, runs), cards, strict=True)]
     lines, eta_s, is_measured = time_left(cards, lines)
     flops = [card.flops_executed for card in cards]
@@ -139,9 +136,9 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
         is_running = line.state in ("running", "starting")
         now.append(replace(line, eta_s=left_s) if is_running else line)
         if is_running:
-            free += [left_s] * card.devices
+            free += [left_s] * card.run.devices
         elif line.state not in ENDED_STATES:
-            waiting.append((card.device_hours, left_s, card.devices))
+            waiting.append((card.device_hours, left_s, card.run.devices))
     waiting.sort(key=lambda each: -each[0])
     ends = schedule_s(free, [(left_s, num_devices) for _, left_s, num_devices in waiting]) if free else []
     return now, max(ends, default=None), any(slower)
@@ -172,7 +169,7 @@ def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: 
 def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
     """Return devices of a run -> a pending job that will execute such runs."""
     found: dict[int, JobInfo] = {}
-    needed = {num for card in cards for num in (card.devices, card.probe_devices)}
+    needed = {num for card in cards for num in (card.run.devices, card.run.probe_devices)}
     for job in live:
         if job.info.phase == "pending":
             shape = job.shape

@@ -1,4 +1,4 @@
-"""Layout of a sweep's status: summary, runs that need attention, runs or groups of runs, and progress."""
+"""Layout of a sweep: what a launch will do and cost, and the status of its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.analysis.table.schema import MFU
-from aimscale.sweeps.table.status import RunStatus, SweepStatus
+from aimscale.sweeps.plan.costs import CostCard
+from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.state.decision import RunState
+from aimscale.sweeps.state.record import RunRecord, unplanned_runs
+from aimscale.sweeps.table.status import RunStatus, SweepStatus, schedule_s
 from aimscale.sweeps.table.views import (
     STATE_STYLES,
     Column,
@@ -35,6 +39,80 @@ CONSTANT_LOSS = 1.0
 """Loss on normalised targets of a model that predicts the mean of every patch."""
 FAILED_STATES = ("failed", "diverged", "off-track", "damaged")
 """States that a person has to look into."""
+ADVICE = {
+    "failed": "; --retry tries again",
+    "diverged": "; --retry tries again",
+    "cancelled": "--retry starts it again",
+    "off-track": "",
+    "damaged": "",
+}
+"""State of runs that a launch leaves alone -> what to do about them."""
+
+
+def launch_view(
+    sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard], num_devices: int
+) -> list[KeyValue]:
+    """Describe what a launch on so many devices will do and cost, what is there already, and what needs a person."""
+    counts = Counter(_word(each) for each in states)
+    parts = ", ".join(f"{num} {word}" for word, num in counts.most_common())
+    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
+    if starting := [
+        (card, _share_left(card, each)) for card, each in zip(cards, states, strict=True) if each.startable
+    ]:
+        lines.append(KeyValue(key="cost", value=_bill(sweep, starting, num_devices)))
+    if others := unplanned_runs(sweep, [each.run for each in states]):
+        num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
+        running = f", {num_running} of them running" if num_running else ""
+        value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
+        lines.append(KeyValue(key="unplanned", value=value))
+    named = [each for each in states if each.state in ADVICE]
+    return [*lines, *group_notices((each.state, f"{each.why}{ADVICE[each.state]}", each.record.name) for each in named)]
+
+
+def _word(found: RunState) -> str:
+    """Return what a launch does with a run, or its state."""
+    if found.state == "paused" and found.status.state == "finished":
+        return "to extend" if any(each.what == "training" for each in found.missing) else "to evaluate"
+    words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
+    return words.get(found.state, found.state)
+
+
+def _share_left(card: CostCard, found: RunState) -> float:
+    """Return the share of a run's time that training and evaluation have left, 0..1."""
+    pending = Counter(each.what for each in found.missing)
+    trained = min(1.0, found.status.images_done / card.images_executed) if pending["training"] else 1.0
+    num_tasks = 1 + len(card.probes)
+    evaluations = pending["training"] * num_tasks + pending["validation"] + pending["probe"]
+    evaluated = 1 - evaluations / (num_tasks * len(card.budgets))
+    return ((1 - trained) * card.training_s + (1 - evaluated) * card.evaluation_s) / card.wall_s
+
+
+def _bill(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int) -> str:
+    """Describe device-hours, money and time of what is left of runs that start (cards, shares)."""
+    hours = sum(share * card.device_hours for card, share in starting)
+    if sweep.is_for_slurm:
+        num_jobs = min(len(starting), sweep.file.slurm.max_jobs)
+        where, num_devices = f"in {num_jobs} jobs at once", num_jobs
+        needs = [(share * card.wall_s, 1) for card, share in starting]
+    else:
+        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} here"
+        needs = [
+            (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
+            for card, share in starting
+        ]
+    longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
+    whole_s = max(schedule_s([0.0] * num_devices, longest_first))
+    longest = format_duration(max(share * card.wall_s for card, share in starting))
+    return (
+        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; {format_duration(whole_s)} {where}; "
+        f"longest run {longest}"
+    )
+
+
+def format_price(sweep: Sweep, device_hours: float) -> str:
+    """Format the price of device-hours, as the continuation of a sentence; empty without a price."""
+    price = sweep.file.cost.price(device_hours)
+    return "" if price is None else f" ({format_number(price[0])} {price[1]})"
 
 
 def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> Group:
@@ -58,7 +136,7 @@ def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
     is_elsewhere = bool({line.place for line in lines} - {"", socket.gethostname()})
     columns = [
         Column(header="run", cell=lambda line: line.run_id, align_right=False),
-        *axis_columns(lines),
+        *axis_columns(lines, lambda line: line.cell),
         Column(header="state", cell=_state, align_right=False),
         Column(header="done", cell=lambda line: "" if line.state == "not started" else f"{100 * line.progress:.0f} %"),
         _optional("images", lambda line: line.status.images_seen, format_number, 5),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.cells import cell_len
@@ -15,8 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.aim.errors import printable
-from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.table.status import RunStatus
 
 LOG_WIDTH = 1000
 
@@ -137,16 +135,16 @@ def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> 
     return table
 
 
-def axis_columns(rows: Sequence[CostCard] | Sequence[RunStatus]) -> list[Column]:
-    """Make a column for every axis with more than one value, except the size."""
-    cells = [row.cell for row in rows]
+def axis_columns(rows: Sequence[Any], cell_of: Callable[[Any], dict[str, Any]]) -> list[Column]:
+    """Make a column for every axis with more than one value in the rows' cells, except the size."""
+    cells = [cell_of(row) for row in rows]
     keys = dict.fromkeys(key for cell in cells for key in cell if key != "size")
     axes = [key for key in keys if len({str(cell.get(key, "")) for cell in cells}) > 1]
-    return [Column(header=axis.split(".")[-1], cell=functools.partial(_axis_value, axis)) for axis in axes]
+    return [Column(header=axis.split(".")[-1], cell=partial(_axis_value, cell_of, axis)) for axis in axes]
 
 
-def _axis_value(axis: str, row: CostCard | RunStatus) -> str:
-    value = row.cell.get(axis, "")
+def _axis_value(cell_of: Callable[[Any], dict[str, Any]], axis: str, row: Any) -> str:
+    value = cell_of(row).get(axis, "")
     if value is None:
         return "all" if axis == "unique_images" else "none"
     return format_number(value) if type(value) is int and value >= 10_000 else str(value)

@@ -31,8 +31,7 @@ from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import write_dataset
 from aimscale.harness.data.stream.augment import draw_boxes
 from aimscale.harness.data.stream.stream import TrainStream
-from aimscale.harness.distributed.group import start_group
-from aimscale.harness.distributed.placement import find_placement
+from aimscale.harness.distributed.group import find_placement, start_group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine

@@ -32,7 +32,7 @@ def watched_launch(name: str, root: Path) -> tuple[list[tuple[float, SweepStatus
     words = [sys.executable, "-m", "aimscale", "launch", name, "--root", str(root)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        seen.append((time.monotonic() - started, sweep_status(sweep, runs, cards)))
+        seen.append((time.monotonic() - started, sweep_status(sweep, cards)))
         time.sleep(EVERY_S)
     return seen, time.monotonic() - started
 

@@ -16,7 +16,7 @@ import yaml
 from commands import say
 from slurm_cluster import running_slurm
 
-from aimscale.harness.distributed.placement import find_placement, gpu_index
+from aimscale.harness.distributed.group import find_placement, gpu_index
 from aimscale.sweeps.slurm import commands as slurm
 
 NODES, GPUS, PATIENCE_S = 16, 8, 200

@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, main
 from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import RunRecord, prepare_directory
 
 FILES = (
     *("config.yaml", "status.json", "results.json", "lock", "claim", "attempts.jsonl", "metrics.jsonl"),

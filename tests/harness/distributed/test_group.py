@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from aimscale.harness.distributed.group import Group, choose_device, start_group
-from aimscale.harness.distributed.placement import LaunchError, Placement, find_placement, gpu_index
+from aimscale.harness.distributed.group import (
+    Group,
+    LaunchError,
+    Placement,
+    choose_device,
+    find_placement,
+    gpu_index,
+    start_group,
+)
 from aimscale.harness.probe.features.backbones import matmul_precision
 from aimscale.harness.probe.run import standalone_group
 from aimscale.harness.run.config import RunConfig

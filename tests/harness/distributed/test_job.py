@@ -18,8 +18,8 @@ from trainers import free_port
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.distributed import job as job_module
+from aimscale.harness.distributed.group import LaunchError
 from aimscale.harness.distributed.job import Job, execute_job
-from aimscale.harness.distributed.placement import LaunchError
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_USER_ERROR, SHARED, RunDir
 from aimscale.harness.step.checkpoint import CheckpointError

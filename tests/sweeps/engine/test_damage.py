@@ -46,7 +46,7 @@ def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
     assert len(result.finished) == 2
     whys = {decision.run.run_id: decision.why for decision in result.skipped if decision.state == "damaged"}
     assert len(whys) == len(DAMAGE)
-    status = sweep_status(sweep, runs, cost_cards(sweep, runs))
+    status = sweep_status(sweep, cost_cards(sweep, runs))
     for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):
         assert name in whys[run.run_id]
         assert "\n" not in whys[run.run_id]

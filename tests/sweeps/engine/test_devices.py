@@ -54,8 +54,7 @@ def test_a_launch_that_waits_for_devices_of_another_says_so(
 
 RANK = """
 import json, os, pathlib, sys
-from aimscale.harness.distributed.group import start_group, stop_group
-from aimscale.harness.distributed.placement import find_placement
+from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 
 def listening(pid):
     links = [os.readlink(each) for each in pathlib.Path(f"/proc/{pid}/fd").iterdir() if os.path.islink(each)]

@@ -25,7 +25,7 @@ def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: 
         result = aimscale.sweeps.engine.launch.launch(sweep, devices=2)
         assert len(result.finished) == 1
         runs = plan(sweep)
-        found = collect(sweep, runs, cost_cards(sweep, runs))
+        found = collect(sweep, cost_cards(sweep, runs))
         table = read_table(found.table)
         assert list(table["status"]) == ["complete", "complete"]
         assert list(table["world_size"]) == [devices] * 2

@@ -63,7 +63,7 @@ def test_what_is_done_from_other_weights_or_settings_is_missing_and_reaches_the_
     assert probed(directory, run.config, task) == []
     list(probe_run(directory.path))
     assert probed(directory, run.config, task) == [64, 128]
-    found = probe_frame(read_table(collect(sweep, [run], cost_cards(sweep, [run])).table))
+    found = probe_frame(read_table(collect(sweep, cost_cards(sweep, [run])).table))
     assert list(zip(found["images_seen"], found["n"], strict=True)) == [(64, 12), (128, 12)]
     assert probed(directory, run.config, task.model_copy(update={"epochs": 3})) == []
     retrained = AIM(model_of(run.config.training))
@@ -78,7 +78,7 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
         list(probe_run(sweep.run_dir(run.run_id)))
     first = RunDir(sweep.run_dir(runs[0].run_id))
     (entries,) = [found for _, found in probe_baseline("raw-pixels", first, runs[0].config.evaluation.probes)]
-    found = collect(sweep, runs, cost_cards(sweep, runs))
+    found = collect(sweep, cost_cards(sweep, runs))
     assert (found.num_rows, found.num_complete, found.num_baselines) == (4, 4, 1)
     frame = read_tables([found.table])
     assert len(frame) == 4  # no law meets a baseline
@@ -88,7 +88,7 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
     assert list(beside["baseline_top1"]) == [entries[0]["top1"]] * 2
     assert "raw-pixels" in compare(frame).summary()
     next((first.path / "baselines" / "raw-pixels").glob("*.json")).write_text("{")
-    again = collect(sweep, runs, cost_cards(sweep, runs))
+    again = collect(sweep, cost_cards(sweep, runs))
     assert again.num_baselines == 0
     assert list(again.damaged) == [f"{first.path.name}/baselines/raw-pixels"]
     assert not (sweep.directory / "baselines.parquet").exists()

@@ -18,13 +18,12 @@ from aimscale.aim.errors import UserError
 from aimscale.sweeps.engine import active_run
 from aimscale.sweeps.engine import worker as engine
 from aimscale.sweeps.engine.active_run import Event
-from aimscale.sweeps.engine.devices import DevicePool, Machine
+from aimscale.sweeps.engine.devices import Machine
 from aimscale.sweeps.engine.launch import cancel, load_plan
 from aimscale.sweeps.plan.costs import grace_period_s
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.state.decision import read_state
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory, unplanned_runs
+from aimscale.sweeps.state.record import RunRecord, prepare_directory, unplanned_runs
 
 
 def starts(record: RunRecord) -> int:
@@ -278,23 +277,6 @@ def test_a_broken_run_fails_for_good_on_two_nodes_and_stops_no_other(
     assert [each.state for each in launch(sweep, devices=1, command=stand_in()).skipped].count("failed") == 1
 
 
-def test_two_launches_on_one_machine_share_its_devices(
-    write_sweep: Any, start: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
-    records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
-    pool = DevicePool(Machine(devices=1, is_shared=True))
-    assert pool.acquire(plan(sweep)[0]) == (0,)
-    begun: list[int] = []
-    waiter = threading.Thread(target=lambda: (time.sleep(3), begun.extend(map(starts, records)), pool.release((0,))))
-    waiter.start()
-    monkeypatch.setattr(engine, "RESCAN_S", 0.5)
-    assert len(launch(sweep, devices=1, command=stand_in()).finished) == 2
-    assert begun == [0, 0]
-    assert [starts(record) for record in records] == [1, 1]
-
-
 def test_a_launch_that_waits_for_a_silent_run_of_another_worker_says_so(
     write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,8 +310,8 @@ def test_a_launcher_whose_sweep_was_moved_stops_and_makes_nothing(
 def test_a_job_takes_runs_of_its_own_shape_first(write_sweep: Any, stand_in: Any) -> None:
     """Otherwise a small run keeps a node of eight devices from the run that it was requested for."""
     wide = [{"when": {"size": "rung-32"}, "set": {"devices": 2}}]
-    sweep, runs, _ = load_plan(write_sweep(override=wide, seeds=[0, 1]), Path())
-    runs.sort(key=lambda run: run.devices)
+    sweep, cards = load_plan(write_sweep(override=wide, seeds=[0, 1]), Path())
+    runs = sorted((card.run for card in cards), key=lambda run: run.devices)
     prepare_directory(sweep, runs)
     machine = Machine(devices=2, allow_fewer_devices=False)
     worker = engine.Worker(sweep=sweep, machine=machine, waiting=list(runs), command=stand_in(), job_id="7")
@@ -342,7 +324,8 @@ def test_a_job_takes_runs_of_its_own_shape_first(write_sweep: Any, stand_in: Any
 
 def test_a_run_that_took_long_to_start_is_not_started_with_little_time(write_sweep: Any, stand_in: Any) -> None:
     """It would be killed before its first step, and that would count as an attempt without progress."""
-    sweep, runs, _ = load_plan(write_sweep(sizes=["rung-32"], seeds=[0, 1]), Path())
+    sweep, cards = load_plan(write_sweep(sizes=["rung-32"], seeds=[0, 1]), Path())
+    runs = [card.run for card in cards]
     prepare_directory(sweep, runs)
     slow, quick = (RunRecord.create(sweep.run_dir(run.run_id), run.config) for run in runs)
     for record, startup_s in ((slow, 400.0), (quick, 5.0)):

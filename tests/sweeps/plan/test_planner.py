@@ -108,7 +108,7 @@ def test_aim_paper_reproduces_published_parameters_and_flops(tmp_path: Path) -> 
     num_tokens, o, head, n = 256, 588, 2048, 12
     shapes = {"aim-600M": (1536, 24), "aim-1B": (2048, 24), "aim-3B": (3072, 24), "aim-7B": (4096, 32)}
     for card in cards:
-        d, depth = shapes[card.cell["size"]]
+        d, depth = shapes[card.run.cell["size"]]
         trunk = 2 * depth * (12 * num_tokens * d**2 + 2 * num_tokens**2 * d)
         forward = 2 * num_tokens * o * d + trunk + 2 * num_tokens * (d * head + 8 * n * head**2 + head * o)
         assert [budget.flops for budget in card.budgets] == [3 * forward * b.images_seen for b in card.budgets]
@@ -178,7 +178,8 @@ def test_probes_of_a_large_run_of_several_nodes_are_priced_on_one(write_sweep: A
         return cost_cards(sweep, plan(sweep))[0]
 
     apart, together = card(1000), card(10**6)
-    assert (apart.probe_devices, together.probe_devices, card(1000, "local").probe_devices) == (8, 32, 32)
+    found = [each.run.probe_devices for each in (apart, together, card(1000, "local"))]
+    assert found == [8, 32, 32]
     assert apart.training_s == together.training_s
     assert apart.wall_s > 2 * together.wall_s, "the few devices take longer"
     spent = (apart.training_s * 32 + apart.evaluation_s * 8) / 3600

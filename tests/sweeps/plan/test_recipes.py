@@ -14,7 +14,7 @@ from aimscale.harness.run.strict import merge
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.recipes import Scale, get_recipe, parse_recipe, read_recipe
 from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import prepare_directory
 
 LAW: dict[str, Any] = {"coefficient": 0.01, "source": "an assumption"}
 OWN: dict[str, Any] = {"lr_peak": LAW, "batch_size": LAW | {"coefficient": 32}, "warmup_images": LAW | {"D": 1}}

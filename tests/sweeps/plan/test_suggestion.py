@@ -64,7 +64,7 @@ def test_a_suggested_sweep_fits_its_hours_and_identifies_a_law(suggested: Any, h
     assert not [why for card in cards for _, why in card.cautions if "follows no law" in why]
     assert sweep.file.base["probes"][0]["kinds"] == ["linear", "knn"]
     sizes = sorted(card.params_total for card in cards)
-    assert all(each.is_tuning is False for each in cards)
+    assert all(each.run.is_tuning is False for each in cards)
     found = [is_identified(sizes, sweep.file.budgets, seed) for seed in range(5)]
     assert np.mean(found, axis=0).min() >= 0.8
     poor = [is_identified(sizes[1:6], np.array([80, 115, 160, 230]) * 1000, seed) for seed in range(5)]

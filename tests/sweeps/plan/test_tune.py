@@ -48,7 +48,7 @@ def test_batches_are_tuned_at_every_rate(write_sweep: Any) -> None:
 def test_a_plan_prices_tuning_as_a_share_of_the_sweep(write_sweep: Any) -> None:
     sweep = write_sweep(**GRID, tune=TUNE)
     cards = cost_cards(sweep, plan(sweep))
-    hours = {is_tuning: sum(c.device_hours for c in cards if c.is_tuning is is_tuning) for is_tuning in (True, False)}
+    hours = {tuning: sum(c.device_hours for c in cards if c.run.is_tuning is tuning) for tuning in (True, False)}
     found = to_json(cards)["totals"]
     assert found["num_tuning_runs"] == 9
     assert found["share_tuning"] == pytest.approx(hours[True] / (hours[True] + hours[False]))

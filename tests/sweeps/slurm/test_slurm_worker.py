@@ -14,8 +14,7 @@ from aimscale.sweeps.engine.slurm_worker import WorkerJobError, execute_job
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.slurm.jobs import JobShape
 from aimscale.sweeps.state.attempts import may_retry
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import RunRecord, prepare_directory
 
 STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
 

@@ -25,9 +25,7 @@ from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
 from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
-from aimscale.sweeps.state import sweep_dir
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import RunRecord, prepare_directory
 from aimscale.sweeps.table.status import sweep_status
 from aimscale.sweeps.table.views import format_duration
 
@@ -299,7 +297,7 @@ def test_a_line_of_the_setup_that_fails_ends_the_job_and_status_says_which(
         assert ("worker begins" in done.stdout) == (code == 0), done
     submissions = slurm.submissions_file(sweep)
     submissions.with_name(f"{part.job_id}.out").write_text(done.stderr + done.stdout)
-    (said,) = sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)), {}).failed_jobs
+    (said,) = sweep_status(sweep, cost_cards(sweep, plan(sweep)), {}).failed_jobs
     assert said.startswith("slurm.setup failed with exit code 127: module load cuda (1 jobs; see ")
 
 
@@ -308,12 +306,12 @@ def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
 ) -> None:
     """The most common first failure on a cluster: a line of `slurm.setup` that does not work there."""
     sweep = write_sweep(slurm={"setup": ["module load cuda || exit 1"]})
-    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    cards = cost_cards(sweep, plan(sweep))
     submit_for(sweep)
-    assert not sweep_status(sweep, runs, cards, {}).failed_jobs, "no log yet"
+    assert not sweep_status(sweep, cards, {}).failed_jobs, "no log yet"
     for i in (0, 1):
         (sweep.directory / "slurm" / f"1_{i}.out").write_text("hello\nmodule: command not found\n")
-    (said,) = sweep_status(sweep, runs, cards, slurm.jobs()).failed_jobs
+    (said,) = sweep_status(sweep, cards, slurm.jobs()).failed_jobs
     assert "module: command not found (2 jobs; see " in said
     with pytest.raises(UserError, match=r"all 2 jobs .* before their workers began: module: command not found"):
         submit_for(sweep)
@@ -325,12 +323,12 @@ def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
 
 def test_what_a_worker_says_of_itself_is_shown_and_a_regular_end_is_not(write_sweep: Any, submitted: Any) -> None:
     sweep = write_sweep(seeds=[0, 1])
-    runs, cards = plan(sweep), cost_cards(sweep, plan(sweep))
+    cards = cost_cards(sweep, plan(sweep))
     submit_for(sweep)
     ends = ["aimscale: this job is too short", "worker ends: nothing is left", "started a\nKilled", "started b"]
     for i, end in enumerate(ends):
         (sweep.directory / "slurm" / f"1_{i}.out").write_text(f"noise\nworker begins: job 1_{i}\n{end}\n")
-    (said,) = sweep_status(sweep, runs, cards, {}).failed_jobs
+    (said,) = sweep_status(sweep, cards, {}).failed_jobs
     assert "this job is too short (1 jobs" in said
 
 
@@ -349,7 +347,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     sweep = write_sweep()
-    monkeypatch.setattr(sweep_dir, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("aimscale.sweeps.state.record.LOCK_TIMEOUT_S", 0.1)
     sweep.directory.mkdir(parents=True)
     with (
         hold_lock(sweep.directory / "slurm" / "lock"),

@@ -15,8 +15,7 @@ from aimscale.analysis.table.read import read_curves, read_table
 from aimscale.sweeps.plan.costs import cost_cards
 from aimscale.sweeps.plan.planner import plan
 from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.sweep_dir import prepare_directory
+from aimscale.sweeps.state.record import RunRecord, prepare_directory
 from aimscale.sweeps.table import collection
 from aimscale.sweeps.table.collection import CollectResult, collect
 from aimscale.sweeps.table.status import sweep_status
@@ -24,7 +23,7 @@ from aimscale.sweeps.table.status import sweep_status
 
 def gather(sweep: Sweep) -> CollectResult:
     """Collect all planned runs."""
-    return collect(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    return collect(sweep, cost_cards(sweep, plan(sweep)))
 
 
 def test_partial_damaged_and_diverged_runs_collect(write_sweep: Any, stand_in: Any, launch: Any) -> None:
@@ -144,7 +143,7 @@ def test_values_of_wrong_types_cost_their_run_alone(write_sweep: Any) -> None:
     folder = str(baseline.parent.relative_to(sweep.runs_dir))
     assert (list(found.damaged), found.num_complete) == ([*names[:-1], folder], 1)
     assert all("results.json" in found.damaged[name] for name in names[:-1])
-    lines = sweep_status(sweep, runs, cost_cards(sweep, runs)).runs
+    lines = sweep_status(sweep, cost_cards(sweep, runs)).runs
     assert [line.run_id for line in lines if line.state == "damaged"] == names[:-1]
     assert lines[-1].val_loss == 0.5
     assert not killed.exists(), "what a killed collect left goes with the next one"

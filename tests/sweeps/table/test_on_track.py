@@ -89,7 +89,7 @@ def test_a_launch_leaves_forecasts_and_ends_a_run_that_retry_takes_up(
     assert json.loads((record.path / FILE).read_text())["stop_sd"] == 2.5
     assert f"ended {large.run_id}: +4.2 sd above its forecast" in capsys.readouterr().out
     runs = plan(sweep)
-    (line,) = (each for each in sweep_status(sweep, runs, cost_cards(sweep, runs)).runs if each.run_id == large.run_id)
+    (line,) = (each for each in sweep_status(sweep, cost_cards(sweep, runs)).runs if each.run_id == large.run_id)
     assert (line.state, line.status.reason) == ("off-track", "+4.2 sd above its forecast")
     again = launch(sweep, devices=1, command=stand_in())
     assert [each.state for each in again.skipped if each.run.run_id == large.run_id] == ["off-track"]
@@ -114,7 +114,7 @@ def test_status_says_who_is_on_track(write_sweep: Any, capsys: pytest.CaptureFix
 def shown(sweep: Sweep) -> str:
     runs, console = plan(sweep), new_console()
     with console.capture() as capture:
-        console.print(status_view(sweep_status(sweep, runs, cost_cards(sweep, runs)), 200))
+        console.print(status_view(sweep_status(sweep, cost_cards(sweep, runs)), 200))
     return capture.get()
 
 

@@ -38,7 +38,7 @@ def counted(tmp_path: Path) -> None:
 
 
 def look(sweep: Any) -> SweepStatus:
-    return sweep_status(sweep, plan(sweep), cost_cards(sweep, plan(sweep)))
+    return sweep_status(sweep, cost_cards(sweep, plan(sweep)))
 
 
 def finish_task(run: Run, record: RunRecord, budget: int, task: str, kinds: Sequence[str]) -> None:
@@ -110,9 +110,9 @@ def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> 
     facts: dict[str, Any] = {"job_id": "7_1", "devices": 1, "nodes": "node1"}
     with running.hold(), by_hand.hold(), hold_lock(running.claim, **facts), hold_lock(starting.claim, **facts):
         cards = cost_cards(sweep, runs)
-        alone, with_jobs = look(sweep), sweep_status(sweep, runs, cards, jobs)
+        alone, with_jobs = look(sweep), sweep_status(sweep, cards, jobs)
         del jobs["8_0"]
-        assert sweep_status(sweep, runs, cards, jobs).counts == alone.counts, "jobs of other sweeps are not its own"
+        assert sweep_status(sweep, cards, jobs).counts == alone.counts, "jobs of other sweeps are not its own"
     states = ["not started", "lost", "paused", "running", "starting", "failed", "cancelled", "damaged", "running"]
     assert [line.state for line in alone.runs] == states
     queued = ["queued" if state in ("not started", "lost", "paused") else state for state in states]
@@ -187,7 +187,7 @@ def test_before_anything_is_measured_the_plan_stands(write_sweep: Any) -> None:
     waiting = RunStatus(run_id="", cell={}, state="paused", status=Status())
     two = [replace(waiting, state="starting")] * 2
     assert time_left(cards, [*two, waiting])[1] == pytest.approx(2 * cards[0].wall_s)
-    wide = [replace(card, devices=2) for card in cards]
+    wide = [replace(card, run=replace(card.run, devices=2)) for card in cards]
     assert time_left(wide, [two[0], waiting, waiting])[1] == pytest.approx(3 * cards[0].wall_s)
 
 
