@@ -144,8 +144,8 @@ def blind_flags(groups: Groups) -> Iterator[Flag]:
         yield Flag(kind="unseen", subject=name, text=text)
     for name in groups.few:
         num = groups.counts[name]
-        text = f"Only {num} {name}: the error that points of one share can hardly be estimated; where there is such an "
-        text += "error, 95 % intervals cover about 90 %."
+        text = f"Only {num} {name}: these rows cannot tell whether the points of one share an error; where they do, "
+        text += "95 % intervals contain the truth in only 85 to 92 % of tables."
         yield Flag(kind="few_groups", subject=name, number=num, text=text)
 
 

@@ -137,8 +137,8 @@ def forecast(
     fits = Cache()
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
     flags, by = list[Flag](), {y: loss}
-    if not isinstance(law, Forecaster):  # else whoever made it has told them
-        flags += table_flags(df, [*loss.points.x], y, {f"D = {human(each.get('D', 0))}": each for each in scales})
+    if not isinstance(law, Forecaster):  # of one that was made before its maker tells them, as the report does
+        flags += table_flags(df, [*loss.points.x], y, scales)
     flags += blind_flags(loss.curves[loss.weights.index[0]].law.groups)
     probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
     for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():

@@ -58,7 +58,8 @@ class Approaches(Result):
     @property
     def cautions(self) -> list[str]:
         """Sentences of all flags: those of all approaches first, then of each."""
-        return [*map(str, self.flags), *(str(flag) for each in self.frontiers for flag in each.flags)]
+        of_each = [f"Approach {each.approach}: {flag}" for each in self.frontiers for flag in each.flags]
+        return [*map(str, self.flags), *of_each]
 
     def disagreement(self, flops: float) -> float:
         """Return the largest N* over the smallest N* at a budget."""
@@ -76,10 +77,12 @@ class Approaches(Result):
         at = best.at(top).iloc[0]
         n, n_lo, n_hi, d = (human(at[name]) for name in ("N", "N_lo", "N_hi", "D"))
         law = f" on the {best.law.law.name} law" if best.law else ""
-        exponents = [f"C^{f.exponent_words()}{f' (approach {f.approach})' * several}" for f in self.frontiers]
         found = f"At {human(top)} FLOP: N = {n} [{n_lo}, {n_hi}], D = {d}, by approach {best.approach}{law}. "
-        found += f"N grows as {', '.join(exponents)}."
-        return found + f" There they differ by a factor of {human(self.disagreement(top), 2)} in N." * several
+        if not several:
+            return f"{found}N grows as C^{best.exponent_words()}."
+        exponents = [f"C^{f.exponent_words()} (approach {f.approach})" for f in self.frontiers]
+        apart = f"There they differ by a factor of {human(self.disagreement(top), 2)} in N."
+        return f"{found}N grows as {', '.join(exponents)}. {apart}"
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row an approach: the exponent with its interval, the range of C."""

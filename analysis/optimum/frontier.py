@@ -13,7 +13,7 @@ import pandas as pd
 
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import error_column, half_width
-from aimscale.analysis.fitting.diagnostics import WIDE_DERIVED
+from aimscale.analysis.fitting.diagnostics import WIDE_DERIVED, blind_flags
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit, Interval
 from aimscale.analysis.laws.base import Array, Columns, Law, Params
@@ -113,7 +113,7 @@ class Frontier:
     law: Fit | None = field(default=None, repr=False)
     """Law of approach 3."""
     flags: tuple[Flag, ...] = ()
-    """Errors that the interval does not count."""
+    """Errors that points may share and that the rows hardly tell, or not at all."""
 
     def at(self, flops: Array) -> pd.DataFrame:
         """Return the optimum at budgets.
@@ -217,4 +217,5 @@ def parametric_frontier(law: Fit | Law, df: pd.DataFrame, *, y: str = "val_loss"
         pairs=pd.DataFrame(columns=["C", "N", "D", "loss"]),
         range=span,
         law=found,
+        flags=tuple(blind_flags(found.estimate.groups)),
     )

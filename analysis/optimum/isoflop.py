@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -73,7 +72,7 @@ def isoflop_frontier(df: pd.DataFrame, *, y: str = "val_loss") -> Frontier:
         pairs=pd.DataFrame({"C": flops, "N": np.exp(best), "D": cost.samples(flops, np.exp(best)), "loss": losses}),
         refusals=tuple(refusals),
         range=(float(flops.min()), float(flops.max())),
-        flags=tuple(replace(flag, text=f"Approach 2: {flag.text}") for flag in flags),
+        flags=tuple(flags),
     )
 
 

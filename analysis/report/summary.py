@@ -35,7 +35,7 @@ SMALL, SIZED = 1.0, ("scatter", "pattern")
 """Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
 HARMLESS = ("outliers", "tuned", "few_groups")
 """Kinds of flags that never do: points that the objective sets aside, a choice among rates that biases losses by part
-of their noise, groups so few that intervals hold some 90 %."""
+of their noise, groups so few that intervals hold 85 to 92 %."""
 COEFFICIENT = "factor"
 """Kind of flag that the summary leaves to the fits below: an imprecise coefficient, for which its exponent makes up."""
 

@@ -14,7 +14,7 @@ from aimscale.analysis.errors import AnalysisError, option
 from aimscale.analysis.table.design import PROVENANCE, design_columns, experiment_columns, varies
 from aimscale.analysis.table.names import CANONICAL, Exclusion, no_column, our_name, remember, their_name
 from aimscale.analysis.table.points import REPEATS_FROM, complete, most_passes, passes_flags, usable_rows
-from aimscale.analysis.words import Flag, some
+from aimscale.analysis.words import Flag, human, some
 
 _CONDITION = re.compile(r"([^=<>!]+?)\s*(<=|>=|!=|=|<|>)\s*(.+)")
 _ORDER = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -132,12 +132,12 @@ def mixture_flags(frame: pd.DataFrame, variables: Sequence[str], y: str = "val_l
 
 
 def table_flags(
-    frame: pd.DataFrame, variables: Sequence[str], y: str, scales: Mapping[str, Mapping[str, float]] | None = None
+    frame: pd.DataFrame, variables: Sequence[str], y: str, scales: Sequence[Mapping[str, float]] = ()
 ) -> tuple[Flag, ...]:
-    """Flag what a law of these variables does not know, what was tuned, and scales (by their name in words) that see
-    their pool more often than any row."""
+    """Flag what a law of these variables does not know, what was tuned, and scales that see their pool more often than
+    any row."""
     found = usable_rows(frame, y, best_by=y)
-    passes = [flag for what, at in (scales or {}).items() for flag in passes_flags(found.rows, what, at)]
+    passes = [flag for at in scales for flag in passes_flags(found.rows, f"D = {human(at.get('D', 0))}", at)]
     return (*mixture_flags(frame, variables, y), *found.flags, *passes)
 
 

@@ -33,6 +33,8 @@ REACH = 92, 99
 """Per cent of intervals that are to hold the truth where the page does not say that it cannot tell."""
 BLIND = ("unseen", "few_groups")
 """Kinds of flags that say of a whole table that an error which its points share cannot be told."""
+NEW_RUNS = 20
+"""Measurements that are drawn to try each prediction interval on."""
 FEWEST = 20
 """Tables from which on a coverage is judged."""
 
@@ -103,11 +105,12 @@ def law(cell: Cell, scales: pd.DataFrame, rng: np.random.Generator, record: Reco
         value = laws.CHINCHILLA.reported(TRUTH)[name]
         record.add(name, ends.low, ends.high, result.params[name], value, is_told=is_blind or lost)
     ahead = laws.CHINCHILLA.value(at, TRUTH)
-    new = ahead * np.exp(cell.new_sd * rng.standard_normal(2))
+    new = ahead * np.exp(cell.new_sd * rng.standard_normal((NEW_RUNS, 2)))
     rows = result.predict(at).to_dict("records")
-    for where, row, truth, point in zip(("inside", "3x beyond"), rows, ahead, new, strict=True):
+    for where, row, truth, points in zip(("inside", "3x beyond"), rows, ahead, new.T, strict=True):
         record.add(f"law {where} (CI)", row["ci_lo"], row["ci_hi"], row["value"], truth, is_told=is_blind)
-        record.add(f"measurement {where} (PI)", row["pi_lo"], row["pi_hi"], row["value"], point, is_told=is_blind)
+        for point in points:
+            record.add(f"measurement {where} (PI)", row["pi_lo"], row["pi_hi"], row["value"], point, is_told=is_blind)
     test = held_out(result, df, by="N")
     row = test.predictions.sort_values(["N", "D"]).iloc[-1]
     is_lost = is_blind or bool(test.not_identified & {"alpha", "beta"})

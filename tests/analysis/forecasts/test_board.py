@@ -38,8 +38,8 @@ def test_a_tenth_of_the_board_stands_as_on_the_page_by_a_constant_of_other_famil
     np.testing.assert_allclose(both["error"], both["error_told"], rtol=0.02, atol=1e-4)
     is_drawn = ~both.index.get_level_values("method").isin((STACK, STRAIGHT, WITH_POINTS))
     ratio = both["half_width"] / both["half_width_told"]
-    # There by constants without its own family, which move by a fifth (LOSSES in forecaster.py); all else is equal.
-    np.testing.assert_allclose(ratio[~is_drawn], 1, rtol=0.2)
+    # There by constants without its own family, which move by a quarter (LOSSES in forecaster.py); all else is equal.
+    np.testing.assert_allclose(ratio[~is_drawn], 1, rtol=0.3)
     np.testing.assert_array_less(np.abs(np.log(ratio[is_drawn])), np.log(2))  # draws in flat valleys: rounding tells
 
     whole = calibrated(points)

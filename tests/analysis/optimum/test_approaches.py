@@ -116,8 +116,17 @@ def test_groups_whose_errors_no_surface_can_tell_are_flags_wherever_the_frontier
     for shown in (found.summary(), " ".join(found.sentences()), found.to_json()):
         assert "Approach 2: Too few budgets to estimate the error" in " ".join(shown.split())
     few.to_csv(tmp_path / "t.csv", index=False)
-    assert answer("frontier", tmp_path / "t.csv")["flags"] == list(map(str, flags))
-    assert not frontier(isoflop(8)).frontiers[0].flags
+    assert answer("frontier", tmp_path / "t.csv")["flags"] == found.cautions
+    assert not any(each.flags for each in frontier(isoflop(8)).frontiers)
+
+
+def test_budgets_too_few_to_tell_what_they_share_are_a_flag_of_the_laws_frontier():
+    """Only `fit` said so: the frontier of the same law showed its interval bare."""
+    few, many = (law_grid(TRUTH, sizes=(1e6, 1e8, 5), budgets=(1e8, 1e10, num), noise=0.003) for num in (4, 7))
+    [by_law] = frontier(few).frontiers
+    assert [(each.kind, each.subject, each.number) for each in by_law.flags] == [("few_groups", "budgets", 4)]
+    assert "Approach 3: Only 4 budgets: these rows cannot tell" in " ".join(frontier(few).summary().split())
+    assert not any(each.flags for each in frontier(many).frontiers)
 
 
 def test_approaches_that_disagree_are_named():
