@@ -222,9 +222,10 @@ def weigh(points: Points, cache: Cache, fit: Callable[[Points, Cache], Curves] =
     largest = {v: values[[np.argmax(points.compute)]] for v, values in points.x.items()}
     noises = {name: float(curve.predict(largest)[2][0]) for name, curve in curves.items()}
     columns = {"num_params": {name: curve.num_params for name, curve in curves.items()}, "weight": weights}
-    columns |= {"backtest_error": backtests.median(), "noise": noises, "reason": missing}
+    columns |= {"backtest_error": backtests.median(), "noise": noises}
+    columns |= {"reason": dict.fromkeys(curves, "") | missing}
     names = [*weights.sort_values(ascending=False, kind="stable").index, *missing]
-    table = pd.DataFrame(columns, index=pd.Index(names, name="curve")).fillna({"weight": 0.0, "reason": ""})
+    table = pd.DataFrame(columns, index=pd.Index(names, name="curve")).fillna({"weight": 0.0})
     misfit = float(np.median(rates) if rates else UNTESTED * _rms([*noises.values()]))
     return Forecaster(points=points, curves=curves, table=table.reset_index(), backtests=backtests, misfit=misfit)
 

@@ -25,7 +25,10 @@ _FIELDS = {field.name: _TYPES.get(field.dtype, float) for field in PROBE_FIELDS 
 
 def to_numbers(values: pd.Series) -> pd.Series:
     """Read numbers, also of texts such as `44M`, `1.5k` and `26.2 %`; what is none becomes NaN."""
-    numbers = pd.to_numeric(values, errors="coerce")
+    try:
+        numbers = pd.to_numeric(values, errors="coerce")
+    except OverflowError as error:
+        raise AnalysisError(f"column '{values.name}' holds a number above 1.8e308; correct it") from error
     texts = values[numbers.isna() & values.notna()].map(str)
     if texts.empty:
         return numbers

@@ -6,6 +6,7 @@ recorded as such, and the next one runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -120,11 +122,15 @@ def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
         out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         problem = f"not done after {limit_s:.0f} s"
+        children = psutil.Process(process.pid).children(recursive=True)
         process.terminate()  # a launch then ends its runs, which would hold the GPU
         try:
             out, err = process.communicate(timeout=GRACE_S)
         except subprocess.TimeoutExpired:
             process.kill()
+            for child in children:  # they may outlive it, and hold the pipes that are read here
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             out, err = process.communicate()
     lines = out.strip().splitlines()
     if process.returncode and not problem:

@@ -240,10 +240,11 @@ def info(folder: Annotated[str, typer.Argument(help="Folder or URL with an index
 def _read_classes(path: Path | None) -> tuple[str, ...] | None:
     """Read class names from a file."""
     from aimscale.harness.data import DataError
+    from aimscale.harness.run.files import read_file
 
     if path is None:
         return None
     try:
-        return tuple(path.read_text().splitlines())
+        return tuple(read_file(path).decode().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read class names from {path}: {error}") from error

@@ -49,25 +49,32 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
     """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
     env = dict(os.environ) if environment is None else environment
     try:
-        if "RANK" in env or "WORLD_SIZE" in env:
-            is_local = env["WORLD_SIZE"] == env.get("LOCAL_WORLD_SIZE")
-            return Placement(
-                rank=int(env["RANK"]),
-                world_size=int(env["WORLD_SIZE"]),
-                local_rank=int(env.get("LOCAL_RANK", "0")),
-                address=LOOPBACK if is_local else env["MASTER_ADDR"],
-                port=int(env["MASTER_PORT"]),
-            )
+        return _by_torchrun(env) if "RANK" in env or "WORLD_SIZE" in env else _by_slurm(env)
     except KeyError as error:
         raise LaunchError(
-            f"RANK or WORLD_SIZE is set but {error} is not; start with torchrun, or unset them to run alone"
+            f"this process is to be one of several ranks, but {error.args[0]} is not set; start with torchrun or srun, "
+            "or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS to run alone"
         ) from error
+
+
+def _by_torchrun(env: dict[str, str]) -> Placement:
+    is_local = env["WORLD_SIZE"] == env.get("LOCAL_WORLD_SIZE")
+    return Placement(
+        rank=int(env["RANK"]),
+        world_size=int(env["WORLD_SIZE"]),
+        local_rank=int(env.get("LOCAL_RANK", "0")),
+        address=LOOPBACK if is_local else env["MASTER_ADDR"],
+        port=int(env["MASTER_PORT"]),
+    )
+
+
+def _by_slurm(env: dict[str, str]) -> Placement:
     # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
     num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks == 1:
         return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
     is_local = env.get("SLURM_STEP_NUM_NODES") == "1"
-    first = first_host(env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"]))
+    first = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     return Placement(
         rank=int(env["SLURM_PROCID"]),
         world_size=num_tasks,

@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
-from aimscale.harness.run.files import read_as, write_json, write_text
+from aimscale.harness.run.files import read_as, read_file, write_json, write_text
 from aimscale.harness.run.lock import become_writer, hold_lock, is_held
 
 State = Literal["created", "queued", "running", "preempted", "failed", "diverged", "off-track", "finished"]
@@ -241,7 +241,7 @@ class RunDir:
         """Read what was measured during training: one point per position of the trunk, ascending; the last measurement
         at a position counts, and lines cut off by a kill do not."""
         points: dict[int, dict[str, Any]] = {}
-        for text in self.curve.read_bytes().splitlines() if self.curve.exists() else ():
+        for text in read_file(self.curve).splitlines() if self.curve.exists() else ():
             with contextlib.suppress(ValueError):
                 line = _ROW.validate_json(text).model_dump(exclude_unset=True)
                 known = {key: value for key, value in line.items() if value is not None}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import linecache
 import os
 import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -171,6 +173,26 @@ def limit_sentence(error: BaseException) -> str | None:
     return f"{text or 'out of memory'}; a limit of this shell or container is too low (`ulimit -a`, cgroup): raise it"
 
 
+def environment_sentence(error: BaseException) -> str | None:
+    """Name the environment variable whose value a library refused; None for other errors.
+
+    The error names the variable, or quotes its value and was raised where it is read.
+    """
+    text, lines = " ".join(str(error).split())[:200], list[str]()
+    if isinstance(error, Warning) and "PYTHONWARNINGS" in os.environ:
+        return f"a warning is an error here, as the environment variable PYTHONWARNINGS says ({text}); unset it"
+    if not isinstance(error, ValueError | OverflowError | AssertionError):
+        return None
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        lines += linecache.getlines(frame.f_code.co_filename)[max(0, number - 10) : number]
+    named = set(re.findall(r"[A-Z]+_[A-Z_]+", str(error)))
+    read = set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", "".join(lines)))
+    for name, value in os.environ.items():
+        if name in named or (name in read and (repr(value) in text or isinstance(error, OverflowError))):
+            return f"the environment variable {name} has a value that cannot be used ({text}); correct or unset it"
+    return None
+
+
 def classify(error: BaseException) -> tuple[ReasonClass, str]:
     """Return the kind of a failure and one sentence about it."""
     text = " ".join(str(error).split())
@@ -188,6 +210,8 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
         return "node", f"{LOST_RANK}, and its own entry in logs/ may say why ({sentence})"
     if isinstance(error, LockLost) or is_of_network(error):
         return "node", sentence
+    if refused := environment_sentence(error):
+        return "config", refused
     return "code", sentence
 
 
@@ -236,9 +260,9 @@ def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
         sys.exit(code)
     except Exception as error:
         end_within(EXIT_S)
-        if not isinstance(error, UserError | LockLost | OSError):
-            raise
-        sentence = disk_sentence(error) if isinstance(error, OSError) else error
+        sentence: object = environment_sentence(error)
+        if isinstance(error, UserError | LockLost | OSError):
+            sentence = disk_sentence(error) if isinstance(error, OSError) else error
         if sentence is None:
             raise
         print(f"aimscale: {sentence}", file=sys.stderr)

@@ -68,6 +68,13 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
 
 
+def read_file(path: Path) -> bytes:
+    """Read a file; UserError if it is a pipe, a socket or a device, which may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe, a socket or a device; give a file in its place")
+    return path.read_bytes()
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if there is no file.
 
@@ -75,7 +82,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         UserError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path))
     except FileNotFoundError:
         return None
     except OSError as error:

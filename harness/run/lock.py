@@ -15,7 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
+import logging
 import os
 import shutil
 import socket
@@ -30,8 +30,12 @@ from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
 
+_log = logging.getLogger(__name__)
+
 PATIENCE_S = 1.0
 """Seconds for which a lock is tried: `is_held` takes it for microseconds, which must not look like another holder."""
+TELL_S, WAIT_S = 10.0, 3600.0
+"""Seconds after which a wait for another process is told, and given up."""
 _descriptors: set[int] = set()
 """Descriptors of the locks that this process holds."""
 _writer_folders: dict[Path, Path] = {}
@@ -133,7 +137,7 @@ def is_held(path: Path) -> bool:
         UserError: the file system has no locks.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -146,8 +150,11 @@ def is_held(path: Path) -> bool:
 
 def read_holder(path: Path) -> Holder | None:
     """Read who holds a lock, or held it last; None if its file cannot be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        return _HOLDER.validate_json(path.read_bytes().partition(b"\n")[0])
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file,
+    ):
+        return _HOLDER.validate_json(file.readline(1 << 20))
     return None
 
 
@@ -227,13 +234,21 @@ def check_writer(path: Path) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock for the block; its file is removed at the end. Yields False if another process holds it and `wait` is
     false.
+
+    Raises:
+        TimeoutError: another process has held it for `WAIT_S`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_current = False
     while not is_current:  # else the previous holder has removed the file
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            is_mine = _locked(descriptor, fcntl.LOCK_EX, patience_s=math.inf if wait else 0.0)
+            is_mine = _locked(descriptor, fcntl.LOCK_EX, patience_s=TELL_S if wait else 0.0)
+            if wait and not is_mine:
+                _log.warning("waiting for another process, which has locked %s (`fuser -v` names it)", path)
+                if not (is_mine := _locked(descriptor, fcntl.LOCK_EX, patience_s=WAIT_S)):
+                    what = f"another process has locked it for {WAIT_S / 60:.0f} minutes; end it (`fuser -v` names it)"
+                    raise TimeoutError(errno.ETIMEDOUT, what, str(path))
             with contextlib.suppress(FileNotFoundError):
                 is_current = os.path.samestat(os.fstat(descriptor), path.stat())
         finally:

@@ -32,6 +32,7 @@ ROOT = "src/aimscale"
 ROOMS = ("aim", "harness", "sweeps", "analysis", ROOT)
 SOURCE = Path(__file__).resolve().parents[2]
 """Root of the source tree, if the code runs from one."""
+GIT_TIMEOUT_S = 60
 
 
 @functools.cache
@@ -158,8 +159,9 @@ def _content_hash(source: Path) -> str:
 def git(source: Path, *words: str) -> str:
     """Return the output of a git command in a folder."""
     try:
-        return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+        command = ["git", "-C", str(source), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S).stdout
+    except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
             f"cannot ask git about {source} ({error}); the code of queued jobs could not be pinned"
         ) from error

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from aimscale.aim.errors import UserError, did_you_mean
+from aimscale.harness.run.files import read_file
 
 SectionT = TypeVar("SectionT", bound="Section")
 Fields = dict[str, Any]
@@ -32,6 +33,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse `true` and `yes` for a number, which pydantic takes for 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
+
 
 MAX_NODES = 200_000
 """Maximum number of values of a YAML document, each alias counted as what it stands for."""
@@ -44,6 +54,11 @@ class _Loader(yaml.SafeLoader):
         node = super().get_single_node()
         if node is not None and _num_nodes(node, {}) > MAX_NODES:
             raise yaml.composer.ComposerError(None, None, f"it has more than {MAX_NODES:,} values, aliases expanded")
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        node.value.encode()  # a ValueError if an escape stands for half of a character
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -71,7 +86,7 @@ def _num_nodes(node: Any, known: dict[int, int]) -> int:
 def read_yaml(path: Path) -> Any:
     """Read one YAML document; a missing or malformed file is a ConfigError."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(read_file(path).decode("utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, or thousands of digits, are ValueErrors

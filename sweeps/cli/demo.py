@@ -26,7 +26,8 @@ FIRST_LAW = 3
 def command(
     root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = ROOT,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="GPUs to use, or CPU processes on a machine without GPUs; default: all.")
+        int | None,
+        typer.Option(min=1, max=10**6, help="GPUs to use, or CPU processes on a machine without GPUs; default: all."),
     ] = None,
 ) -> None:
     """Cut images from photographs, train and probe a grid of tiny models, fit the laws, write the report.

@@ -45,7 +45,8 @@ def launch(
     on: On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="GPUs to use, or CPU processes on a machine without GPUs; default: all.")
+        int | None,
+        typer.Option(min=1, max=10**6, help="GPUs to use, or CPU processes on a machine without GPUs; default: all."),
     ] = None,
     hours: Annotated[
         float | None,
@@ -66,6 +67,7 @@ def launch(
         typer.Option(
             metavar="SD",
             min=1,
+            max=10**6,
             help="Save and end runs whose loss stays this many standard deviations above its forecast.",
         ),
     ] = None,

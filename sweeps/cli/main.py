@@ -189,11 +189,11 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         return _run(argv)
     except Exception as error:
-        from aimscale.harness.run.failures import disk_sentence, limit_sentence
+        from aimscale.harness.run.failures import disk_sentence, environment_sentence, limit_sentence
 
         code, sentence = getattr(error, "exit_code", None), str(error)
-        if code is None and (limit := limit_sentence(error)):
-            code, sentence = 2, limit
+        if code is None and (cause := limit_sentence(error) or environment_sentence(error)):
+            code, sentence = 2, cause
         elif isinstance(error, OSError):
             named = f"{error.filename}: {error.strerror}" if error.filename else ""
             code, sentence = 2, disk_sentence(error) or named

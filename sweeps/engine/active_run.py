@@ -22,6 +22,12 @@ from aimscale.sweeps.state.record import RUN_BEGINS, RunRecord
 KILL_MARGIN_S = 30.0
 """Time beyond its grace period after which a run that does not stop is killed, s."""
 
+PLACEMENT = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+"""Environment variables that say which rank a process is."""
+
 Command = Callable[[Path, int], list[str]]
 """Function from (run directory, devices) to the command that executes the run."""
 
@@ -75,8 +81,8 @@ class ActiveRun:
         self.kill_at: float | None = None
         variables = {**os.environ, **environment, "AIMSCALE_CLAIM": claims[0]}
         variables["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
-        # srun may have started several workers; a run is not one of their ranks
-        variables.pop("SLURM_STEP_NUM_TASKS", None)
+        for name in PLACEMENT:  # srun, torchrun or mpirun may have started this worker; a run is not one of their ranks
+            variables.pop(name, None)
         if len(devices) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
             variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(run))
             variables |= TORCHRUN_ENVIRONMENT

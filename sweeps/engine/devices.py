@@ -101,6 +101,8 @@ class DevicePool:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._leases: dict[int, contextlib.ExitStack] = {}
+        self.others: dict[str, None] = {}
+        """Ids of the processes that used a device when one was last asked for in vain."""
         # A launch that uses some processor cores takes any that no other launch uses.
         num_cores = len(os.sched_getaffinity(0)) if machine.is_shared else 0
         self._indices = range(len(machine.gpus) or max(machine.devices, num_cores))
@@ -114,6 +116,7 @@ class DevicePool:
         """Reserve devices for a run and return their indices, or None while too few are free."""
         num = min(run.devices, self._machine.devices)
         acquired: list[int] = []
+        self.others = {}
         for i in self._indices if num <= self.num_free else ():
             if len(acquired) < num and i not in self._leases and (lease := self._lease(i)):
                 self._leases[i] = lease
@@ -131,7 +134,9 @@ class DevicePool:
             path = cache_folder() / "devices" / f"{socket.gethostname()}-{name}"
             with contextlib.suppress(OSError):  # a home that cannot be written or locked protects no device
                 if not lease.enter_context(locked(path, wait=False)):
+                    self.others[path.read_text()] = None
                     return None
+                path.write_text(str(os.getpid()))
         return lease
 
     def release(self, acquired: Sequence[int]) -> None:

@@ -33,6 +33,8 @@ from aimscale.sweeps.table.on_track import write_expected
 
 POLL_S, CANCEL_CHECK_S, RESCAN_S = 0.2, 1.0, 10.0
 """Intervals between looks at own processes, at cancellations, and at skipped runs, whose worker may have died, s."""
+WAIT_TOLD_S = 600.0
+"""Interval between messages about what a worker without runs waits for, s."""
 SILENT_AFTER_S, LOST_AFTER_S = 60.0, 900.0
 """A run of another worker whose heartbeat is older than the first, s, may have lost its worker; the worker waits for it
 until the age exceeds the second."""
@@ -77,8 +79,6 @@ class Worker:
     """Events that are not printed yet."""
     is_late: bool = False
     """Whether a run was not started because too little time is left."""
-    is_blocked: bool = False
-    """Whether it has said that other launches on this machine use all devices."""
     stopping: bool = False
     stopped_by: int | None = None
     """First signal that requested a stop, if any."""
@@ -168,8 +168,8 @@ def run_worker(worker: Worker, report: Report) -> LaunchResult:
 
 
 def _run_until_idle(worker: Worker, report: Report) -> None:
-    scanned = checked = float("-inf")
-    num_active = -1
+    scanned = checked = told = float("-inf")
+    num_active, idle_since = -1, time.monotonic()
     while worker.active or not worker.stopping:
         if time.time() >= worker.deadline:
             _stop_all(worker)
@@ -183,9 +183,26 @@ def _run_until_idle(worker: Worker, report: Report) -> None:
         _collect_ended(worker)
         with contextlib.suppress(OSError):  # a log on a full disk is no reason to stop
             report(worker)
-        if not worker.active and num_active == 0 and not any(map(_may_become_free, worker.skipped.values())):
+        now = time.monotonic()
+        if worker.active or num_active != 0:
+            idle_since, told = now, float("-inf")
+        elif not (awaited := [found for found in worker.skipped.values() if _may_become_free(found)]):
             return
+        elif now - told > WAIT_TOLD_S:
+            worker.events.append(Event(text=_describe_wait(worker, awaited[0], now - idle_since)))
+            told = now
         time.sleep(POLL_S)
+
+
+def _describe_wait(worker: Worker, awaited: RunState, seconds: float) -> str:
+    """Say what a worker without runs waits for, and since when."""
+    what = f"{awaited.run.run_id} is silent on {awaited.status.host}, and is taken over once its process is gone"
+    if awaited.startable:
+        pids = " and ".join(worker.devices.others)
+        what = f"other launches of this user (process {pids}) use all devices of this machine, and runs start as "
+        what += "these become free (to share, give each launch --devices)"
+    since = f", for {seconds / 60:.0f} minutes" if seconds >= 60 else ""
+    return f"waiting{since}: {what}; Ctrl-C ends this launch"
 
 
 def _check_directory(worker: Worker) -> None:
@@ -219,10 +236,6 @@ def _start_waiting_runs(worker: Worker) -> None:
                 found = refused
             elif worker.job_id and found.run.devices > worker.devices.num_free:
                 return  # the job was sized for this run, which smaller ones would delay
-            elif not worker.active and not worker.is_blocked:
-                worker.is_blocked = True
-                what = "other launches of this user use all devices of this machine; runs start as these become free"
-                worker.events.append(Event(text=f"waiting: {what} (to share, give each launch --devices)"))
         elif found.state in ("finished", "failed", "diverged", "off-track", "damaged"):
             worker.waiting.remove(run)
         worker.skipped[run.run_id] = found

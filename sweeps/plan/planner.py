@@ -34,7 +34,7 @@ from aimscale.harness.run.config import (
 from aimscale.harness.run.row import cached_model
 from aimscale.harness.run.strict import Fields, count, merge
 from aimscale.sweeps.plan.recipes import Scale
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.plan.sweepfile import AXIS_KEYS, Sweep, SweepError
 
 MAX_CELLS, MAX_DEVICES = 10_000, 1_000_000
 """Upper limits of a plan."""
@@ -304,6 +304,10 @@ def _resolve_fields(fields: Fields, sweep: Sweep) -> Fields:
     for key, value in fields.items():
         if key in SECTIONS and not isinstance(value, dict):
             raise SweepError(f"{sweep.source}: {key} must be a mapping of keys to values, not {value!r}")
+    for dotted, axis in AXIS_KEYS.items():  # each cell has its own
+        section, _, name = dotted.rpartition(".")
+        if name in (fields.get(section, {}) if section else fields):
+            raise SweepError(f"{sweep.source}: {dotted} is written as `{axis}`, at the top of the file")
     placed: Fields = _absolute_paths(fields, sweep)
     sources = placed.get("data", {}).get("sources")
     if isinstance(sources, list):

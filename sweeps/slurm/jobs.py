@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import printable
-from aimscale.harness.run.files import write_text
+from aimscale.harness.run.files import read_file, write_text
 from aimscale.harness.run.lock import is_held, read_holder
 from aimscale.sweeps.plan.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
@@ -81,7 +81,7 @@ def submitted_arrays(sweep: Sweep) -> list[JobArray]:
     """Return the sweep's job arrays, oldest first; jobs of lines that cannot be read are not counted."""
     found = []
     with contextlib.suppress(FileNotFoundError):
-        for line in submissions_file(sweep).read_bytes().splitlines():
+        for line in read_file(submissions_file(sweep)).splitlines():
             with contextlib.suppress(ValidationError, RecursionError):
                 found.append(_ARRAY.validate_json(line))
     return found

@@ -17,7 +17,7 @@ from typing import Any
 
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import disk_sentence
-from aimscale.harness.run.files import write_json, write_text
+from aimscale.harness.run.files import read_file, write_json, write_text
 from aimscale.harness.run.lock import Holder, Lock, is_held, read_holder
 from aimscale.harness.run.provenance import is_imported
 from aimscale.sweeps.plan.planner import Run
@@ -74,7 +74,7 @@ class RunRecord(RunDir):
 
     def read_attempts(self) -> list[dict[str, Any]]:
         """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped."""
-        lines = self.attempts.read_bytes().splitlines() if self.attempts.exists() else []
+        lines = read_file(self.attempts).splitlines() if self.attempts.exists() else []
         ended: list[dict[str, Any]] = []
         for i, line in enumerate(lines):
             try:

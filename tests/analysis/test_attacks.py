@@ -61,7 +61,7 @@ def said(line: str, capsys) -> str:
 HUGE = 10**400
 CELLS = {
     "params_total": [float("inf"), "x" * 10_000, -1, 10**30, 1e308, 1e-320, None],
-    "images_seen": [0, 2**63 - 1, "1,5", True],
+    "images_seen": [0, 2**63 - 1, HUGE, "1,5", True],
     "flops_train": [1e-320, 1e308, "[1]"],
     "val_loss": [1e308, 1e-320, "abc", None, -1],
     "unique_images": ["x", 0, 1e308],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -177,6 +178,26 @@ def test_a_folder_that_is_no_run_and_a_file_that_is_no_folder_are_named(tmp_path
     (tmp_path / "file").touch()
     assert str(tmp_path) in refused("baseline", "raw-pixels", "--like", tmp_path)
     assert str(tmp_path / "file") in refused("demo", "--root", tmp_path / "file")
+
+
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_in_place_of_files_are_not_read_without_end(finished: tuple[Path, Path], capsys: Any) -> None:
+    source, run_dir = finished
+    os.mkfifo(source.with_name("pipe.yaml"))
+    assert "pipe.yaml is a pipe" in refused("plan", source.with_name("pipe.yaml"))
+    os.symlink("/dev/zero", run_dir / "attempts.jsonl")
+    for name in ("claim", "lock", "results.json"):
+        (run_dir / name).unlink(missing_ok=True)
+        os.mkfifo(run_dir / name)
+    for reason in ("attempts.jsonl", "results.json"):
+        with pytest.raises(SystemExit):
+            main(["status", str(source), "--root", str(source.parent / "root")])
+        said = capsys.readouterr().out
+        assert f"{reason} is a pipe" in said
+        (run_dir / reason).unlink()
+    (run_dir.parents[1] / "sweep.json").unlink()
+    os.mkfifo(run_dir.parents[1] / "sweep.json")
+    assert "sweep.json is a pipe" in refused("status", run_dir.parents[1])
 
 
 @pytest.fixture

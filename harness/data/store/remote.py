@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import shutil
@@ -103,5 +104,7 @@ def with_retries(action: Callable[[], T]) -> T:
         except Exception as error:  # each file system raises types of its own, such as botocore's
             if attempt == NUM_TRIES - 1:
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
+            if attempt == NUM_TRIES // 2:
+                logging.getLogger(__name__).warning("a server gives no data (%r); trying again", error)
             time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")

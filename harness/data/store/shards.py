@@ -23,7 +23,7 @@ from typing import Any
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.remote import download, is_url, join
 from aimscale.harness.run.files import atomic_write, cache_folder
-from aimscale.harness.run.lock import locked
+from aimscale.harness.run.lock import WAIT_S, is_held, locked
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""
@@ -151,10 +151,13 @@ class CachedReader:
         with locked(partial):
             with contextlib.suppress(FileNotFoundError):
                 return open(target, "rb", buffering=0)  # another process has fetched it
+            deadline = time.monotonic() + WAIT_S
             try:
                 while not self._make_room(partial, size, is_ahead=is_ahead):
                     if is_ahead:
                         return None
+                    if time.monotonic() > deadline:
+                        raise OSError(f"{self._root} had no room for {WAIT_S / 60:.0f} minutes; end what else fetches")
                     time.sleep(0.1)  # until other processes have fetched theirs
                 if (found := download(join(self._location, name), partial)) != size:
                     raise OSError(f"it has {found:,} bytes, the index says {size:,}")
@@ -180,7 +183,7 @@ class CachedReader:
             excess, evicted = sum(length for _, length, _ in files) + size - self._max_bytes, []
             for used_at, length, path in sorted(files):
                 is_free = used_at < time.time() - _IN_USE_S or not is_ahead
-                if excess > 0 and is_free and path.suffix != _PARTIAL:
+                if excess > 0 and is_free and not (path.suffix == _PARTIAL and is_held(path)):
                     excess -= length
                     evicted.append(path)
             if excess > 0:

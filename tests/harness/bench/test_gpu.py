@@ -28,13 +28,18 @@ def test_a_rehearsal_ends_in_a_file(tmp_path: Path) -> None:
     assert [run["state"] for run in done["parts"]["status"]["result"]["runs"]] == ["finished"]
 
 
+IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
 def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = {
         "good": "print('{\"a\": 1}')",
         "bad": "raise SystemExit('no driver')",
         "slow": "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('in order')))"
         "; time.sleep(60)",
+        "parent": f"import os, subprocess, time; subprocess.Popen(['sleep', '60']); {IGNORE}; time.sleep(60)",
     }
+    monkeypatch.setattr(gpu, "GRACE_S", 1)
     parts = [gpu.Part(name=name, words=[sys.executable, "-c", code], limit_s=5) for name, code in programs.items()]
     monkeypatch.setattr(gpu, "parts", lambda *_, **__: parts)
     found = gpu.run(tmp_path)["parts"]
@@ -42,5 +47,6 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
     assert found["bad"]["problem"] == "exit code 1: no driver"
     assert found["slow"]["problem"] == "not done after 5 s"
     assert found["slow"]["result"] == ["in order"], "it could end its own processes"
+    assert found["parent"]["seconds"] < 30, "its child holds the pipe that is read"
     monkeypatch.setattr(gpu, "TOTAL_S", 0)
     assert gpu.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"

@@ -155,3 +155,5 @@ def test_a_card_that_is_not_there_and_half_an_environment_are_refused(monkeypatc
         choose_device(find_placement({}), "cuda")
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         find_placement({"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(LaunchError, match="SLURM_JOB_NODELIST is not set"):
+        find_placement({"SLURM_STEP_NUM_TASKS": "2"})

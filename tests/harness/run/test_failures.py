@@ -56,6 +56,23 @@ def test_every_failure_has_a_class_and_one_sentence(error: BaseException, reason
     assert "\n" not in sentence
 
 
+def test_a_variable_of_the_environment_that_a_library_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "never")
+    with pytest.raises(ValueError, match="never") as caught:
+        int(os.environ["SOURCE_DATE_EPOCH"])
+    found, sentence = classify(caught.value)
+    assert (found, "SOURCE_DATE_EPOCH" in sentence, "'never'" in sentence) == ("config", True, True)
+    with pytest.raises(ValueError, match="ever") as caught:
+        int("ever")  # a fault of ours, beside SOURCE_DATE_EPOCH
+    assert classify(caught.value)[0] == "code"
+    monkeypatch.setenv("TORCH_LOGS", "x")
+    assert classify(ValueError('Invalid settings: x,\ntry TORCH_LOGS="help"'))[0] == "config"
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    assert classify(FutureWarning("soon gone"))[0] == "code"
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    assert classify(FutureWarning("soon gone"))[0] == "config"
+
+
 def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before(request: pytest.FixtureRequest) -> None:
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which is obeyed
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, hang_up))

@@ -20,9 +20,10 @@ from trainers import until
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.log.record import append_line
+from aimscale.harness.run import lock
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import atomic_write, new_partial_dir, publish_dir, remove_dir, write_json
-from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer
+from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer, locked
 
 HOLD = """
 import os, sys, time
@@ -41,6 +42,19 @@ def in_fork(action: Callable[[], Any]) -> multiprocessing.process.BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=action)
     process.start()
     return process
+
+
+def test_a_wait_for_another_process_is_told_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "TELL_S", 0.1)
+    monkeypatch.setattr(lock, "WAIT_S", 0.2)
+    path = tmp_path / "shard.partial"
+    with locked(path), pytest.raises(TimeoutError, match=r"another process .*shard\.partial"), locked(path):
+        pass
+    assert str(path) in caplog.text
+    with locked(path, wait=False) as is_mine:
+        assert is_mine
 
 
 def test_a_lock_excludes_others_until_its_holder_is_dead_whatever_it_forked(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_a_file_with_a_slurm_section_never_trains_on_a_login_node_unless_told_so
     assert "slurm: {}" in refused("launch", write_sweep().source, "--root", sweep.root, "--on", "slurm")
 
 
+@pytest.mark.parametrize("words", ["--devices 1e30", "--devices 1" + 30 * "0", "--stop-off-track inf"])
+def test_numbers_beyond_sense_are_refused(words: str, write_sweep: Any) -> None:
+    sweep = write_sweep(sizes=["rung-32"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["launch", str(sweep.source), "--root", str(sweep.root), *words.split()])
+    assert not sweep.directory.exists()
+
+
 def test_a_launch_says_first_what_is_there_and_what_is_new(write_sweep: Any, call: Any) -> None:
     call(write_sweep(sizes=["rung-32"], seeds=[0, 7]), "launch")
     longer = write_sweep(sizes=["rung-32"], seeds=[7], budgets=[640, 1280, 1920])

@@ -73,6 +73,8 @@ def test_a_command_whose_output_is_closed_works(tmp_path: Path, monkeypatch: pyt
 def test_a_pipe_is_no_table(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.csv")
     assert "is a pipe or a device" in refused("compare", tmp_path / "fifo.csv")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert "/dev/full is a pipe" in refused("data", "pack", tmp_path, tmp_path / "out", "--classes", "/dev/full")
 
 
 def test_a_damaged_table_is_not_published(tmp_path: Path) -> None:
@@ -89,6 +91,16 @@ def test_a_limit_of_the_shell_is_one_sentence(limit: str, words: str, tmp_path: 
     out = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (out.returncode, out.stderr.count("\n")) == (2, 1), out.stderr
     assert words in out.stderr
+
+
+@pytest.mark.parametrize("variable", ["SOURCE_DATE_EPOCH", "MPLBACKEND"])
+def test_a_variable_that_a_library_refuses_is_one_sentence(variable: str, tmp_path: Path) -> None:
+    table = "docs/study/published/cifar/data/cifar.parquet"
+    line = [sys.executable, "-m", "aimscale", "fit", table, "--figure", str(tmp_path / "law.svg")]
+    environment = os.environ | {variable: "never"}
+    out = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert (out.returncode, out.stderr.count("\n")) == (2, 1), out.stderr
+    assert f"the environment variable {variable} has a value that cannot be used" in out.stderr
 
 
 def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(

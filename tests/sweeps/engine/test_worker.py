@@ -131,14 +131,15 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_worker
 ) -> None:
     """Otherwise torchrun kills its ranks after 30 s, and a run would take the other tasks of a Slurm step for its
     ranks."""
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for name in ("SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     sweep = write_sweep(sizes=["rung-32"], devices=2)
     note = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'told').write_text(str(dict(os.environ))); sys.exit(2)"
     launch(sweep, devices=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)
     told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
     assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace_period_s(run))
-    assert "SLURM_STEP_NUM_TASKS" not in told
+    assert not {"SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & told.keys()
 
 
 def test_what_cannot_start_makes_nothing(
@@ -274,6 +275,20 @@ def test_a_broken_run_fails_for_good_on_two_nodes_and_stops_no_other(
     assert launch(sweep, devices=1, command=stand_in()).failed == (bad.name,)
     assert read_state(plan(sweep)[0], bad).state == "failed"
     assert [each.state for each in launch(sweep, devices=1, command=stand_in()).skipped].count("failed") == 1
+
+
+def test_a_launch_that_waits_for_a_silent_run_of_another_worker_says_so(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "LOST_AFTER_S", 62.0)
+    sweep = write_sweep(sizes=["rung-32"])
+    (run,) = plan(sweep)
+    record = RunRecord(sweep.run_dir(run.run_id))
+    RunRecord.create(record.path, run.config)
+    with record.hold():
+        record.write_status(state="running", host="node7", heartbeat=time.time() - 61)
+        assert [each.state for each in launch(sweep, devices=1, command=stand_in()).skipped] == ["running"]
+    assert f"waiting: {run.run_id} is silent on node7" in capsys.readouterr().out
 
 
 def test_a_launcher_whose_sweep_was_moved_stops_and_makes_nothing(

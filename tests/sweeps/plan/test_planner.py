@@ -387,6 +387,12 @@ def test_a_run_takes_as_long_as_its_flops_or_its_loader(write_sweep: Any) -> Non
         ({"variants": {"one": {}, "same": {}}}, "'variant': 'same'"),
         ({"override": [{"when": {"seed": 0}, "set": {"devices": "two"}}]}, "devices"),
         ({"base": {"model": {"image_size": 30, "patch_size": 4}}}, "patches of 4"),
+        ({"base": {"seed": 1}}, "seed is written as `seeds`"),
+        ({"override": [{"when": {}, "set": {"data.unique_images": 100}}]}, "is written as `unique_images`"),
+        ({"variants": {"a": {"model": {"size": "rung-64"}}}}, "model.size is written as `sizes`"),
+        ({"base": {"optimiser": {"lr_peak": True}}}, "lr_peak: must be a number, not true"),
+        ({"slurm": {"max_jobs": True}}, "slurm.max_jobs: must be a number, not true"),
+        ({"description": "\ud800"}, "no valid YAML"),
     ],
 )
 def test_bad_sweeps_are_refused_in_one_sentence(write_sweep: Any, changes: dict[str, Any], words: str) -> None:

@@ -190,6 +190,26 @@ def test_two_processes_with_a_cache_for_one_shard_fetch_no_shard_in_vain(
     assert handler.asked.total() <= num_read
 
 
+def test_what_a_killed_process_was_fetching_makes_room_and_what_a_live_one_fetches_is_waited_for(
+    small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "WAIT_S", 1.0)
+    dataset = open_dataset(small_set)
+    sizes = dataset.index.shard_sizes
+    left = tmp_path / "0123456789abcdef" / "x.tar.partial"
+    left.parent.mkdir()
+    left.write_bytes(bytes(max(sizes.values())))
+    reader = CachedReader(serve(small_set)[0], sizes, tmp_path, max(sizes.values()))
+    (byte_range,) = dataset.byte_ranges([0])
+    with locked(left):
+        left.write_bytes(bytes(max(sizes.values())))
+        with pytest.raises(OSError, match="had no room"):
+            reader.read(*byte_range)
+    left.write_bytes(bytes(max(sizes.values())))
+    assert reader.read(*byte_range) == dataset.read(0)
+    assert not left.exists()
+
+
 def test_a_cache_that_loses_shards_costs_no_image_and_one_that_cannot_be_written_is_named(
     small_set: Path, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
