@@ -46,8 +46,8 @@ class Result:
             """Its numbers."""
 
     def headline(self) -> str:
-        """Say in one line what this is."""
-        raise NotImplementedError
+        """Say in one line what this is: its facts, without cautions, unless there is something better."""
+        return "; ".join(f"{key}: {value}" for key, value in self.facts() if key != "caution")
 
     def facts(self) -> list[tuple[str, str]]:
         """List what stands above the table as key and value, what to be careful about first."""

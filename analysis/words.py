@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ def power_of_ten(value: float, digits: int = 2) -> str:
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if mantissa == "1" else f"{mantissa}×{power}"
+
+
+def scale_words(at: Mapping[Any, float], digits: int = 4) -> str:
+    """Write the values of variables: N = 1.21M, D = 3B."""
+    return ", ".join(f"{variable} = {human(value, digits)}" for variable, value in at.items())
 
 
 def percent(share: float, digits: int = 2) -> str:

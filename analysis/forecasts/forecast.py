@@ -28,7 +28,7 @@ from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.select import table_flags
-from aimscale.analysis.words import Flag, human, percent
+from aimscale.analysis.words import Flag, human, percent, scale_words
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
 REGISTER = "forecasts.jsonl"
@@ -71,7 +71,7 @@ class Forecast(Result):
         what = "a loss" if name == "val_loss" else self.names.get(name, name)
         told = list[str]()
         for row in self.table[self.table["quantity"] == name].to_dict("records"):
-            at = ", ".join(f"{v} = {human(value)}" for v, value in self.scales[row["at"]].items())
+            at = scale_words(self.scales[row["at"]], 3)
             value, low, high = (human(row[end], 4) for end in ("value", "pi_lo", "pi_hi"))
             told.append(f"At {at} ({human(row['distance'])} times beyond the table) {what} of {value} [{low}, {high}].")
         return " ".join(told)
@@ -202,11 +202,6 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
         if not 0 < out[name] < np.inf:
             raise AnalysisError(f"{option} takes positive numbers as in N=1e9,D=2B (k, M, B or T), not {part!r}.")
     return out
-
-
-def scale_words(at: Mapping[str, float]) -> str:
-    """Write a scale in words."""
-    return ", ".join(f"{v} = {human(value, 4)}" for v, value in at.items())
 
 
 def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:

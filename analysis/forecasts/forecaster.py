@@ -152,10 +152,6 @@ class Forecaster(Result):
             ("backtests", off),
         ]
 
-    def headline(self) -> str:
-        """Write the facts in one line."""
-        return "; ".join(map(": ".join, self.facts()))
-
     def cells(self) -> list[dict[str, str]]:
         """Write a row a curve: its weight and what it missed by, or why it takes no part."""
         return [

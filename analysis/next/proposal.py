@@ -21,13 +21,13 @@ from aimscale.analysis.display import Result
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.forecasts.forecast import record_words, scale_words
+from aimscale.analysis.forecasts.forecast import record_words
 from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, forecaster
 from aimscale.analysis.forecasts.points import AUTO
 from aimscale.analysis.laws.base import Array, Columns, Law
 from aimscale.analysis.table.points import with_compute
 from aimscale.analysis.table.select import mixture_flags
-from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten
+from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten, scale_words
 
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
@@ -128,11 +128,6 @@ class Proposal(Result):
     def price(self) -> float:
         """Price of all runs together."""
         return float(self.table["price"].sum())
-
-    def headline(self) -> str:
-        """Say what the runs cost and are worth."""
-        facts = dict(self.facts())
-        return "; ".join(f"{key}: {facts[key]}" for key in ("target", "runs", "standard deviation"))
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, what the runs cost and are worth, the forecast and how such fared, the law."""

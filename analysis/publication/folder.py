@@ -102,12 +102,6 @@ class Verification(Result):
         """Places that differ, with both values."""
         return pd.DataFrame(self.differences, columns=["place", "published", "recomputed"])
 
-    def headline(self) -> str:
-        """Say whether it is as published."""
-        if self.is_verified:
-            return f"{self.folder} is as published: {self.num_files} files, {self.num_numbers} numbers"
-        return f"{self.folder} differs: files {len(self.damaged)}, numbers {len(self.differences)}"
-
     def facts(self) -> list[tuple[str, str]]:
         """List files and numbers compared."""
         files = f"{self.num_files} with the published checksums" if not self.damaged else ", ".join(self.damaged)

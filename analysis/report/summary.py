@@ -21,7 +21,7 @@ from aimscale.analysis.report.blocks import PageFigure
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
 from aimscale.analysis.table.design import varies
 from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import PROBES, accuracy_of, human, percent
+from aimscale.analysis.words import PROBES, accuracy_of, human, percent, scale_words
 
 SCALES = {"N": "size", "D": "amount of data", "C": "compute"}
 """Variable -> its name in a sentence."""
@@ -233,11 +233,11 @@ def _next(study: Study, joint: Fit | None) -> str:
     if (proposal := study.get("next runs")) is not None:
         runs = [f"N = {human(n)} on D = {human(d)}" for n, d in proposal.table[["N", "D"]].to_numpy(float)]
         more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
-        at = ", ".join(f"{v} = {human(value)}" for v, value in proposal.target.items())
         before, after = (float(half_width(sd, DOF)) for sd in (proposal.sd_before, proposal.sd_after))
         words = (
             f"{'; '.join(runs[:4])}{more}. For {50 * proposal.price / proposal.budget:.0f} % of the cost of a run at "
-            f"{at}, they narrow its forecast from ±{percent(before)} to ±{percent(after)} (95 %)."
+            f"{scale_words(proposal.target, 3)}, they narrow its forecast from ±{percent(before)} to "
+            f"±{percent(after)} (95 %)."
         )
     if "seed" in study.usable and not varies(study.usable["seed"]):
         smallest = human(joint.ranges["N"][0])

@@ -17,7 +17,7 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws.base import Array, Columns, Law, Parameter, Params, coefficient
 from aimscale.analysis.table.names import Exclusion
 from aimscale.analysis.tuning.surface import MIN_VALUES, Surface
-from aimscale.analysis.words import Flag, flag_words, human, percent, some
+from aimscale.analysis.words import Flag, flag_words, human, percent, scale_words, some
 
 STEEPEST = 4.0
 """Exponents are searched between minus this and this."""
@@ -102,7 +102,7 @@ class Rates(Result):
         out = list[Flag]()
         for kind, text in NO_OPTIMUM.items():
             if len(rows := self.table[self.table["found"] == kind]):
-                where = some([_scale_words(row) for _, row in rows.iterrows()])
+                where = some([scale_words(each, 3) for each in rows[["N", "D"]].to_dict("records")])
                 out.append(Flag(kind=kind, number=len(rows), text=text.format(where)))
         first = next(iter(self.laws.values()), None)  # laws of several settings have the same cells
         return (*out, *(flag for flag in (first.flags if first else ()) if flag.kind in ("unseen", "few_groups")))
@@ -117,10 +117,6 @@ class Rates(Result):
         if not top["regret_hi"] < NOT_TOLD:
             return f"not known: these rates allow the largest size a loss of up to {percent(top['regret_hi'])}"
         return f"the largest size is tuned within {percent(max(float(top['regret_hi']), WORTH_SAYING))} of its loss"
-
-    def headline(self) -> str:
-        """Return what is known of the tuning, and the laws."""
-        return "; ".join([f"Tuning: {self.verdict()}", *map(self._law_words, self.laws)])
 
     def _law_words(self, name: str) -> str:
         law = self.laws[name]
@@ -149,7 +145,8 @@ class Rates(Result):
                 before, after = estimate.error_after(there, here, estimate.components.total)
                 nearly = new.assign(error=after)[before - after >= MOST * (before - after).max()]
                 best = nearly.loc[(nearly["N"] * nearly["D"]).idxmin()]
-                words += f"; {MIN_VALUES} values of it at {_scale_words(best)} tell most for their compute: "
+                where = scale_words(best[["N", "D"]].to_dict(), 3)
+                words += f"; {MIN_VALUES} values of it at {where} tell most for their compute: "
                 words += f"its standard error falls from {percent(before)} to {percent(best['error'])}"
             parts.append(words)
         return "; ".join(parts) or "not known: no law of the best settings"
@@ -206,10 +203,6 @@ def scale_of(table: pd.DataFrame) -> Array:
     """Return 1 and the centred ln N and ln D of cells (cells, q), those that vary."""
     logs = np.log(table[["N", "D"]].to_numpy(float))
     return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > SAME_DATA]])
-
-
-def _scale_words(row: pd.Series) -> str:
-    return f"N = {human(row['N'])}, D = {human(row['D'])}"
 
 
 def _regret_words(row: pd.Series) -> str:

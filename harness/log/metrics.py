@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from aimscale.harness.run.schedule import Segment
@@ -126,8 +126,8 @@ class Metrics:
         self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
         if (loss := step.loss) is not None:
             if len(self.recent) >= SPIKE_WINDOW // 2:
-                most = statistics.fmean(self.recent) + SPIKE_SIGMAS * statistics.pstdev(self.recent)
-                step = dataclasses.replace(step, is_spike=loss > most)
+                most = np.mean(self.recent) + SPIKE_SIGMAS * np.std(self.recent)
+                step = dataclasses.replace(step, is_spike=bool(loss > most))
             self.current.num_loss_spikes += step.is_spike
             self.recent = [*self.recent, loss][-SPIKE_WINDOW:]
             branch = self.segment.branch

@@ -200,9 +200,9 @@ class TrainStream(Stream):
     def read_ahead(self, positions: npt.ArrayLike) -> None:
         """Start to read what `fill` will next be called for, and fetch the shards of later positions."""
         where = np.asarray(positions, dtype=np.int64)
-        drawn = self._with_boxes(*self.locate(where), where)
+        source_now, sample_now = self.locate(where)
         for number, source in enumerate(self._sources):
-            samples = drawn["sample"][drawn["source"] == number]
+            samples = sample_now[source_now == number]
             if source.positions_ahead:
                 source_of, later = self.locate(where + source.positions_ahead)
                 samples = np.concatenate([samples, later[source_of == number]])
