@@ -97,7 +97,9 @@ class Block:
             return ""
         texts = self.frame.select_dtypes(exclude="number")
         safe = texts.map(lambda v: f"'{v}" if isinstance(v, str) and v.startswith(FORMULA) else v)
-        whole = self.frame.select_dtypes("float").convert_dtypes(convert_floating=False)
+        floats = self.frame.select_dtypes("float")
+        is_whole = ((floats % 1 == 0) & (floats.abs() < 2**63)) | floats.isna()
+        whole = floats.loc[:, is_whole.all()].astype("Int64")
         content = self.frame.assign(**safe, **whole).to_csv(index=False, float_format="%.5g").encode()
         mime = "text/csv"
         if self.csv_name.endswith(".gz"):

@@ -30,7 +30,7 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
                 f"{path}: 'config' or 'summary' is no dictionary ({error}); write the runs to a .jsonl or .parquet file"
             ) from error
         frame = frame.assign(**told)
-    for name in frame.select_dtypes(object):
+    for name in frame.columns[frame.dtypes.map(str) == "object"]:
         cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
         if any(cells):
             inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")

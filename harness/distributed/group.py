@@ -49,40 +49,34 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
     """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
     env = dict(os.environ) if environment is None else environment
     try:
-        return _by_torchrun(env) if "RANK" in env or "WORLD_SIZE" in env else _by_slurm(env)
+        if "RANK" in env or "WORLD_SIZE" in env:
+            is_local = env["WORLD_SIZE"] == env.get("LOCAL_WORLD_SIZE")
+            return Placement(
+                rank=int(env["RANK"]),
+                world_size=int(env["WORLD_SIZE"]),
+                local_rank=int(env.get("LOCAL_RANK", "0")),
+                address=LOOPBACK if is_local else env["MASTER_ADDR"],
+                port=int(env["MASTER_PORT"]),
+            )
+        # Only steps of srun have this variable: a batch script itself is a single process, whatever its job has.
+        num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+        if num_tasks == 1:
+            return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
+        is_local = env.get("SLURM_STEP_NUM_NODES") == "1"
+        first = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+        return Placement(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=num_tasks,
+            local_rank=int(env.get("SLURM_LOCALID", "0")),
+            address=LOOPBACK if is_local else env.get("MASTER_ADDR", first),
+            # Every task of a job computes the same port; jobs that share a host get different ones.
+            port=int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000)),
+        )
     except KeyError as error:
         raise LaunchError(
             f"this process is to be one of several ranks, but {error.args[0]} is not set; start with torchrun or srun, "
             "or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS to run alone"
         ) from error
-
-
-def _by_torchrun(env: dict[str, str]) -> Placement:
-    is_local = env["WORLD_SIZE"] == env.get("LOCAL_WORLD_SIZE")
-    return Placement(
-        rank=int(env["RANK"]),
-        world_size=int(env["WORLD_SIZE"]),
-        local_rank=int(env.get("LOCAL_RANK", "0")),
-        address=LOOPBACK if is_local else env["MASTER_ADDR"],
-        port=int(env["MASTER_PORT"]),
-    )
-
-
-def _by_slurm(env: dict[str, str]) -> Placement:
-    # Only steps started by srun have this variable: a batch script itself is a single process, whatever its job has.
-    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if num_tasks == 1:
-        return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
-    is_local = env.get("SLURM_STEP_NUM_NODES") == "1"
-    first = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
-    return Placement(
-        rank=int(env["SLURM_PROCID"]),
-        world_size=num_tasks,
-        local_rank=int(env.get("SLURM_LOCALID", "0")),
-        address=LOOPBACK if is_local else env.get("MASTER_ADDR", first),
-        # Every task of a job computes the same port; jobs that share a host get different ones.
-        port=int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000)),
-    )
 
 
 def first_host(node_list: str) -> str:

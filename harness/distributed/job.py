@@ -192,6 +192,9 @@ def _record_collectives(logs: Path) -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(logs / "nccl-rank-"))
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():  # torch 2.13 would stand still
+            raise LaunchError(f"the environment variable {name} is no whole number; correct or unset it")
 
 
 def _die_with_torchrun() -> None:

@@ -137,6 +137,15 @@ def test_what_is_no_file_is_not_waited_for_nor_read_without_end(table, capsys):
     assert "baselines" in said("compare results.parquet", capsys)
 
 
+def test_no_library_warns_of_how_it_is_called(table, capsys):
+    """pandas deprecates calls that it then takes away."""
+    table.assign(probes=None).to_csv("t.csv", index=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="aimscale")
+        for verb in ("fit {}", "forecast {} --law chinchilla --at N=1e9,D=1e9", "compare {}", REPORT):
+            assert not said(verb.format("t.csv"), capsys)
+
+
 def test_what_is_no_file_is_written_to_and_a_links_target_is_written(grid, capsys):
     """As root, `report --out /dev/null` replaced the device by a page."""
     grid[:2].to_csv("t.csv")

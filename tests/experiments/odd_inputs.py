@@ -135,6 +135,15 @@ ENVIRONMENTS: tuple[dict[str, str | None], ...] = (
     {"TZ": "Mars/Olympus"},
     {"PATH": ""},
     {"AIMSCALE_GIT_COMMIT": "x" * 100_000, "AIMSCALE_GIT_DIRTY": "perhaps"},
+    {"SOURCE_DATE_EPOCH": "never"},
+    {"SOURCE_DATE_EPOCH": "9" * 20},
+    {"TERMINAL_WIDTH": "wide"},
+    {"PYTHONWARNINGS": "error"},
+    {"TORCH_LOGS": "none such"},
+    {"TORCH_DISTRIBUTED_DEBUG": "none such"},
+    {"TORCH_FR_BUFFER_SIZE": "many"},
+    {"SLURM_STEP_NUM_TASKS": "2"},
+    {"OMPI_COMM_WORLD_LOCAL_RANK": "1"},
 )
 
 
@@ -192,6 +201,11 @@ def odd_sweeps() -> dict[str, bytes]:
         "long.yaml": text.replace(b"odd", b"o" * 3000),
         "nul.yaml": text.replace(b"train", b"tr\x00ain"),
         "dots.yaml": text.replace(b"odd", b"../../odd"),
+        "half.yaml": text + b'description: "\\ud800"\n',
+        "yes.yaml": text.replace(b"64", b"yes"),
+        "merged.yaml": b"both: &both {seeds: [0]}\n<<: *both\n" + text,
+        "itself.yaml": text + b"axes: &axes [*axes]\n",
+        "windows.yaml": b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"),
     }
 
 
@@ -210,8 +224,10 @@ def cases(folder: Path) -> Iterator[Case]:
     for (name, content), verb in itertools.product(odd_sweeps().items(), ("plan", "status", "launch --dry-run")):
         (folder / name).write_bytes(content)
         yield f"{verb} {name}", words_of(verb, str(folder / name)), {}, None
-    for environment, verb in itertools.product(ENVIRONMENTS, ("plan", "launch --on local", "status")):
-        yield f"{verb} with {environment}", words_of(verb, sweep), environment, None
+    for environment in ENVIRONMENTS:
+        for verb in ("plan", "launch --on local", "status"):
+            yield f"{verb} with {environment}", words_of(verb, sweep), environment, None
+        yield f"report with {environment}", ["report", str(folder / "good.csv")], environment, None
     for (name, limit), verb in itertools.product(quotas().items(), ("launch", "collect", "plan", "status")):
         yield f"{verb} with {name}", words_of(verb, sweep), {}, limit
     for name, limit in quotas().items():
@@ -238,6 +254,8 @@ def execute(case: Case, folder: Path, out: int) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder)  # no device is leased by another launch
     for name, value in environment.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    if environment:  # libraries read it when they are imported
+        os.execv(sys.executable, [sys.executable, "-m", "aimscale", *words])
     from aimscale.sweeps.cli.main import main
 
     if limit:  # runs end at once

@@ -288,3 +288,10 @@ def test_a_run_that_was_taken_over_ends_on_all_ranks_and_keeps_the_other_holders
 
     assert in_processes(be_rank, run, work, world_size=2) == [EXIT_CRASHED] * 2
     assert run.read_status().state == "running"
+
+
+@pytest.mark.timeout(60)
+def test_a_number_at_which_torch_would_stand_still_is_refused(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "many")
+    with pytest.raises(LaunchError, match="TORCH_FR_BUFFER_SIZE"):
+        execute_job(run, "cpu", lambda job: None)
