@@ -144,12 +144,13 @@ class Problem:
         g = [np.broadcast_to(part, shape) for part in self.law.basis(self.x, {**t, **self.law.constants})]
         last = [each[:, -1:] for each in g]
         sizes = [v * np.sign(v.real) if s else np.ones((1, 1)) for v, s in zip(last, self.referenced, strict=True)]
-        return t, [each[:, :-1] for each in g], sizes
+        # a penalty for repeats is zero where nothing is repeated, such as at the reference point
+        return t, [each[:, :-1] for each in g], [np.where(size == 0, 1.0, size) for size in sizes]
 
     def basis(self, vector: Array) -> list[Array]:
         """Return basis functions (batch, n) of vectors, real or complex, each over its size at the reference point."""
         _, parts, sizes = self._terms(vector)
-        return [g / np.where(size == 0, 1.0, size) for g, size in zip(parts, sizes, strict=True)]
+        return [g / size for g, size in zip(parts, sizes, strict=True)]
 
     def predict(self, vector: Array) -> Array:
         """Return the law's values (batch, n)."""

@@ -25,8 +25,8 @@ from aimscale.analysis.table.points import REPEATS_FROM, resolve_columns, usable
 AUTO = "auto"
 """Name that stands for several laws: the joint ones, or with `auto:C` those in one variable."""
 JOINT = ("chinchilla", "overtrained", "coupled", "kaplan")
-WITH_REPEATS = "repeated"
-"""Further candidate where rows see pools of several sizes more than once: of one pool, repeats and D are alike."""
+WITH_REPEATS = ("repeated", "penalised")
+"""Further candidates where rows see pools of several sizes more than once: of one pool, repeats and D are alike."""
 ONE_VARIABLE = ("power", "power_offset")
 SPARE_POINTS = 2
 """Points that a law needs beyond its parameters, to tell its errors by."""
@@ -104,7 +104,8 @@ def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> tuple[Law, 
     pool, seen = (our_name(df, v) for v in ("U", "D"))
     if not variable and {pool, seen} <= {*df} and varies(df[pool]):
         numbers = df[[seen, pool]].apply(pd.to_numeric, errors="coerce")
-        names += [WITH_REPEATS] * bool((numbers[seen] / numbers[pool]).max() > REPEATS_FROM)
+        if (numbers[seen] / numbers[pool]).max() > REPEATS_FROM:
+            names += WITH_REPEATS
     return tuple(find_law(name.strip()) for name in (names if base == AUTO else laws.split(",")))
 
 

@@ -9,6 +9,7 @@ from aimscale.analysis.laws.catalogue import (  # noqa: F401
     LAWS,
     LINK_SIGMOID,
     OVERTRAINED,
+    PENALISED,
     REPEATED,
     REPEATED_BOTH,
     find_law,

@@ -134,6 +134,23 @@ REPEATED_BOTH = Law(
 )
 
 
+def _penalised(x: Columns, t: Params) -> Terms:
+    unique = np.minimum(x["U"], x["D"])
+    return *_chinchilla(x, t), x["N"] / unique * (x["D"] / unique - 1.0)
+
+
+PENALISED = Law(
+    name="penalised",
+    formula="L = E + A N^-alpha + B D^-beta + G (N/U) (D/U - 1)",
+    variables=("N", "D", "U"),
+    linear=(*CHINCHILLA.linear, coefficient("G")),
+    nonlinear=CHINCHILLA.nonlinear,
+    basis=_penalised,
+    source="Lovelace et al. 2026 (arXiv 2605.01640), with exponents of 1",
+)
+"""Chinchilla's law with a penalty for repeats, larger for large models; `repeated` tells what a repeat is worth."""
+
+
 def _overtrained(x: Columns, t: Params) -> Terms:
     per_parameter = x.log("D") - x.log("N")
     return 1.0, np.exp(t["h"] * (per_parameter - x.log("C"))), np.exp(-t["h"] * (per_parameter + x.log("C")))
@@ -253,7 +270,7 @@ FARSEER = Law(
 
 _ONE_VARIABLE: dict[str, Callable[[str], Law]] = {"power": partial(power, offset=False), "power_offset": power}
 """Laws in one variable, as functions of its name."""
-_JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH)
+_JOINT = (CHINCHILLA, KAPLAN, COUPLED, FARSEER, OVERTRAINED, REPEATED, REPEATED_BOTH, PENALISED)
 
 LAWS = {law.name: law for law in (*(make("x") for make in _ONE_VARIABLE.values()), *_JOINT, LINK_SIGMOID)}
 """Name -> law; those in x go on any variable: `power_offset:N`."""

@@ -18,6 +18,7 @@ U = np.array([1e8, 1e9, 1e10])[np.arange(N.size) % 3]
 CHINCHILLA = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.34, "beta": 0.36}
 FARSEER = {"E": 1.9, "B": 0.4, "d": 0.3, "s1": -0.18, "alpha": -0.15, "s2": -0.2, "beta": -0.17}
 FARSEER |= {"s3": 0.11, "gamma": 0.1}
+PENALISED = CHINCHILLA | {"G": 0.002}
 TRUTHS = [
     ("power_offset", X, {"E": 0.1, "A": 3, "a": 0.3}),
     ("power", X, {"A": 3, "a": 0.3}),
@@ -28,6 +29,7 @@ TRUTHS = [
     ("overtrained", {"N": N, "D": D, "C": 6 * N * D}, {"E": 1.8, "a": 100.0, "b": 200.0, "h": 0.15}),
     ("repeated", {"N": N, "D": D, "U": U}, CHINCHILLA | {"R_D": 15.0}),
     ("repeated_both", {"N": N, "D": D, "U": U, "V": U / 20}, CHINCHILLA | {"R_D": 15.0, "R_N": 5.0}),
+    ("penalised", {"N": N, "D": D, "U": U}, PENALISED),
     ("link_sigmoid", {"L": np.linspace(2, 4, 30)}, {"floor": 0.25, "height": 0.6, "k": 4.0, "L0": 2.8}),
 ]
 
@@ -51,6 +53,16 @@ def test_the_printed_parameters_are_those_of_the_formula(name, x, truth):
     else:
         written = p["E"] + (p["A"] * N ** -p["alpha"] + p["B"] * D ** -p["beta"]) ** p.get("c", 1.0)
     assert law.value(x, truth) == pytest.approx(written, rel=1e-9)
+
+
+def test_a_penalty_is_found_where_the_mean_scale_has_no_repeats():
+    rare = np.where(np.arange(N.size) % 5 == 0, 1e8, 1e12)
+    x = {"N": N, "D": D, "U": rare}
+    written = 1.7 + 400 * N**-0.34 + 2000 * D**-0.36 + 0.002 * N / 1e8 * np.where(rare == 1e8, D / 1e8 - 1, 0)
+    assert laws.PENALISED.value(x, PENALISED) == pytest.approx(written)
+    result = fit(pd.DataFrame({**x, "y": written}), "penalised", y="y", objective="log_lsq")
+    assert result.params == pytest.approx(PENALISED, rel=1e-4)
+    assert not result.flags
 
 
 def test_at_one_size_the_data_half_of_the_law_of_repeats_is_fitted():
