@@ -122,7 +122,7 @@ def print_next_step(found: SweepStatus, sweep: Sweep, name: str, root: Path, *op
     for line in found.runs:
         if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
             return print_next("logs", name, root, line.run_id)
-    if found.counts.keys() <= {"finished", "damaged"}:
+    if "finished" in found.counts and found.counts.keys() <= {"finished", "damaged"}:
         return print_next("report", name if root == ROOT else str(sweep.directory))
     if found.is_active:
         return print_next("status", name, root, "--wait")

@@ -194,6 +194,7 @@ def test_pipes_and_devices_in_place_of_files_are_not_read_without_end(finished: 
             main(["status", str(source), "--root", str(source.parent / "root")])
         said = capsys.readouterr().out
         assert f"{reason} is a pipe" in said
+        assert "next: aimscale report" not in said, "there is nothing to report"
         (run_dir / reason).unlink()
     (run_dir.parents[1] / "sweep.json").unlink()
     os.mkfifo(run_dir.parents[1] / "sweep.json")
