@@ -45,6 +45,8 @@ def command(
         raise SweepError(f"{sweep_or_tables[0]} is a sweep; publish one sweep, or tables that are files")
     if weights and sweep is None:
         raise SweepError("--weights exports the runs of a sweep; tables have none")
+    if not licence.strip():
+        raise SweepError("--licence is empty; name the licence of the folder, such as CC-BY-4.0")
     if co2 is not None and watts is None:
         raise SweepError("--co2 needs --watts, the mean power of a device")
     tables = [fresh_table(sweep)] if sweep else [Path(each) for each in sweep_or_tables]

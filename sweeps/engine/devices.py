@@ -134,7 +134,8 @@ class DevicePool:
             path = cache_folder() / "devices" / f"{socket.gethostname()}-{name}"
             with contextlib.suppress(OSError):  # a home that cannot be written or locked protects no device
                 if not lease.enter_context(locked(path, wait=False)):
-                    self.others[path.read_text()] = None
+                    with contextlib.suppress(OSError):  # the holder may be gone by now, and its file with it
+                        self.others[path.read_text()] = None
                     return None
                 path.write_text(str(os.getpid()))
         return lease

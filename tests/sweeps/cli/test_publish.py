@@ -65,3 +65,10 @@ def test_a_mistake_is_one_sentence(
     assert end.value.code == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_a_folder_without_a_licence_is_refused(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "t.csv").write_text("N,D,L\n1,2,3\n")
+    with pytest.raises(SystemExit):
+        main(["publish", str(tmp_path / "t.csv"), str(tmp_path / "out"), "--licence", " "])
+    assert "--licence is empty" in capsys.readouterr().err

@@ -33,6 +33,17 @@ def test_no_device_serves_two_runs_at_once(write_sweep: Any) -> None:
     assert [Machine(devices=1, nodes=2, allow_fewer_devices=False).can_run(run) for run in (one, two)] == [False, True]
 
 
+def test_a_device_is_not_free_because_its_holder_cannot_be_named(
+    write_sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder's file goes with it, between the look at its lock and the look into it."""
+    (run,) = plan(write_sweep(sizes=["rung-32"], devices=1))
+    holder, other = (DevicePool(Machine(devices=1, gpus=("7",), is_shared=True)) for _ in range(2))
+    assert holder.acquire(run) == (0,)
+    monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
+    assert other.acquire(run) is None
+
+
 def test_a_launch_that_waits_for_devices_of_another_says_so(
     write_sweep: Any, launch: Any, stand_in: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
