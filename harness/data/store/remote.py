@@ -91,7 +91,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Try a remote action up to six times with growing pauses; a missing file is final at once.
+    """Try a remote action up to six times with growing pauses; a missing file and a URL that is none are final at once.
 
     Raises:
         OSError: the last failure, whatever type the file system gave it.
@@ -102,7 +102,7 @@ def with_retries(action: Callable[[], T]) -> T:
         except (FileNotFoundError, DataError):
             raise
         except Exception as error:  # each file system raises types of its own, such as botocore's
-            if attempt == NUM_TRIES - 1:
+            if attempt == NUM_TRIES - 1 or isinstance(error, ValueError):
                 raise OSError(f"{type(error).__name__} {error}".strip()) from error
             if attempt == NUM_TRIES // 2:
                 logging.getLogger(__name__).warning("a server gives no data (%r); trying again", error)
