@@ -31,7 +31,7 @@ class Flag:
 
 
 SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
-"""What a number may end in, as tables and people write it."""
+"""Suffixes of numbers and their factors, as tables and people write them."""
 
 
 def human(value: float, digits: int = 3) -> str:

@@ -99,20 +99,19 @@ def kept_bytes_per_image(
     """
     element = ELEMENT_BYTES[precision]
     tokens, scored = config.num_tokens, math.ceil(scored_tokens)
-    head_width = 0 if config.head.is_linear else config.head.width
     # An MLP head sees scored tokens only, and so do the MLP of the block before it or, in a transformer head, the last.
-    into_head, last_width = (tokens, head_width) if config.head.num_heads else (scored, config.width)
+    into_head, last_width = (tokens, config.head.width) if config.head.num_heads else (scored, config.width)
     pixels = config.channels * config.image_size**2
-    # The image and the mask in the weights' precision, the embedding before and after its norm, the trunk's and the
-    # head's last norms before and after, and the prediction's error in float32.
+    # The image and the mask in the weights' precision, the embedding before and after its norm, and the trunk's last
+    # norm before and after.
     ends = (pixels + (tokens**2 if config.masked is None else 0) + 2 * tokens * config.width) * element
-    ends += 2 * (into_head * config.width + scored * head_width) * element + 4 * scored * config.patch_dim
-    if activation_checkpointing:
-        inputs = config.depth * tokens * config.width + config.head.depth * into_head * head_width
-        return inputs * element + ends
-    block, head_block = _block_bytes(config, precision, scored)
-    skipped = (tokens - scored) * _kept_by_mlp(last_width) * element
-    return config.depth * block - skipped + config.head.depth * head_block + ends
+    ends += 2 * into_head * config.width * element
+    if activation_checkpointing:  # blocks keep their inputs
+        block, head_block, skipped = tokens * config.width * element, into_head * config.head.width * element, 0
+    else:
+        block, head_block = _block_bytes(config, precision, scored)
+        skipped = (tokens - scored) * _kept_by_mlp(last_width) * element
+    return config.depth * block - skipped + ends + _head_bytes(config, precision, scored, head_block)
 
 
 def peak_bytes_per_image(
@@ -125,12 +124,21 @@ def peak_bytes_per_image(
     kept = kept_bytes_per_image(config, precision, activation_checkpointing, scored_tokens)
     if not activation_checkpointing:
         return kept
-    scored, head = math.ceil(scored_tokens), config.head
+    scored = math.ceil(scored_tokens)
     block, head_block = _block_bytes(config, precision, scored)
-    into_head = config.num_tokens if head.num_heads else scored
-    head_values = 0 if head.is_linear else (head.depth * into_head + 2 * scored) * head.width
-    of_head = head_values * ELEMENT_BYTES[precision] + 4 * scored * config.patch_dim
-    return max(kept + head_block, kept - of_head + block)
+    into_head = config.num_tokens if config.head.num_heads else scored
+    head_input = into_head * config.head.width * ELEMENT_BYTES[precision]
+    return max(kept + head_block, kept - _head_bytes(config, precision, scored, head_input) + block)
+
+
+def _head_bytes(config: ModelConfig, precision: Precision, scored: int, block: int) -> int:
+    """Return the bytes that the head stores for the backward pass, `block` in each of its blocks.
+
+    Besides them: its last norm before and after, and the prediction's error in float32.
+    """
+    width = 0 if config.head.is_linear else config.head.width
+    norm = 2 * scored * width * ELEMENT_BYTES[precision]
+    return config.head.depth * block + norm + 4 * scored * config.patch_dim
 
 
 def copy_bytes(config: ModelConfig, precision: Precision) -> int:
