@@ -9,7 +9,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import Given, show
+from aimscale.analysis.cli.options import TableArguments, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 
@@ -46,8 +46,8 @@ def contrast(
     json: options.AsJson = False,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals."""
-    given = Given(tables, columns, where)
-    df, (name, _, baseline) = given.read(), by.partition("=")
+    arguments = TableArguments(tables, columns, where)
+    df, (name, _, baseline) = arguments.read(), by.partition("=")
     if as_law:
         if ignore or len(measure or []) > 1:
             raise AnalysisError("--as-law fits one loss, named by --measure, and takes no --ignore; leave these out.")
@@ -59,11 +59,11 @@ def contrast(
             labels=label,
             after=[line for more in each[1:] for line in ("", more.summary())],
             also={"levels": each} if len(each) > 1 else None,
-            following=given.then("report"),
+            following=arguments.then("report"),
         )
         return
     found = analysis.contrast(df, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or [])
-    show(found, json, figure, labels=label, following=given.then("report"))
+    show(found, json, figure, labels=label, following=arguments.then("report"))
 
 
 def correlate(
@@ -83,9 +83,9 @@ def correlate(
     json: options.AsJson = False,
 ) -> None:
     """Pearson and Spearman with intervals: at equal compute first, then over all rows, where both follow compute."""
-    given = Given(tables, columns, where)
-    found = analysis.correlate(given.read(), x=x, y=y, partial=partial, within=within)
-    show(found, json, figure, labels=label, following=given.then("report"))
+    arguments = TableArguments(tables, columns, where)
+    found = analysis.correlate(arguments.read(), x=x, y=y, partial=partial, within=within)
+    show(found, json, figure, labels=label, following=arguments.then("report"))
 
 
 def rates(
@@ -115,12 +115,12 @@ def rates(
     from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.table.names import our_name
 
-    given = Given(tables, columns, where)
-    df = given.read()
+    arguments = TableArguments(tables, columns, where)
+    df = arguments.read()
     y = our_name(df, y)
     found = analysis.rates(df, y=y, lr=lr, batch=batch)
     if write is not None:
-        write.write_text(found.recipe(given.then("rates")))
+        write.write_text(found.recipe(arguments.then("rates")))
         typer.echo(f"wrote {write}", err=True)
     laws: dict[str, Fit] = {}
     try:
@@ -135,4 +135,4 @@ def rates(
         after = ["", f"No law as if all runs were tuned: {error}"]
     if target is not None:
         after.append(f"target: {found.advice(parse_scale(target, '--target'))}")
-    show(found, json, figure, labels=label, after=after, also={"laws": laws}, following=given.then("fit", "report"))
+    show(found, json, figure, labels=label, after=after, also={"laws": laws}, following=arguments.then("fit", "report"))

@@ -10,7 +10,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import Given, can_report, show
+from aimscale.analysis.cli.options import TableArguments, can_report, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import human, said_once
@@ -69,8 +69,8 @@ def fit(
     from aimscale.analysis.fitting.result import EXPONENTS
     from aimscale.analysis.table.points import with_compute
 
-    given = Given(tables, columns, where, y)
-    df, y, tuning = given.read_to_minimise()
+    arguments = TableArguments(tables, columns, where, y)
+    df, y, tuning = arguments.read_to_minimise()
     if found := several(law, df, y):
         if fix:
             raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
@@ -86,7 +86,7 @@ def fit(
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
     verbs = [*["frontier"] * splits, *["report"] * can_report(df)]
-    show(result, json, figure, labels=label, after=after, also=also, following=given.then(*verbs))
+    show(result, json, figure, labels=label, after=after, also=also, following=arguments.then(*verbs))
 
 
 def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
@@ -149,15 +149,15 @@ def forecast(
     from aimscale.analysis.forecasts.forecast import REGISTER, parse_scale
     from aimscale.analysis.forecasts.forecast import register as write
 
-    given = Given(tables, columns, where, y)
-    df, y, tuning = given.read_to_minimise()
+    arguments = TableArguments(tables, columns, where, y)
+    df, y, tuning = arguments.read_to_minimise()
     found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
     after = []
     if register:
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    show(found, json, after=after, also={"tuning": tuning}, following=given.then(f"next --target {at[-1]}"))
+    show(found, json, after=after, also={"tuning": tuning}, following=arguments.then(f"next --target {at[-1]}"))
 
 
 def frontier(
@@ -179,8 +179,8 @@ def frontier(
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
-    given = Given(tables, columns, where, y)
-    df, y, tuning = given.read_to_minimise()
+    arguments = TableArguments(tables, columns, where, y)
+    df, y, tuning = arguments.read_to_minimise()
     chosen = several(law, df, y)
     found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
     shown = at or [found.largest_budget, 10 * found.largest_budget]
@@ -197,5 +197,5 @@ def frontier(
         labels=label,
         words=found.summary(shown),
         also={"optima": optima, "flags": found.cautions, "tuning": tuning},
-        following=given.then(*place, *["report"] * can_report(df)),
+        following=arguments.then(*place, *["report"] * can_report(df)),
     )

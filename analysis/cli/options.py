@@ -59,8 +59,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @dataclass(frozen=True)
-class Given:
-    """Tables that a verb was given, and how they are read."""
+class TableArguments:
+    """Tables that a verb reads, and how."""
 
     tables: Sequence[Path]
     columns: list[str] | None = None
@@ -100,9 +100,9 @@ class Given:
         words = [NAMES.get(each, str(each)) for each in self.tables]
         for option, texts in (("--columns", self.columns), ("--where", self.where)):
             words += [word for text in texts or [] for word in (option, text)]
-        given, of_y = shlex.join(words), "" if self.y == "val_loss" else f"--y {shlex.quote(self.y)}"
+        typed, of_y = shlex.join(words), "" if self.y == "val_loss" else f"--y {shlex.quote(self.y)}"
         parts = [verb.partition(" ") for verb in verbs]
-        lines = [("aimscale", verb, given, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
+        lines = [("aimscale", verb, typed, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
         return "; ".join(" ".join(filter(None, line)) for line in lines)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import Given, show
+from aimscale.analysis.cli.options import TableArguments, show
 
 
 def report(
@@ -36,7 +36,7 @@ def report(
         typer.echo(f"Figures: {figures.resolve()}")
     if study.get("forecast") is not None:
         scale = ",".join(f"{name}={value:.4g}" for name, value in next_scales(study)[-1].items())
-        options.say_next(Given(tables, columns, where).then(f"forecast --at {scale}"))
+        options.say_next(TableArguments(tables, columns, where).then(f"forecast --at {scale}"))
 
 
 def compare(
@@ -45,8 +45,8 @@ def compare(
     json: options.AsJson = False,
 ) -> None:
     """Compare runs with published models and own baselines, task by task; what is not comparable is named."""
-    given = Given([table], columns)
-    show(analysis.compare(given.read()), json, following=given.then("report"))
+    arguments = TableArguments([table], columns)
+    show(analysis.compare(arguments.read()), json, following=arguments.then("report"))
 
 
 def verify(

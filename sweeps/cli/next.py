@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import Given, show
+from aimscale.analysis.cli.options import TableArguments, show
 from aimscale.analysis.errors import AnalysisError
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root
 
@@ -67,18 +67,18 @@ def command(
             )
         tables = [fresh_table(sweep)]
         options.NAMES[tables[0]] = sweep_or_tables[0]
-    given = Given(tables, columns, where, y)
-    df, y, _ = given.read_to_minimise()
+    arguments = TableArguments(tables, columns, where, y)
+    df, y, _ = arguments.read_to_minimise()
     offer = _table_candidates(df, place, y) if sweep is None else _sweep_candidates(sweep, df)
     budget = _half_price(offer, place) if budget is None else budget
     found = next_runs(df, place, offer, budget=budget, law=law, y=y)
     under = [] if root == ROOT else ["--root", str(root)]
     if sweep is None:
-        following = given.then(f"forecast --register --at {target}")
+        following = arguments.then(f"forecast --register --at {target}")
     elif write is None:
         file = sweep.base_dir / f"{sweep.name}-next.yaml"
         more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
-        following = given.then(f"next --target {target} {more}")
+        following = arguments.then(f"next --target {target} {more}")
     else:
         following = shlex.join(["aimscale", "plan", str(write), *under])
         write.write_text(_sweep_file(sweep, found.table))
