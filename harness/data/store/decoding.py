@@ -109,26 +109,27 @@ def _refuse_large(width: int, height: int) -> None:
         )
 
 
-def crop_centre(image: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:
-    """Resize uint8 (C, H, W) to `shorter_side` (default `size`) and cut out the centre (C, size, size)."""
-    height, width = image.shape[-2:]
+def crop_centre(images: torch.Tensor, size: int, shorter_side: int | None = None) -> torch.Tensor:
+    """Resize uint8 (B, C, H, W) to `shorter_side` (default `size`) and cut out the centre (B, C, size, size)."""
+    height, width = images.shape[-2:]
     longest = _MAX_ASPECT_RATIO * min(height, width)
     if max(height, width) > longest:  # enlarged as a whole, a strip of 1 x 65,500 px would take 10 GB
-        image = image[:, max(0, height - longest) // 2 :, max(0, width - longest) // 2 :][:, :longest, :longest]
-    image = resize_shorter_side(image, shorter_side or size)
-    height, width = image.shape[-2:]
+        top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+        images = images[..., top : top + longest, left : left + longest]
+    images = resize_shorter_side(images, shorter_side or size)
+    height, width = images.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2
-    return image[:, top : top + size, left : left + size]
+    return images[..., top : top + size, left : left + size]
 
 
-def resize_shorter_side(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize uint8 (C, H, W) to a shorter side of `size`, keeping the aspect ratio: bicubic, antialiased."""
-    height, width = image.shape[-2:]
+def resize_shorter_side(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize uint8 (B, C, H, W) to a shorter side of `size`, keeping the aspect ratio: bicubic, antialiased."""
+    height, width = images.shape[-2:]
     if min(height, width) == size:
-        return image
+        return images
     scale = size / min(height, width)
     shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-    return F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+    return F.interpolate(images, size=shape, mode="bicubic", antialias=True)
 
 
 @contextlib.contextmanager

@@ -270,7 +270,7 @@ def _packed(listing: Listing, number: int, position: int, resize: int | None) ->
     if extension.lower() not in IMAGE_EXTENSIONS:
         return f"its name ends in none of {', '.join(IMAGE_EXTENSIONS)}"
     if resize is not None and min(image.shape[-2:]) > resize:
-        image = resize_shorter_side(image, resize)
+        image = resize_shorter_side(image[None], resize)[0]
         extension, data = encode(image)
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)  # a dot would end the key
     label = None if listing.labels is None else int(listing.labels[number])

@@ -16,6 +16,7 @@ from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
+from aimscale.harness.data.stream.augment import SMALL_SIDE
 from aimscale.harness.data.stream.stream import masks
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class EvalImages:
         self._channels, self._size = model.channels, model.image_size
         self._shorter_side = math.ceil(model.image_size / centre_crop)
         self._max_bad_fraction = max_bad_fraction
+        info = dataset.info
+        self._is_small = info.one_size and max(info.max_height, info.max_width) <= SMALL_SIDE  # decoded at once
         self._bad: dict[int, str] = {}
         self._num_named = 0
         self.is_read = False
@@ -51,16 +54,18 @@ class EvalImages:
         """Load samples as uint8 (B, C, image_size, image_size); threads may call this at once."""
         require_channels(self._channels)
         numbers = np.asarray(samples, dtype=np.int64)
-        pixels = torch.empty(len(numbers), self._channels, self._size, self._size, dtype=torch.uint8)
+        pixels = torch.zeros(len(numbers), self._channels, self._size, self._size, dtype=torch.uint8)
         self.dataset.read_ahead(numbers, self._channels)
-        for row, number in enumerate(numbers):
-            (*images,), problems = self.dataset.decode_many(numbers[row : row + 1], self._channels)
-            if problems:
-                name = self.dataset.describe(int(number), problems[0])
+        for rows in np.array_split(np.arange(len(numbers)), 1 if self._is_small else max(1, len(numbers))):
+            images, problems = self.dataset.decode_many(numbers[rows], self._channels)
+            for place, problem in problems.items():
+                number = int(numbers[rows[place]])
+                name = self.dataset.describe(number, problem)
                 if self.is_read:
                     raise DataError(f"{name} cannot be decoded any more; repair the shard, or index it again")
-                self._bad[int(number)] = name
-            pixels[row] = 0 if problems else crop_centre(images[0], self._size, self._shorter_side)
+                self._bad[number] = name
+            if len(images):
+                pixels[np.delete(rows, list(problems))] = crop_centre(images, self._size, self._shorter_side)
         return pixels
 
     def is_good(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

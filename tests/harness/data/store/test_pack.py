@@ -250,4 +250,4 @@ def test_the_bundled_photographs_are_those_whose_licences_are_stated() -> None:
 def test_a_strip_is_cropped_before_it_is_enlarged() -> None:
     strip = torch.zeros(3, 1, 65_500, dtype=torch.uint8)
     strip[:, :, 32_740:32_760] = 200
-    assert (crop_centre(strip, 16) == 200).all()
+    assert (crop_centre(strip[None], 16) == 200).all()

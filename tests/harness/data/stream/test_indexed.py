@@ -284,7 +284,7 @@ def test_small_images_are_decoded_once_and_others_each_time(
 def test_eval_images_are_centre_crops(large_set: Path, configure: Configure) -> None:
     dataset = open_dataset(large_set)
     # the authors' way: the shorter side to ceil(32 / 0.875), then the middle 32 px of both sides
-    resized = resize_shorter_side(dataset.decode(3), 37)
+    resized = resize_shorter_side(dataset.decode(3)[None], 37)[0]
     top, left = ((side - 32) // 2 for side in resized.shape[-2:])
     images = EvalImages(dataset, configure().training.model, centre_crop=0.875, max_bad_fraction=0.0)
     _, cropped = images.pixels([0, 3])
@@ -343,6 +343,7 @@ def test_a_flipped_bit_of_a_picture_is_a_bad_sample_that_evaluations_leave_out_a
         samples = np.array([32, 33, 34])
         assert images.pixels(samples).flatten(1).any(1).tolist() == [True, False, True]
         assert images.is_good(samples).tolist() == [True, False, True]
+        assert torch.equal(images.pixels(samples)[[0, 2]], torch.cat([images.pixels([32]), images.pixels([34])]))
         if fraction:
             images.agree(ALONE, np.arange(60))
             images.agree(ALONE, samples[[0]])  # a second look, without the bad one: it still counts
