@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from aimscale.harness.data.random_access import make_key, permute, random_uniform
 from aimscale.harness.data.store.decoding import decode, kernel_threads
-from aimscale.harness.data.store.pack import PackedImage, encode, new_folder, write_dataset
+from aimscale.harness.data.store.pack import PackedImage, new_folder, write_dataset
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.tar")
 """The photographs, as JPEG and PNG files."""
@@ -87,5 +87,7 @@ def _square(picture: torch.Tensor, size: float, vertical: float, horizontal: flo
 def _packed(number: int, crop: torch.Tensor, label: int) -> PackedImage:
     if crop.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
         crop = F.interpolate(crop[None], size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)[0]
-    extension, data = encode(crop.contiguous())
-    return PackedImage(f"{number:09d}", extension, data, label, (IMAGE_SIZE, IMAGE_SIZE))
+    pixels = crop.permute(1, 2, 0).contiguous().numpy().tobytes()
+    # PPM decodes in less than half of PNG's time, which is a twentieth of what the demo takes
+    data = b"P6 %d %d 255\n" % (IMAGE_SIZE, IMAGE_SIZE) + pixels
+    return PackedImage(f"{number:09d}", "ppm", data, label, (IMAGE_SIZE, IMAGE_SIZE))

@@ -184,10 +184,13 @@ class TrainStream(Stream):
         self.unique_images = sum(source.order.num_unique for source in self._sources)
         self.datasets = tuple(source.dataset for source in self._sources)
         self.fingerprint = content_digest(dataset.fingerprint for dataset in self.datasets)
+        self._located = (np.empty(0, np.int64),) * 3
 
     def locate(self, positions: npt.ArrayLike) -> tuple[I64, I64]:
         """Return (source number, sample number) at every position: the stream's order, without reading an image."""
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
+        if np.array_equal(where, self._located[0]):  # `fill` asks again for what `read_ahead` has just asked for
+            return self._located[1:]
         source_of, rank = self._mixture.locate(where)
         sample_of = np.empty_like(where)
         for number, source in enumerate(self._sources):
@@ -195,6 +198,7 @@ class TrainStream(Stream):
             if mine.size:
                 epochs, slots = np.divmod(rank[mine], source.order.num_unique)
                 sample_of[mine] = source.sample_numbers(slots, epochs)
+        self._located = where.copy(), source_of, sample_of
         return source_of, sample_of
 
     def read_ahead(self, positions: npt.ArrayLike) -> None:
