@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from pathlib import Path
@@ -47,14 +46,12 @@ def train(path: Path, config: RunConfig | None = None) -> int:
         loggers: list[Logger] = []
         group.from_first(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.from_first(lambda: missing_budgets(run, config)):
-            gc.freeze()  # later collections skip everything imported so far
             with memory_advice(SAVES_MEMORY):
                 trainer = Trainer(run, config, job, loggers)
                 try:
                     trainer.walk()
                 finally:
                     trainer.close()  # evaluation needs the memory of the training state
-                    gc.unfreeze()
         with memory_advice():
             evaluate_run(run, config, job, loggers, with_probes=os.environ.get("AIMSCALE_PROBES") != "apart")
 

@@ -96,6 +96,7 @@ class Trainer:
     def walk(self) -> None:
         """Train from the current state of the run to its last budget."""
         gc.disable()  # `_train` collects: ranks that do at different steps would wait for each other
+        gc.freeze()  # so that it looks through new objects alone: all that was imported would take 70 ms each time
         folder, num_profiled = self.run.path / "profile", self.config.runtime.profile
         with profiled_steps(folder, num_profiled, self.group) as self.after_step:
             segments = self._resume()
@@ -143,7 +144,7 @@ class Trainer:
                 self.recorder.step(taken)
                 self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
-                    gc.collect()  # objects since the start
+                    gc.collect()
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
                     self._save(position, segment.branch)
 
@@ -273,6 +274,7 @@ class Trainer:
 
     def close(self) -> None:
         """Free the memory of weights, gradients and optimiser states."""
+        gc.unfreeze()
         gc.enable()
         self.writer.close()
         self.engine.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import gzip
 import itertools
 import json
@@ -168,6 +169,34 @@ def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
     assert set(met.read_text().splitlines()) == STAGES
     # Later changes of the same stages: the run dies again and again, each time a change later than the time before.
     assert start_until_finished("by-stride", train_until_change, itertools.count(29))
+
+
+def train_beside_many_objects(rank: int, path: Path, sizes: Path) -> None:
+    """Train with many objects that the engine made, as its imports do; note how many each collection looks through."""
+    kept: list[list[int]] = []
+    real = aimscale.harness.step.engine.Engine.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        kept.extend([number] for number in range(300_000))
+
+    aimscale.harness.step.engine.Engine.__init__ = init  # type: ignore[method-assign]
+
+    def collect() -> int:
+        with sizes.open("a") as file:
+            file.write(f"{len(gc.get_objects())}\n")
+        return 0
+
+    gc.collect = collect  # type: ignore[assignment]
+    train_in(rank, path)
+
+
+def test_collections_look_through_new_objects_alone(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config())
+    assert in_processes(train_beside_many_objects, run.path, tmp_path / "sizes") == [0]
+    *while_training, at_the_end = map(int, (tmp_path / "sizes").read_text().split())
+    assert while_training
+    assert max(while_training) < 100_000 < at_the_end
 
 
 def test_a_signal_saves_and_the_next_start_goes_on(
