@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
 FIRST_LAW = 3
-"""Number of trained sizes from which a first law is told."""
+"""Number of trained sizes from which a first law is told; the smallest are trained first."""
 
 
 def command(
@@ -62,7 +62,7 @@ def command(
             return None
         return _first_law(sweep, cards) if event.kind == "finished" else str(event)
 
-    result = launch(sweep, root, devices=devices, smallest_first=True, tell=tell)
+    result = launch(sweep, root, devices=devices, num_smallest_first=FIRST_LAW, tell=tell)
     if result.interrupted:
         given = [*([] if root == ROOT else ["--root", str(root)]), *(["--devices", str(devices)] if devices else [])]
         typer.echo(f"next: {shlex.join(['aimscale', 'demo', *given])}")

@@ -45,7 +45,7 @@ def launch(
     retry: bool = False,
     stop_sd: float | None = None,
     show_progress: bool = True,
-    smallest_first: bool = False,
+    num_smallest_first: int = 0,
     tell: Callable[[Event], str | None] = str,
     command: Command | None = None,
 ) -> LaunchResult:
@@ -61,7 +61,7 @@ def launch(
         retry: clear failures and cancellations first.
         stop_sd: save and end runs whose loss lies so many standard deviations above their forecast.
         show_progress: show progress, as a live table on a terminal; else only events are printed.
-        smallest_first: start with the shortest runs; by default with the longest, which ends sooner.
+        num_smallest_first: how many of the shortest runs to start with; then the longest follow, which ends sooner.
         tell: turns an event, such as the end of a run, into the line that is printed; none for None.
         command: replaces the program that executes a run.
 
@@ -78,9 +78,9 @@ def launch(
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
         deadline = started + 3600 * hours - min(max(map(grace_period_s, runs)), 1800 * hours)
-    worker = Worker(
-        sweep=loaded, machine=machine, waiting=runs[:: -1 if smallest_first else 1], command=command, deadline=deadline
-    )
+    shortest = runs[::-1][:num_smallest_first]
+    waiting = [*shortest, *(run for run in runs if run not in shortest)]
+    worker = Worker(sweep=loaded, machine=machine, waiting=waiting, command=command, deadline=deadline)
     with _progress_display(lambda: sweep_status(loaded, cards), show_progress, tell) as report:
         return run_worker(worker, report)
 

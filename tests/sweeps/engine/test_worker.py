@@ -46,14 +46,16 @@ def both_at_work(sweep: Any, start: Any) -> tuple[list[RunRecord], Any]:
     return records, first
 
 
+@pytest.mark.parametrize("num_smallest_first", [0, 1, 9])
 def test_longest_runs_first_and_a_second_launch_starts_nothing(
-    write_sweep: Any, capsys: Any, stand_in: Any, launch: Any
+    write_sweep: Any, capsys: Any, stand_in: Any, launch: Any, num_smallest_first: int
 ) -> None:
     sweep = write_sweep(seeds=[0, 1])
-    result = launch(sweep, devices=1, command=stand_in())
+    result = launch(sweep, devices=1, command=stand_in(), num_smallest_first=num_smallest_first)
     assert len(result.finished) == 4
     begun = [line for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
-    assert ["rung-48" in line for line in begun] == [True, True, False, False]
+    expected = {0: [True, True, False, False], 1: [False, True, True, False], 9: [False, False, True, True]}
+    assert ["rung-48" in line for line in begun] == expected[num_smallest_first]
     again = launch(sweep, devices=1, command=stand_in())
     assert not again.finished
     assert [each.state for each in again.skipped] == ["finished"] * 4
