@@ -4,8 +4,8 @@ import difflib
 import importlib.util
 from collections.abc import Collection
 
-MAX_NAMED = 5
-"""Maximum number of names that a sentence lists."""
+MAX_NAMED, MAX_KNOWN = 5, 16
+"""Maximum number of names that a sentence lists, and of known names to choose from."""
 
 
 class UserError(Exception):
@@ -21,13 +21,13 @@ class UserError(Exception):
 def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
     """Suggest the known name nearest to a mistyped one; without a near one, list some after `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(known)))}"
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(known)), MAX_KNOWN)}"
 
 
-def some(names: Collection[object]) -> str:
-    """List at most `MAX_NAMED` of the names, and say how many more there are."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{', '.join(map(str, list(names)[:MAX_NAMED]))}{more}"
+def some(names: Collection[object], most: int = MAX_NAMED) -> str:
+    """List at most so many of the names, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(str, list(names)[:most]))}{more}"
 
 
 def printable(text: str) -> str:

@@ -64,7 +64,7 @@ class Result:
     def summary(self) -> str:
         """Write all there is to say, as the command prints it."""
         facts = self.facts()
-        return f"{fact_lines(facts) if facts else self.headline()}\n\n{text_table(self.cells())}"
+        return f"{fact_lines(facts) if facts else self.headline()}\n\n{text_table(self.cells())}".rstrip()
 
     def plot(self, **options: Any) -> Figure:
         """Draw its figure, where the class of the result has one."""

@@ -75,17 +75,17 @@ def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
     score = {n: difflib.SequenceMatcher(None, lower, n.lower()).ratio() for n in names}
     known = sorted(score, key=score.__getitem__, reverse=True)
     near = [n for n in known if score[n] >= 0.55 or (len(lower) > 2 and lower in n.lower())]
-    return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(known)}."
+    return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(known, MAX_KNOWN)}."
 
 
-MAX_NAMED = 5
-"""Names that a sentence lists at most."""
+MAX_NAMED, MAX_KNOWN = 5, 16
+"""Names that a sentence lists at most, and known names to choose from."""
 
 
-def some(names: Sequence[str]) -> str:
-    """Name `MAX_NAMED` at most, and say how many more there are."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{', '.join(names[:MAX_NAMED])}{more}"
+def some(names: Sequence[str], most: int = MAX_NAMED) -> str:
+    """Name so many at most, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def said_once(flags: Iterable[Flag]) -> tuple[Flag, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import TableArguments, can_report, show
+from aimscale.analysis.cli.options import TableArguments, can_report, of_law, show
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.words import human, said_once
@@ -85,7 +86,7 @@ def fit(
     also = {"tuning": tuning, **({"laws": found.table} if found else {})}
     splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
     splits = splits and not result.not_identified.intersection(EXPONENTS)
-    verbs = [*["frontier"] * splits, *["report"] * can_report(df)]
+    verbs = [*[f"frontier{of_law(law, 'chinchilla')}"] * splits, *["report"] * can_report(df)]
     show(result, json, figure, labels=label, after=after, also=also, following=arguments.then(*verbs))
 
 
@@ -157,7 +158,9 @@ def forecast(
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    show(found, json, after=after, also={"tuning": tuning}, following=arguments.then(f"next --target {at[-1]}"))
+    farther = found.table["distance"].iloc[-1] > 1  # else every run on the way may be there already
+    verbs = [f"next --target {shlex.quote(at[-1])}{of_law(law, 'auto')}"] if farther else ["report"] * can_report(df)
+    show(found, json, after=after, also={"tuning": tuning}, following=arguments.then(*verbs))
 
 
 def frontier(
@@ -189,7 +192,7 @@ def frontier(
     passes = passes_flags(usable_rows(df, y, best_by=y).rows, f"D* = {human(d)} at {human(c)} FLOP", {"D": d})
     found = replace(found, flags=(*found.flags, *passes))
     typed = (f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in (("N", n), ("D", d)))
-    place = [] if found.are_apart else [f"forecast --at {','.join(typed)}"]
+    place = [] if found.are_apart else [f"forecast --at {','.join(typed)}{of_law(law, 'chinchilla')}"]
     show(
         found,
         json,

@@ -111,6 +111,11 @@ def can_report(df: pd.DataFrame) -> bool:
     return bool({"val_loss", "probes"} & {*df})
 
 
+def of_law(law: str, default: str) -> str:
+    """Write the option of a law that is not the default, for the verb to run next."""
+    return "" if law == default else f" --law {shlex.quote(law)}"
+
+
 def say_next(commands: str) -> None:
     """Print the last line of a verb."""
     typer.echo(f"next: {commands}")

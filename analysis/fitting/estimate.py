@@ -77,7 +77,7 @@ def fit(
     law, objective = find_law(law), find_objective(objective)
     fixed, bounds = dict(fixed or {}), dict(bounds or {})
     _check_names(law, fixed, bounds)
-    y = y if "L" in law.variables else (columns or {}).get("L", y)
+    y = our_name(df, y if "L" in law.variables else (columns or {}).get("L", y))
     free = len(law.parameters) - len(fixed)
     points = observe(law, df, y=y, columns=columns, positive_y=objective.log, num_free=free, zero_allowed=zero_allowed)
     law, rows = law.centred(Columns(points.x)), df.loc[points.index]

@@ -24,7 +24,7 @@ from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecast
 from aimscale.analysis.forecasts.points import AUTO, JOINT, Cache
 from aimscale.analysis.laws.base import Law
 from aimscale.analysis.table.accuracies import to_numbers
-from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of
+from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of, our_name
 from aimscale.analysis.table.points import complete
 from aimscale.analysis.table.read import probe_frame
 from aimscale.analysis.table.select import table_flags
@@ -134,7 +134,7 @@ def forecast(
     scales = [{v: float(value) for v, value in each.items()} for each in ([at] if isinstance(at, Mapping) else at)]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    fits = Cache()
+    fits, y = Cache(), our_name(df, y)
     loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
     flags, by = list[Flag](), {y: loss}
     if not isinstance(law, Forecaster):  # of one that was made before its maker tells them, as the report does

@@ -111,7 +111,7 @@ def candidates(laws: Sequence[Law | str] | str, df: pd.DataFrame) -> tuple[Law, 
 
 def table_points(df: pd.DataFrame, laws: Sequence[Law | str] | str, y: str, loss: str = "") -> Points:
     """Collect the points of a table for these laws; of error rates y with the column of the loss."""
-    df = with_compute(df)
+    df, y = with_compute(df), our_name(df, y)
     found = candidates(laws, df)
     if y not in df.columns:
         raise no_column(df, y, " to forecast")

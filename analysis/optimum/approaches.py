@@ -16,7 +16,7 @@ from aimscale.analysis.laws.base import Array, Law
 from aimscale.analysis.laws.catalogue import find_law
 from aimscale.analysis.optimum.frontier import Frontier, NoFrontier, parametric_frontier, points_of, why_not
 from aimscale.analysis.optimum.isoflop import isoflop_frontier
-from aimscale.analysis.table.names import their_name
+from aimscale.analysis.table.names import our_name, their_name
 from aimscale.analysis.table.select import table_flags
 from aimscale.analysis.words import Flag, human, power_of_ten
 
@@ -136,6 +136,7 @@ def frontier(df: pd.DataFrame, *, y: str = "val_loss", law: Law | Fit | str = "c
         >>> table = read_table("results.parquet")
         >>> frontier(table).at(1e13)
     """
+    y = our_name(df, y)
     points_of(df, y)  # raises before an approach is blamed for a missing column
     by_law = partial(parametric_frontier, law if isinstance(law, Fit) else find_law(law))
     draws: dict[int, Callable[..., Frontier]] = {2: isoflop_frontier, 3: by_law}

@@ -57,7 +57,8 @@ def plot_fit(
     Raises:
         AnalysisError: the law has no variable `x`.
     """
-    is_one = bool(label) or color is not None or (ax is not None and ax.has_data())
+    seen = (ax.get_xlim(), ax.get_ylim()) if ax is not None and ax.has_data() else ()
+    is_one = bool(label) or color is not None or bool(seen)
     ax = ax or new_figure()[1][0]
     x = x or fit.law.variables[0]
     if x not in fit.law.variables:
@@ -79,8 +80,9 @@ def plot_fit(
     words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names, labels=letters)
     title = words(fit.columns[other]) if other and not is_one else ""
     if x != "L":
-        y = (fit.columns["y"], [*data["y"], *data["fitted"]])
-        return parts.finish(ax, (fit.columns[x], data[x]), y, words, title)
+        x_seen, y_seen = seen or ((), ())
+        y = (fit.columns["y"], [*data["y"], *data["fitted"], *y_seen])
+        return parts.finish(ax, (fit.columns[x], [*data[x], *x_seen]), y, words, title)
     # a link from loss to accuracy reads best on plain axes
     ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
     parts.legend([ax], title)

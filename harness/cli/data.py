@@ -106,6 +106,8 @@ def pack(
         if endings := Counter(listing.left_out).most_common(5):
             listed = ", ".join(f"{number:,} {ending}" for ending, number in endings)
             print(f"left out: {listed} (no image format that is read)")
+        if listing.empty:
+            print(f"warning: no classes, since they hold no image: {some(listing.empty)}")
         _say_next(*packed)
 
 

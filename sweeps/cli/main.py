@@ -75,6 +75,7 @@ EXAMPLES = (
     ("aimscale launch mysweep.yaml", "train a sweep, here or on Slurm"),
     ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "fit a law to any table"),
 )
+DEFAULT_ROOT = "aimscale-runs"
 HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
 """Verbs that launches call and that --help does not list."""
 
@@ -90,6 +91,26 @@ def load_verb(name: str) -> typer.Typer:
     return app
 
 
+def _remember_root(ctx: typer.Context, root: str) -> None:
+    ctx.meta["root"] = root
+
+
+RootOfNames = Annotated[
+    str,
+    typer.Option(
+        metavar="<path>",
+        help="Folder that holds the sweep directories, for a sweep's name or file.",
+        rich_help_panel="Table",
+        callback=_remember_root,
+        is_eager=True,
+    ),
+]
+
+
+def _with_root(root: RootOfNames = DEFAULT_ROOT) -> None:
+    """Hold the option `--root`, which analysis verbs get for `_find_table`."""
+
+
 def _find_table(ctx: Any, param: Any, given: Any) -> Any:
     """Replace a sweep's name, file or folder among the arguments of an analysis verb by its table, collected anew."""
     if isinstance(given, list | tuple):
@@ -102,11 +123,11 @@ def _find_table(ctx: Any, param: Any, given: Any) -> Any:
     from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
 
     try:
-        sweep = load_sweep(path, Path("aimscale-runs"))
+        sweep = load_sweep(path, Path(ctx.meta["root"]))
     except SweepError:
         return path
     table = fresh_table(sweep)
-    NAMES[table] = str(given)
+    NAMES[table] = str(given) if ctx.meta["root"] == DEFAULT_ROOT else str(sweep.directory)
     return table
 
 
@@ -123,9 +144,13 @@ class LazyGroup(typer.core.TyperGroup):
             raise UserError(f"there is no verb '{cmd_name}'; {did_you_mean(cmd_name, VERBS, 'the verbs are')}")
         command = typer.main.get_command(load_verb(cmd_name))
         command.name = cmd_name
-        for param in command.params:
-            if param.name in ("table", "tables"):
-                param.callback = _find_table
+        if tables := [param for param in command.params if param.name in ("table", "tables")]:
+            tables[0].callback = _find_table
+            holder = typer.Typer(add_completion=False)
+            holder.command()(_with_root)
+            (root,) = [param for param in typer.main.get_command(holder).params if param.name == "root"]
+            root.expose_value = False
+            command.params.append(root)
         return command
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import TableArguments, show
+from aimscale.analysis.cli.options import TableArguments, of_law, show
 from aimscale.analysis.errors import AnalysisError
 from aimscale.sweeps.cli.options import ROOT, AsJson, Root
 
@@ -74,11 +74,11 @@ def command(
     found = next_runs(df, place, offer, budget=budget, law=law, y=y)
     under = [] if root == ROOT else ["--root", str(root)]
     if sweep is None:
-        following = arguments.then(f"forecast --register --at {target}")
+        following = arguments.then(f"forecast --register --at {shlex.quote(target)}{of_law(law, 'auto')}")
     elif write is None:
         file = sweep.base_dir / f"{sweep.name}-next.yaml"
         more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
-        following = arguments.then(f"next --target {target} {more}")
+        following = arguments.then(f"next --target {shlex.quote(target)} {more}")
     else:
         following = shlex.join(["aimscale", "plan", str(write), *under])
         write.write_text(_sweep_file(sweep, found.table))

@@ -19,6 +19,7 @@ from aimscale.aim.cost import param_count
 from aimscale.analysis.laws.catalogue import CHINCHILLA
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
 from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
+from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, raise_on_problems
 from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
@@ -26,6 +27,7 @@ from aimscale.sweeps.plan.planner import plan as plan_runs
 from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.decision import RunState, read_states
 from aimscale.sweeps.state.record import unplanned_runs
+from aimscale.sweeps.table.status import sweep_status
 from aimscale.sweeps.table.status_view import format_price, launch_view
 from aimscale.sweeps.table.views import (
     Column,
@@ -145,7 +147,11 @@ def plan(
         print_key_values(_still_to_do(loaded, states, cards))
     if problems:
         raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
-    print_next("launch", sweep, root, *(["--on", on] if on else []))
+    options = ["--on", on] if on else []
+    if any(each.startable for each in states):
+        print_next("launch", sweep, root, *options)
+    else:
+        print_next_step(sweep_status(loaded, cards), loaded, sweep, root, *options)
 
 
 def write_suggestion(path: Path, hours: float | None, data: Path | None, gpu: str | None) -> None:

@@ -163,7 +163,7 @@ def _hours(request: Request, cards: list[CostCard]) -> float:
 def _sweep(request: Request, values: Fields) -> Sweep:
     path = request.path.absolute()
     head = (
-        f"# {NUM_SIZES} sizes by {NUM_BUDGETS} budgets past the first plateau, for {request.hours:g} hours on "
+        f"# {NUM_SIZES} sizes by {NUM_BUDGETS} budgets past the first plateau, for {request.hours:g} h on "
         f"{request.devices} {request.gpu or 'devices'}.\n"
     )
     text = head + yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=math.inf)

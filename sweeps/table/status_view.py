@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from aimscale.aim.errors import some
 from aimscale.analysis.table.schema import MFU
 from aimscale.sweeps.plan.costs import CostCard
 from aimscale.sweeps.plan.sweepfile import Sweep
@@ -37,6 +38,8 @@ MAX_DATA_WAIT = 0.3
 """Share of time spent waiting for images, 0..1, above which a run gets a notice."""
 CONSTANT_LOSS = 1.0
 """Loss on normalised targets of a model that predicts the mean of every patch."""
+EXTENDING = ("to extend", "to evaluate")
+"""What a launch does with finished runs to which the sweep file adds something."""
 FAILED_STATES = ("failed", "diverged", "off-track", "damaged")
 """States that a person has to look into."""
 ADVICE = {
@@ -60,6 +63,10 @@ def launch_view(
         (card, _share_left(card, each)) for card, each in zip(cards, states, strict=True) if each.startable
     ]:
         lines.append(KeyValue(key="cost", value=_bill(sweep, starting, num_devices)))
+    added = Counter(str(work) for each in states if _word(each) in EXTENDING for work in each.missing)
+    if added:
+        value = some([f"{what} ({num} run{'s' if num > 1 else ''})" for what, num in added.items()])
+        lines.append(KeyValue(key="added", value=value))
     if others := unplanned_runs(sweep, [each.run for each in states]):
         num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
         running = f", {num_running} of them running" if num_running else ""
@@ -72,7 +79,7 @@ def launch_view(
 def _word(found: RunState) -> str:
     """Return what a launch does with a run, or its state."""
     if found.state == "paused" and found.status.state == "finished":
-        return "to extend" if any(each.what == "training" for each in found.missing) else "to evaluate"
+        return EXTENDING[all(each.what != "training" for each in found.missing)]
     words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
     return words.get(found.state, found.state)
 

@@ -75,6 +75,8 @@ class Listing:
     """Class names by label."""
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Ending -> number of files that are no images."""
+    empty: tuple[str, ...] = ()
+    """Sub-folders without an image, which are no classes."""
 
     def name_of(self, number: int) -> str:
         """Name an image, for messages."""
@@ -250,8 +252,15 @@ def list_folder(folder: Path) -> Listing:
         )
     number_of = {name: number for number, name in enumerate(sorted(set(names)))}
     labels = [number_of[name] for name in names]
-    classes = tuple(number_of)
-    return Listing(source=folder, images=[*map(str, files)], labels=labels, classes=classes, left_out=left_out)
+    empty = tuple(sorted({path.name for path in folder.iterdir() if path.is_dir()} - {*number_of}))
+    return Listing(
+        source=folder,
+        images=[*map(str, files)],
+        labels=labels,
+        classes=tuple(number_of),
+        left_out=left_out,
+        empty=empty,
+    )
 
 
 def _prepare(listing: Listing, order: npt.NDArray[np.int64], resize: int | None, at: range) -> list[PackedImage | str]:

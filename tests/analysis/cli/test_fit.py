@@ -1,6 +1,7 @@
 """`aimscale fit`, `frontier` and `correlate` on a results table, as a user runs them."""
 
 import json
+import shlex
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 from commands import answer, say
 
+from aimscale import analysis
 from aimscale.analysis.display import fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws import LAWS
@@ -100,6 +102,31 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
         say("frontier", table)
     with pytest.raises(AnalysisError, match=f"{table}\\?"):
         say("fit", table.with_name("result.csv"))
+
+
+def test_the_next_line_keeps_the_law_and_runs_as_printed(table):
+    def following(*words):
+        return shlex.split(say(*words).splitlines()[-1])[2:]
+
+    of_law, place = [str(table), "--law", "coupled"], "N=1e8, D=1e8"
+    proposal = following("forecast", *of_law, "--at", place)
+    assert proposal == ["next", str(table), "--target", place, "--law", "coupled"]
+    assert following(*proposal) == ["forecast", str(table), "--register", "--at", place, "--law", "coupled"]
+    assert following("forecast", *of_law, "--at", "N=1e6,D=1e6")[0] == "report", (
+        "inside the table nothing is left to buy"
+    )
+    assert following("fit", *of_law)[:4] == ["frontier", str(table), "--law", "coupled;"]
+    assert "--law coupled; aimscale report" in say("frontier", *of_law)
+
+
+def test_python_takes_a_loss_by_the_name_in_the_file(table, tmp_path):
+    theirs = pd.read_csv(table).rename(columns={"val_loss": "bpb"})
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    df = analysis.read_table(tmp_path / "theirs.csv", {"L": "bpb"})
+    assert analysis.fit(df, y="bpb").params == analysis.fit(df).params
+    at = {"N": 1e6, "D": 1e6}
+    pd.testing.assert_frame_equal(analysis.forecast(df, at, y="bpb").table, analysis.forecast(df, at).table)
+    pd.testing.assert_frame_equal(analysis.frontier(df, y="L").at(1e14), analysis.frontier(df).at(1e14))
 
 
 def test_a_narrow_terminal_breaks_no_key_from_its_value(monkeypatch):

@@ -113,13 +113,15 @@ def test_the_law_is_drawn_where_it_predicts(joint):
 
 
 def test_two_laws_on_one_axes_are_told_apart(joint, grid):
-    other = fit(grid, "kaplan")
+    other = fit(grid.assign(val_loss=2 * grid["val_loss"]), "kaplan")
     figure = joint.plot(x="N", label="mine")
     (ax,) = figure.axes
     assert other.plot(ax=ax, x="N", color="red") is figure
     own = [str(handle.get_color()) for handle in figure.legends[0].get_lines()]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mine", "kaplan"]
     assert {str(line.get_color()) for line in law_lines(ax)} == {own[0], "red"}
+    low, high = ax.get_ylim()
+    assert low < grid["val_loss"].min() < 2 * grid["val_loss"].max() < high
 
 
 def test_what_a_user_has_set_stays(joint):

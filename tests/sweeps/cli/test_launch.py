@@ -107,8 +107,8 @@ def test_a_plan_says_what_is_there_and_what_an_edited_file_adds(write_sweep: Any
     call(write_sweep(sizes=["rung-32"], seeds=[0, 7]), "launch")
     sweep = write_sweep(sizes=["rung-32"], seeds=[7, 8, 9], budgets=[640, 1280, 1920])
     _, said = call(sweep, "plan")
-    lines = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("there", "to do", "unpl")))
-    assert lines["there"] == "3: 2 new, 1 to extend"
+    lines = dict(line.split(maxsplit=1) for line in said.splitlines() if line.startswith(("there", "added", "unpl")))
+    assert (lines["there"], lines["added"]) == ("3: 2 new, 1 to extend", "training at 1920 (1 run)")
     assert lines["unplanned"].startswith("1 run directories, such as")
     _, said = call(sweep, "plan", "--json")
     found = json.loads(said)

@@ -1,6 +1,7 @@
 """Tests of `aimscale --help`: all that it lists works."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from commands import refused
 from PIL import Image
 
-from aimscale.aim.errors import MAX_NAMED
+from aimscale.analysis.laws import LAWS
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.plan.sweepfile import preset_names
 
@@ -46,7 +47,8 @@ def test_no_object_is_frozen_at_exit_which_nanobind_would_report_as_leaked(call:
         ("lanch", "there is no verb 'lanch'; did you mean 'launch'?"),
         ("plan isoflob", "did you mean 'isoflop'?"),
         ("plan mysweep.yml", "did you mean 'mysweeps.yaml'?"),
-        ("plan ?", f"and {len(preset_names()) - MAX_NAMED} more"),
+        ("plan ?", preset_names()[-1]),
+        ("fit table.csv --columns N=n,D=d,L=l --law ?", f"{[*LAWS][-1]}."),
     ],
 )
 def test_an_unknown_name_is_one_sentence_with_the_nearest(
@@ -54,6 +56,7 @@ def test_an_unknown_name_is_one_sentence_with_the_nearest(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mysweeps.yaml").touch()
+    Path("table.csv").write_text("n,d,l\n1,2,3\n")
     assert refused(*line.split()).endswith(f"{words}\n")
 
 
@@ -117,4 +120,9 @@ def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
         with pytest.raises(SystemExit, match="0"):
             main(["compare", name])
         said.add(capsys.readouterr().out.rpartition("next:")[0])
-    assert len(said) == 1
+    (tmp_path / "aimscale-runs").rename(root := tmp_path / "my runs")
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "demo", "--root", str(root)])
+    out, _, following = capsys.readouterr().out.rpartition("next: aimscale ")
+    assert said == {out}
+    assert shlex.split(following) == ["report", str(root / "demo")]

@@ -55,7 +55,7 @@ def test_verbs_end_with_what_to_run_next_on_the_users_own_sweep(say: Any, write_
     assert follows("launch", "--dry-run", "--retry") == f"launch {file} --retry --root {root}"
     over = f"report {sweep.directory}"
     assert follows("launch", "--retry") == over == follows("launch", "--dry-run") == follows("collect")
-    assert follows("status") == over, "`report` has no --root"
+    assert follows("status") == over == follows("plan"), "the folder, which needs no --root"
     write_sweep(sizes=["rung-32"], slurm={})
     assert follows("launch", "--dry-run", "--allow-dirty") == over
     monkeypatch.setattr("aimscale.sweeps.engine.slurm_worker.launch_slurm", lambda *_, **__: [])

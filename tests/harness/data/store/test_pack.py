@@ -138,8 +138,9 @@ def test_a_split_keeps_equal_images_together_and_deals_every_class(tmp_path: Pat
     for i in range(0, 120, 5):  # copies of other names, one in another class
         copy = source / ("few" if i == 0 else "many") / f"copy-{i}.png"
         copy.write_bytes((source / "many" / f"{i}.png").read_bytes())
+    (source / "drawings").mkdir()
     for i in range(3):
-        (source / "few" / f"{i}.SVG").write_text("<svg/>")
+        (source / "drawings" / f"{i}.SVG").write_text("<svg/>")
     said = say("data", "pack", source, out, "--split", "70/20/10")
     parts = {name: open_dataset(out / name) for name in ("train", "validation", "test")}
     contents = {name: [part.read(i) for i in range(len(part))] for name, part in parts.items()}
@@ -151,6 +152,7 @@ def test_a_split_keeps_equal_images_together_and_deals_every_class(tmp_path: Pat
         assert np.abs(counts - share * np.array([31, 143, 1])).max() <= 2
     assert "24 duplicates kept" in said
     assert "left out: 3 .svg" in said
+    assert "hold no image: drawings\n" in said
     assert said.count("has no image of 1 of 3 classes: one") == 2
     last = shlex.split(said.splitlines()[-1])
     assert last == ["next:", "aimscale", "plan", "my-shards.yaml", "--suggest", "1", "--data", str(out)]
