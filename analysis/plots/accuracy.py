@@ -102,7 +102,7 @@ def plot_loss_accuracy(
         lines = _correlation_lines((correlations or {}).get(task, ()))
         parts.name_task([ax], mine, task, pad=5 + 7.5 * len(lines))
         if levels is not None:
-            parts.draw_levels([ax], levels[levels["task"] == task], loc="best")
+            parts.draw_levels([ax], levels[levels["task"] == task], loc="upper right")
         ax.text(0, 1.02, "\n".join(lines), transform=ax.transAxes, va="bottom", fontsize="x-small", color=INK)
     parts.legend(panels, words(by) if by else "", 4 if len(tasks) < 2 else 8)
     return figure

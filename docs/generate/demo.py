@@ -67,10 +67,12 @@ def ranges(seeds: pd.DataFrame) -> str:
     verdicts = " and ".join(f"{each} {said[each]} times" for each in HEADS.values() if said[each])
     errors = [f"{_span(seeds[v] * 100)} % (a straight line: {_span(seeds[f'{v}_line'] * 100)} %)" for v in ("N", "D")]
     torch = " and ".join(sorted(seeds["torch"].unique()))
+    known = [f"{seeds[f'{v}_tests'].astype(bool).sum()} times" for v in "ND"]
     return (
         f"We ran the demo {len(seeds)} times, with {seeds['seed'].nunique()} seeds, on torch {torch}. *Can it be "
         f"trusted* was answered {verdicts}. α was {_span(seeds['alpha'])} and β {_span(seeds['beta'])}. The error on "
-        f"the left-out largest size was {errors[0]}, and on the largest budget {errors[1]}. The correlation of loss "
+        f"the left-out largest size was {errors[0]}, and on the largest budget {errors[1]}. Without the largest size, "
+        f"the exponents were identified {known[0]}, and without the largest budget {known[1]}. The correlation of loss "
         f"and k-NN accuracy was {_span(seeds['r'])}."
     )
 
@@ -111,6 +113,7 @@ def seed_row(folder: Path) -> dict[str, Any]:
         "beta": joint.params["beta"],
         **{v: tests[v].mean_abs_relative_error for v in "ND"},
         **{f"{v}_line": tests[v].naive_mean_abs_relative_error for v in "ND"},
+        **{f"{v}_tests": tests[v].is_test for v in "ND"},
         "r": r.value,
         "least": probes["top1"].min(),
         "most": probes["top1"].max(),

@@ -25,6 +25,7 @@ def test_the_demo_shows_what_its_pages_promise() -> None:
     assert (seeds["verdict"] == "Yes").mean() >= 0.8
     assert (seeds["N"] < seeds["N_line"] / 2).all()
     assert (seeds["D"] < seeds["D_line"]).all()
+    assert (seeds["N_tests"] & seeds["D_tests"]).mean() >= 0.8
     assert (seeds["r"] <= -0.85).all()
     assert (seeds["least"] > seeds["pixels"]).all()
     baselines = probe_frame(read_table(demo.TABLES / "baselines.parquet"))
