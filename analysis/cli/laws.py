@@ -158,7 +158,7 @@ def forecast(
         path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
         write(found, df, path)
         after.append(f"registered in {path}")
-    farther = found.table["distance"].iloc[-1] > 1  # else every run on the way may be there already
+    farther = {"N", "D"} <= found.scales[-1].keys() and found.table["distance"].iloc[-1] > 1  # else `next` has no offer
     verbs = [f"next --target {shlex.quote(at[-1])}{of_law(law, 'auto')}"] if farther else ["report"] * can_report(df)
     show(found, json, after=after, also={"tuning": tuning}, following=arguments.then(*verbs))
 

@@ -115,6 +115,7 @@ def test_the_next_line_keeps_the_law_and_runs_as_printed(table):
     assert following("forecast", *of_law, "--at", "N=1e6,D=1e6")[0] == "report", (
         "inside the table nothing is left to buy"
     )
+    assert following("forecast", table, "--law", "auto:C", "--at", "C=1e20")[0] == "report", "`next` needs N and D"
     assert following("fit", *of_law)[:4] == ["frontier", str(table), "--law", "coupled;"]
     assert "--law coupled; aimscale report" in say("frontier", *of_law)
 
