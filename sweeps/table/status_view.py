@@ -39,7 +39,7 @@ MAX_DATA_WAIT = 0.3
 CONSTANT_LOSS = 1.0
 """Loss on normalised targets of a model that predicts the mean of every patch."""
 EXTENDING = ("to extend", "to evaluate")
-"""What a launch does with finished runs to which the sweep file adds something."""
+"""Words for finished runs to which the sweep file adds something."""
 FAILED_STATES = ("failed", "diverged", "off-track", "damaged")
 """States that a person has to look into."""
 ADVICE = {
@@ -79,7 +79,7 @@ def launch_view(
 def _word(found: RunState) -> str:
     """Return what a launch does with a run, or its state."""
     if found.state == "paused" and found.status.state == "finished":
-        return EXTENDING[all(each.what != "training" for each in found.missing)]
+        return "to extend" if any(each.what == "training" for each in found.missing) else "to evaluate"
     words = {"not started": "new", "lost": "to resume", "paused": "to resume", "starting": "running"}
     return words.get(found.state, found.state)
 
