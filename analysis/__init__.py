@@ -11,6 +11,20 @@ Everything public is a name of this package, listed in `__init__.pyi` and loaded
 `aimscale --help` stays quick.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import lazy_loader
 
+from aimscale.analysis.display import Drawing
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def _drawings() -> Mapping[type, Callable[..., Any]]:
+    from aimscale.analysis.plots import DRAWINGS  # matplotlib is slow to import
+
+    return DRAWINGS
+
+
+Drawing.functions = _drawings

@@ -1,20 +1,25 @@
-"""Display of results: a few lines in a shell, a table in a notebook, prose, a figure, plain types and JSON."""
+"""Display of results: a few lines in a shell, a table in a notebook, prose, a figure, plain types and JSON; flags, and
+how numbers, names, lists and options read in sentences."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import html
-import importlib
 import json
+import math
 import re
+import shlex
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import capital, human
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,19 +30,27 @@ MAX_ROWS = 20
 
 
 class Drawing:
-    """A method that is a function of `plots`, such as "scaling.plot_fit"; `help(Fit.plot)` shows its options."""
+    """A method that is a function of `plots`, by the class of the result; `help(Fit.plot)` shows its options."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name  # `plots` stands above results, and is imported when asked for
+    functions: ClassVar[Callable[[], Mapping[type, Callable[..., Figure]]]]
+    """Function that returns the drawing of every class: `plots` stands above results, so the package sets it."""
 
-    def __get__(self, result: Any, owner: type | None = None) -> Callable[..., Figure]:
-        module, _, function = self.name.partition(".")
-        draw = getattr(importlib.import_module(f"aimscale.analysis.plots.{module}"), function)
+    def __get__(self, result: Any, owner: type) -> Callable[..., Figure]:
+        draw = Drawing.functions().get(owner, _no_figure)
         return draw if result is None else MethodType(draw, result)
+
+
+def _no_figure(result: Any, **options: Any) -> Figure:
+    raise AnalysisError(f"There is no figure of a {type(result).__name__}; draw its .table yourself.")
 
 
 class Result:
     """Base class of all results."""
+
+    plot = Drawing()
+    """Draw its figure, where there is one."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Properties that stand beside its fields in `to_dict`."""
 
     if TYPE_CHECKING:
 
@@ -66,14 +79,11 @@ class Result:
         facts = self.facts()
         return f"{fact_lines(facts) if facts else self.headline()}\n\n{text_table(self.cells())}".rstrip()
 
-    def plot(self, **options: Any) -> Figure:
-        """Draw its figure, where the class of the result has one."""
-        raise AnalysisError(f"There is no figure of a {type(self).__name__}; draw its .table yourself.")
-
     def to_dict(self) -> dict[str, Any]:
         """Give its fields in plain types, tables as rows, and its words; fields of `repr=False` are left out."""
         words: dict[str, Any] = {name: getattr(self, name, list)() for name in ("sentence", "sentences")}
-        return plain_fields(self) | {name: told for name, told in words.items() if told}
+        more = {name: plain_types(getattr(self, name)) for name in self.also}
+        return plain_fields(self) | more | {name: told for name, told in words.items() if told}
 
     def to_json(self, *, indent: int | None = 2, **also: Any) -> str:
         """Write `to_dict`, and what there is `also`, as JSON; numbers that JSON cannot hold become null."""
@@ -166,3 +176,163 @@ def plain_types(value: Any) -> Any:
         case np.generic():
             return value.item()
     return plain_fields(value) if dataclasses.is_dataclass(value) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """Something to be careful about in a result."""
+
+    kind: str
+    """Short name, by which flags are found and compared."""
+    subject: str = ""
+    """Parameter, variable, group or row that it is about."""
+    number: float = 0.0
+    """Size of it: a bound, a factor, per cent, standard deviations."""
+    more: tuple[float | str, ...] = ()
+    """Further values that are read apart from the sentence."""
+    p: float = 1.0
+    """Probability that a sound law shows as much, where that was tested."""
+    text: str
+    """Sentence that a reader sees."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e-2}
+"""Suffixes of numbers and their factors, as tables and people write them."""
+
+
+def human(value: float, digits: int = 3) -> str:
+    """Write a count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
+    if not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e12 or 0 < size < 1e-3:
+        return power_of_ten(value, digits)
+    scales = {1e9: "B", 1e6: "M", 1e3: "k"}
+    scale = next((each for each in scales if size >= each * 0.9995), 1.0)
+    return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{scales.get(scale, '')}"
+
+
+def power_of_ten(value: float, digits: int = 2) -> str:
+    """Write a number of FLOPs: 3×10¹³."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if mantissa == "1" else f"{mantissa}×{power}"
+
+
+def told_apart(values: Iterable[float], write: Callable[[float, int], str], digits: int) -> list[str]:
+    """Write different numbers with as few digits as tell them apart, and so many at least."""
+    numbers = list(values)
+    tries = ([write(value, num) for value in numbers] for num in range(digits, 18))  # 17 tell any two floats apart
+    return next((words for words in tries if len(set(words)) == len(numbers)), [str(value) for value in numbers])
+
+
+def scale_words(at: Mapping[Any, float], digits: int = 4) -> str:
+    """Write the values of variables: N = 1.21M, D = 3B."""
+    return ", ".join(f"{variable} = {human(value, digits)}" for variable, value in at.items())
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Write a fraction as per cent."""
+    return f"{human(100 * share, digits)} %"
+
+
+def beyond_words(distance: float) -> str:
+    """Say how far a scale lies beyond the measured ones."""
+    return f"{human(distance)} times beyond the table" if distance > 1 else "within the measured range"
+
+
+def p_value(p: float) -> str:
+    """Write a probability of chance; digits of a tiny one say nothing."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.1g}"
+
+
+def by_chance(are_significant: Sequence[bool], level: float = 0.95) -> str:
+    """Say how many of several intervals exclude zero, and how many would if there were nothing to find."""
+    num = len(are_significant)
+    return f"{sum(are_significant)} of {num} exclude zero, where {human(num * (1 - level), 2)} would by chance"
+
+
+def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
+    """Name what resembles a name that does not exist, the nearest first; else some of all."""
+    lower = typed.lower()
+    score = {n: difflib.SequenceMatcher(None, lower, n.lower()).ratio() for n in names}
+    nearest = sorted(score, key=score.__getitem__, reverse=True)
+    near = [n for n in nearest if score[n] >= 0.55 or (len(lower) > 2 and lower in n.lower())]
+    return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(nearest, MAX_KNOWN)}."
+
+
+MAX_NAMED, MAX_KNOWN = 5, 16
+"""Names that a sentence lists at most, and known names to choose from."""
+
+
+def some(names: Sequence[str], most: int = MAX_NAMED) -> str:
+    """Name so many at most, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def said_once(flags: Iterable[Flag]) -> tuple[Flag, ...]:
+    """Drop flags that say less than another one: that rows differ in a column, where they are known to lie apart."""
+    flags = tuple(dict.fromkeys(flags))
+    apart = {flag.subject for flag in flags if flag.kind == "experiments"}
+    return tuple(flag for flag in flags if not (flag.kind == "mixed" and flag.subject in apart))
+
+
+def flag_words(flags: Sequence[Flag]) -> list[str]:
+    """Write flags; of more than three that differ in their number alone, the first and how many follow."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for flag in flags:
+        alike.setdefault((flag.kind, flag.subject), []).append(str(flag))
+    groups = (each if len(each) <= 3 else [f"{each[0]} (and {len(each) - 1} more)"] for each in alike.values())
+    return [words for group in groups for words in group]
+
+
+PROBES = ("attentive", "efficient", "linear", "knn", "lora")
+"""Kinds of accuracy that are probes of ours; a foreign table has kinds of its own, such as zero-shot."""
+
+
+def measured_by(kind: str) -> str:
+    """Name a kind of accuracy, behind the name of its task."""
+    return f"{kind} probe" if kind in PROBES else f"{kind} accuracy".strip()
+
+
+def accuracy_of(kind: str, of: str = "accuracy") -> str:
+    """Name a kind of accuracy (or of error) in prose."""
+    if kind == "lora":
+        return f"{of} after LoRA adaptation (not frozen)"
+    return f"k-NN {of}" if kind == "knn" else f"{kind}-probe {of}" if kind in PROBES else f"{kind} {of}"
+
+
+def capital(words: str) -> str:
+    """Begin a sentence with these words; k-NN keeps its small letter."""
+    return words if words.startswith("k-NN") else words[0].upper() + words[1:]
+
+
+_IS_COMMAND = ContextVar("is_command", default=False)
+_PYTHON = {
+    "columns": 'columns={{"{}": "{}"}}', "fix": 'fixed={{"{}": {}}}', "groups": 'groups={{"{}": "{}"}}',
+    "ignore": 'ignore=["{}"]', "measure": 'measures=["{}"]', "out": 'out="{}"', "where": 'where=["{}"]',
+}  # fmt: skip
+"""Option -> the argument that it is in Python, with its value."""
+
+
+@contextlib.contextmanager
+def in_command() -> Iterator[None]:
+    """Name options as the command does, within; elsewhere they read as Python's arguments."""
+    token = _IS_COMMAND.set(True)
+    try:
+        yield
+    finally:
+        _IS_COMMAND.reset(token)
+
+
+def option(name: str, value: str = "") -> str:
+    """Name an option as its reader types it: `--fix E=0` in a command, `fixed={"E": 0}` in Python."""
+    if _IS_COMMAND.get():
+        return f"--{name} {shlex.quote(value)}" if value else f"--{name}"
+    form, (key, _, right) = _PYTHON[name], value.partition("=")
+    return form.format(*((key, right) if "{{" in form else (value,))) if value else form.partition("=")[0]

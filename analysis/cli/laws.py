@@ -11,16 +11,14 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import TableArguments, can_report, of_law, show
-from aimscale.analysis.display import text_table
+from aimscale.analysis.cli.options import TableArguments, can_report, of_law
+from aimscale.analysis.display import human, text_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human, said_once
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from aimscale.analysis.fitting.result import Fit
     from aimscale.analysis.forecasts.forecaster import Forecaster
+    from aimscale.analysis.table.runs import Runs
 
 
 def list_laws(law: str) -> str:
@@ -32,8 +30,9 @@ def list_laws(law: str) -> str:
     raise typer.Exit
 
 
+@options.verb("y", "columns", "where", "groups", "figure", "label", "level", "json", y=options.Minimised)
 def fit(
-    tables: options.Tables,
+    given: TableArguments,
     law: Annotated[
         str,
         typer.Option(
@@ -59,47 +58,38 @@ def fit(
         list[str] | None,
         typer.Option(help="Test the law on its largest values, left out: N, or D:2 for two; may be repeated."),
     ] = None,
-    y: options.Minimised = "val_loss",
-    columns: options.Columns = None,
-    where: options.Where = None,
-    figure: options.FigurePath = None,
-    label: options.Labels = None,
-    json: options.AsJson = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.fitting.result import EXPONENTS
-    from aimscale.analysis.table.points import with_compute
 
-    arguments = TableArguments(tables, columns, where, y)
-    df, y, tuning = arguments.read_to_minimise()
-    if found := several(law, df, y):
+    runs, y, tuning = given.read_to_minimise()
+    if laws := several(law, runs, y):
         if fix:
             raise AnalysisError("--fix belongs to one law; name it by --law instead of comparing several.")
-        df = with_compute(df)  # as it was weighed with
+        runs = runs.with_compute()  # as it was weighed with
     values = dict(map(parameter_values, fix or []))
     fixed = {name: each[0] for name, each in values.items() if len(each) == 1}
     bounds = {name: (each[0], each[1]) for name, each in values.items() if len(each) == 2}
-    chosen = found.law if found else law
-    result = analysis.fit(df, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
-    result = tested(result, df, hold_out or [])
-    after = ["", found.summary()] if found else []
-    also = {"tuning": tuning, **({"laws": found.table} if found else {})}
-    splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in df
+    chosen = laws.law if laws else law
+    result = analysis.fit(runs, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
+    result = tested(result, runs, hold_out or [], laws)
+    after = ["", laws.summary()] if laws else []
+    also = {"tuning": tuning, **({"laws": laws.table} if laws else {})}
+    splits = {"N", "D"} <= {*result.law.variables} and "flops_train" in runs
     splits = splits and not result.not_identified.intersection(EXPONENTS)
-    verbs = [*[f"frontier{of_law(law, 'chinchilla')}"] * splits, *["report"] * can_report(df)]
-    show(result, json, figure, labels=label, after=after, also=also, following=arguments.then(*verbs))
+    verbs = [*[f"frontier{of_law(law, 'chinchilla')}"] * splits, *["report"] * can_report(runs)]
+    given.show(result, verbs, after=after, also=also)
 
 
-def several(law: str, df: pd.DataFrame, y: str) -> Forecaster | None:
+def several(law: str, runs: Runs, y: str) -> Forecaster | None:
     """Weigh the laws where `law` names several or leaves it open."""
     is_one = "," not in law and law.partition(":")[0] != "auto"
-    return None if is_one else analysis.forecaster(df, law=law, y=y)
+    return None if is_one else analysis.forecaster(runs, law=law, y=y)
 
 
-def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
+def tested(result: Fit, runs: Runs, hold_out: list[str], laws: Forecaster | None) -> Fit:
     """Give the fit its held-out tests, and flags of the table."""
     from aimscale.analysis.optimum.isoflop import with_budgets
-    from aimscale.analysis.table.names import our_name
     from aimscale.analysis.table.select import mixture_flags
 
     tests, y = [], result.columns["y"]
@@ -107,11 +97,12 @@ def tested(result: Fit, df: pd.DataFrame, hold_out: list[str]) -> Fit:
         by, _, count = wish.partition(":")
         if count and not (count.isdecimal() and int(count)):
             raise AnalysisError(f"--hold-out takes N or N:2, not {wish!r}.")
-        by_budget = our_name(df, by) == our_name(df, "C") and "C" not in result.law.variables
-        rows, by = (with_budgets(df, y, result.columns), "C") if by_budget else (df, by)
-        tests.append(analysis.held_out(result, rows, by=by, num_values=int(count or 1)))
-    flags = said_once((*result.flags, *mixture_flags(df, result.law.variables, y)))
-    return replace(result, flags=flags, heldout=tuple(tests))
+        by_budget = runs.column(by) == runs.column("C") and "C" not in result.law.variables
+        rows, by = (with_budgets(runs, y, result.columns), "C") if by_budget else (runs, by)
+        test = laws.held_out if laws else analysis.held_out
+        tests.append(test(result, rows, by=by, num_values=int(count or 1)))
+    cautions = mixture_flags(runs, result.law.variables, y)
+    return replace(result, cautions=cautions, heldout=tuple(tests))
 
 
 def parameter_values(text: str) -> tuple[str, list[float]]:
@@ -126,8 +117,9 @@ def parameter_values(text: str) -> tuple[str, list[float]]:
     return name.strip(), values
 
 
+@options.verb("y", "columns", "where", "groups", "level", "json")
 def forecast(
-    tables: options.Tables,
+    given: TableArguments,
     at: Annotated[
         list[str], typer.Option(help="A run's scale, N=1e9,D=2B (and U= where images repeat); may be repeated.")
     ],
@@ -141,64 +133,49 @@ def forecast(
             help="Save the forecast, with date and hash of the data, in forecasts.jsonl next to the first table.",
         ),
     ] = False,
-    y: options.LossColumn = "val_loss",
-    columns: options.Columns = None,
-    where: options.Where = None,
-    json: options.AsJson = False,
 ) -> None:
     """Forecast the loss and every accuracy of runs not trained yet, with intervals that grow with distance."""
     from aimscale.analysis.forecasts.forecast import REGISTER, parse_scale
     from aimscale.analysis.forecasts.forecast import register as write
 
-    arguments = TableArguments(tables, columns, where, y)
-    df, y, tuning = arguments.read_to_minimise()
-    found = analysis.forecast(df, [parse_scale(each, "--at") for each in at], law=law, y=y)
+    runs, y, tuning = given.read_to_minimise()
+    result = analysis.forecast(runs, [parse_scale(each, "--at") for each in at], law=law, y=y)
     after = []
     if register:
-        path = (tables[0] if tables[0].is_dir() else tables[0].parent) / REGISTER
-        write(found, df, path)
+        first = given.tables[0]
+        path = (first if first.is_dir() else first.parent) / REGISTER
+        write(result, runs, path)
         after.append(f"registered in {path}")
-    farther = {"N", "D"} <= found.scales[-1].keys() and found.table["distance"].iloc[-1] > 1  # else `next` has no offer
-    verbs = [f"next --target {shlex.quote(at[-1])}{of_law(law, 'auto')}"] if farther else ["report"] * can_report(df)
-    show(found, json, after=after, also={"tuning": tuning}, following=arguments.then(*verbs))
+    is_beyond = result.table["distance"].iloc[-1] > 1  # else `next` has no offer
+    farther = is_beyond and {"N", "D"} <= result.scales[-1].keys()
+    verbs = [f"next --target {shlex.quote(at[-1])}{of_law(law, 'auto')}"] if farther else ["report"] * can_report(runs)
+    given.show(result, verbs, after=after, also={"tuning": tuning})
 
 
+@options.verb("y", "columns", "where", "groups", "figure", "label", "level", "json", y=options.Minimised)
 def frontier(
-    tables: options.Tables,
+    given: TableArguments,
     at: Annotated[list[float] | None, typer.Option(help="Budgets in FLOPs to print the optimum for.")] = None,
     law: Annotated[
         str, typer.Option(help="Law of approach 3, as `fit --law` takes it; auto chooses it as `fit` does.")
     ] = "chinchilla",
-    y: options.Minimised = "val_loss",
-    columns: options.Columns = None,
-    where: options.Where = None,
-    figure: options.FigurePath = None,
-    label: options.Labels = None,
-    json: options.AsJson = False,
 ) -> None:
     """N*(C), D*(C) and the loss on them, and how far the approaches disagree."""
-    from aimscale.analysis.table.points import passes_flags, usable_rows
+    from aimscale.analysis.table.points import usable_rows
+    from aimscale.analysis.table.select import passes_flags
 
     for flops in at or []:
         if not 0 < flops < math.inf:
             raise AnalysisError(f"--at takes training FLOPs such as 1e18, not {flops:g}.")
-    arguments = TableArguments(tables, columns, where, y)
-    df, y, tuning = arguments.read_to_minimise()
-    chosen = several(law, df, y)
-    found = analysis.frontier(df, y=y, law=chosen.law if chosen else law)
-    shown = at or [found.largest_budget, 10 * found.largest_budget]
-    optima = found.at(shown)
-    c, n, d = optima.iloc[-1][["C", "N", "D"]]
-    passes = passes_flags(usable_rows(df, y, best_by=y).rows, f"D* = {human(d)} at {human(c)} FLOP", {"D": d})
-    found = replace(found, flags=(*found.flags, *passes))
+    runs, y, tuning = given.read_to_minimise()
+    chosen = several(law, runs, y)
+    result = analysis.frontier(runs, y=y, law=chosen.law if chosen else law, laws=chosen)
+    shown = at or [result.largest_budget, 10 * result.largest_budget]
+    optima = result.at(shown)
+    c, n, d = result.leading.at(shown).iloc[-1][["C", "N", "D"]]
+    passes = passes_flags(usable_rows(runs, y, best_by=y).rows, f"D* = {human(d)} at {human(c)} FLOP", {"D": d})
+    result = replace(result, flags=(*result.flags, *passes))
     typed = (f"{name}={human(v) if 1e-3 < v < 1e12 else f'{v:.3g}'}" for name, v in (("N", n), ("D", d)))
-    place = [] if found.are_apart else [f"forecast --at {','.join(typed)}{of_law(law, 'chinchilla')}"]
-    show(
-        found,
-        json,
-        figure,
-        labels=label,
-        words=found.summary(shown),
-        also={"optima": optima, "flags": found.cautions, "tuning": tuning},
-        following=arguments.then(*place, *["report"] * can_report(df)),
-    )
+    place = [] if result.are_apart else [f"forecast --at {','.join(typed)}{of_law(law, 'chinchilla')}"]
+    also = {"optima": optima, "flags": result.cautions, "tuning": tuning}
+    given.show(result, [*place, *["report"] * can_report(runs)], words=result.summary(shown), also=also)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +16,8 @@ from aimscale import analysis
 from aimscale.analysis.errors import AnalysisError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from aimscale.analysis.display import Result
+    from aimscale.analysis.table.runs import Runs
 
 NAMES: dict[Path, str] = {}
 """A sweep's table -> the name or file that was typed for it."""
@@ -46,6 +47,14 @@ Where = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+Groups = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What rows of one size, or of one budget, agree in: sizes=COLUMN, or budgets=0.03 for values within 3 %. "
+        "Default: the grid's own spacing shows it. May be repeated.",
+        rich_help_panel=PANEL,
+    ),
+]
 LossColumn = Annotated[str, typer.Option(help="Loss column.", rich_help_panel=PANEL)]
 Minimised = Annotated[
     str, typer.Option(help="Loss column; or a probe, TASK:KIND, for its error rate (1 - top1).", rich_help_panel=PANEL)
@@ -55,60 +64,110 @@ Labels = Annotated[
     list[str] | None,
     typer.Option("--label", help='Name in the figure of an axis, column or level, N="Parameters". May be repeated.'),
 ]
+
+
+def _use_level(context: typer.Context, level: float) -> float:
+    """Give all intervals of a verb the level."""
+    from aimscale.analysis.fitting.covariance import at_level
+
+    context.with_resource(at_level(level))
+    return level
+
+
+Level = Annotated[float, typer.Option(help="Level of all intervals, such as 0.9.", callback=_use_level)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+SHARED: dict[str, tuple[Any, Any]] = {
+    "y": (LossColumn, "val_loss"), "columns": (Columns, None), "where": (Where, None), "groups": (Groups, None),
+    "figure": (FigurePath, None), "label": (Labels, None), "level": (Level, 0.95), "json": (AsJson, False),
+}  # fmt: skip
+"""Option that verbs share -> its type and default."""
 
 
 @dataclass(frozen=True)
 class TableArguments:
-    """Tables that a verb reads, and how."""
+    """What was typed for a verb: tables, how they are read, and how its result is shown."""
 
     tables: Sequence[Path]
     columns: list[str] | None = None
     where: list[str] | None = None
     y: str = "val_loss"
     """Loss column, as it was typed."""
+    groups: list[str] | None = None
+    figure: Path | None = None
+    label: list[str] | None = None
+    json: bool = False
 
-    def read(self) -> pd.DataFrame:
-        """Read them as one frame, and say on the error stream what they hold that nobody named."""
-        from aimscale.analysis.table.accuracies import unnamed
-        from aimscale.analysis.table.read import parse_columns
+    def read(self) -> Runs:
+        """Read them as one table, and say on the error stream what they hold that nobody named."""
+        from aimscale.analysis.table.columns import parse_columns, parse_groups, unnamed
 
-        df = analysis.read_tables(self.tables, parse_columns(self.columns or []), where=self.where or [])
-        for flag in unnamed(df):
+        columns, groups = parse_columns(self.columns or []), parse_groups(self.groups or [])
+        runs = analysis.read_tables(self.tables, columns, where=self.where or [], groups=groups)
+        for flag in unnamed(runs.frame):
             typer.echo(f"Note: {flag}", err=True)
-        return df
+        return runs
 
-    def read_to_minimise(self) -> tuple[pd.DataFrame, str, str]:
+    def read_to_minimise(self) -> tuple[Runs, str, str]:
         """Read them for laws of `y`: a loss, corrected to the best learning rates where these are known, or the error
         rate of a probe.
 
         Returns:
             The table, the column of `y`, and how well the largest size is tuned; nothing of an accuracy.
         """
-        from aimscale.analysis.table.accuracies import named_like_accuracy
+        from aimscale.analysis.table.columns import named_like_accuracy
         from aimscale.analysis.table.measures import to_minimise
         from aimscale.analysis.tuning.rates import tuned_where_known
 
         read = self.read()
-        df, y = to_minimise(read, self.y)
+        runs, y = to_minimise(read, self.y)
         is_loss = y in read and not named_like_accuracy(y)
-        corrected, words, _ = tuned_where_known(df, y) if is_loss else (df, "", None)
+        corrected, words, _ = tuned_where_known(runs, y) if is_loss else (runs, "", None)
         return corrected, y, words
 
     def then(self, *verbs: str) -> str:
         """Write what to run next on the same tables: verbs, each with further options behind it."""
         words = [NAMES.get(each, str(each)) for each in self.tables]
-        for option, texts in (("--columns", self.columns), ("--where", self.where)):
+        for option, texts in (("--columns", self.columns), ("--where", self.where), ("--groups", self.groups)):
             words += [word for text in texts or [] for word in (option, text)]
-        typed, of_y = shlex.join(words), "" if self.y == "val_loss" else f"--y {shlex.quote(self.y)}"
-        parts = [verb.partition(" ") for verb in verbs]
-        lines = [("aimscale", verb, typed, "" if verb == "report" else of_y, rest) for verb, _, rest in parts]
+        from aimscale.analysis.fitting.covariance import CONFIDENCE, current_level
+
+        options = [f"--y {shlex.quote(self.y)}"] * (self.y != "val_loss")
+        options += [f"--level {current_level():g}"] * (current_level() != CONFIDENCE)
+        typed, parts = shlex.join(words), [verb.partition(" ") for verb in verbs]
+        lines = [("aimscale", verb, typed, *([] if verb == "report" else options), rest) for verb, _, rest in parts]
         return "; ".join(" ".join(filter(None, line)) for line in lines)
 
+    def show(self, result: Result, then: Sequence[str] = (), **words: Any) -> None:
+        """Draw and print a result (see `show`), and what to run next on the same tables."""
+        show(result, self.json, self.figure, labels=self.label, following=self.then(*then), **words)
 
-def can_report(df: pd.DataFrame) -> bool:
+
+def verb(*names: str, y: Any = LossColumn) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command tables and these options of `SHARED`, behind its own ones, as one `TableArguments`; `y` is the
+    type of its loss column."""
+
+    def with_options(run: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def command(**typed: Any) -> None:
+            shared = {name: typed.pop(name) for name in ("tables", *names)}
+            shared.pop("level", None)  # its callback has set it
+            run(TableArguments(**shared), **typed)
+
+        _, *own = inspect.signature(run, eval_str=True).parameters.values()
+        kind, types = inspect.Parameter.POSITIONAL_OR_KEYWORD, {**SHARED, "y": (y, "val_loss")}
+        more = [inspect.Parameter(name, kind, annotation=types[name][0], default=types[name][1]) for name in names]
+        tables = inspect.Parameter("tables", kind, annotation=Tables)
+        vars(command)["__signature__"] = inspect.Signature([tables, *own, *more])
+        return command
+
+    return with_options
+
+
+def can_report(runs: Runs) -> bool:
     """Return whether a table holds what `report` needs."""
-    return bool({"val_loss", "probes"} & {*df})
+    return bool({"val_loss", "probes"} & {*runs})
 
 
 def of_law(law: str, default: str) -> str:

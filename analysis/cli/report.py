@@ -12,11 +12,10 @@ from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import TableArguments, show
 
 
+@options.verb("columns", "where", "groups")
 def report(
-    tables: options.Tables,
+    given: TableArguments,
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
-    columns: options.Columns = None,
-    where: options.Where = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write each figure into this folder: SVG, PDF and PNG at a paper's width.")
     ] = None,
@@ -27,16 +26,17 @@ def report(
     """
     from aimscale.analysis.report.page import write_page
     from aimscale.analysis.report.study import next_scales, read_study
-    from aimscale.analysis.table.read import parse_columns
+    from aimscale.analysis.table.columns import parse_columns, parse_groups
 
-    study = read_study(tables, parse_columns(columns or []), where or [])
+    columns, groups = parse_columns(given.columns or []), parse_groups(given.groups or [])
+    study = read_study(given.tables, columns, given.where or [], groups)
     page = write_page(study, out, figures)
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
     if study.get("forecast") is not None:
         scale = ",".join(f"{name}={value:.4g}" for name, value in next_scales(study)[-1].items())
-        options.say_next(TableArguments(tables, columns, where).then(f"forecast --at {scale}"))
+        options.say_next(given.then(f"forecast --at {scale}"))
 
 
 def compare(
@@ -45,21 +45,23 @@ def compare(
     json: options.AsJson = False,
 ) -> None:
     """Compare runs with published models and own baselines, task by task; what is not comparable is named."""
-    arguments = TableArguments([table], columns)
-    show(analysis.compare(arguments.read()), json, following=arguments.then("report"))
+    given = TableArguments([table], columns, json=json)
+    given.show(analysis.compare(given.read()), ["report"])
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that `aimscale publish` wrote.")],
     json: options.AsJson = False,
 ) -> None:
-    """Recompute every number of a published folder from its tables, and compare all files with their checksums.
+    """Make page, numbers, READMEs, LaTeX and figures of a published folder again from its tables, and compare.
 
+    All files are compared with their checksums, too; tables, configurations and weights with nothing else. By other
+    versions than the publisher's only numbers are made again, on another processor all but figures; the answer says so.
     Exits with 1 when something differs.
     """
-    from aimscale.analysis.publication.folder import verify as check
+    from aimscale.analysis.publication.verification import verify as check
 
-    found = check(folder)
-    options.show(found, json)
-    if not found.is_verified:
+    verification = check(folder)
+    show(verification, json)
+    if not verification.is_verified:
         raise typer.Exit(1)

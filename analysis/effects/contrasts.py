@@ -14,13 +14,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Flag, flag_words, option, some
 from aimscale.analysis.effects.result import Contrast, Contrasts, baseline_of, level_names, mean_over_pairs, verdict_of
-from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table import design
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.measures import Measure, long_format, wanted_measures
-from aimscale.analysis.table.names import no_column, our_name, their_name
-from aimscale.analysis.table.points import complete
-from aimscale.analysis.words import Flag, flag_words, some
+from aimscale.analysis.table.runs import Runs, Table
+from aimscale.analysis.table.schema import FOLLOWS, HEAD, is_plain, varies
 
 OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
@@ -39,12 +38,7 @@ CAUTIONS = {
 
 
 def contrast(
-    frame: pd.DataFrame,
-    *,
-    by: str,
-    baseline: str | None = None,
-    measures: Sequence[str] = (),
-    ignore: Sequence[str] = (),
+    table: Table, *, by: str, baseline: str | None = None, measures: Sequence[str] = (), ignore: Sequence[str] = ()
 ) -> Contrasts:
     """Compare the levels of a column with everything else equal.
 
@@ -65,50 +59,40 @@ def contrast(
         >>> table = read_table("results.parquet")
         >>> contrast(table, by="size").table
     """
-    by = our_name(frame, by)
-    rows = complete(frame if by == "params_total" else design.with_size(frame))
-    if by in rows and not design.is_plain(rows[by]):
+    runs = Runs(table)
+    by = runs.column(by)
+    rows = (runs if by == "params_total" else runs.with_size()).complete()
+    if by in rows and not is_plain(rows[by]):
         raise AnalysisError(f"{by} holds lists, which cannot be compared; name a column of numbers or words.")
     wanted = wanted_measures(rows, measures)
-    keys, parts = _keys(rows, by, [our_name(frame, name) for name in ignore], {m.column for m in wanted})
+    keys, parts = _keys(rows, by, [runs.column(name) for name in ignore], {m.column for m in wanted})
     long = long_format(rows, wanted, by)
     long = long.assign(level=level_names(long[by]))
     baseline, *levels = _levels(long, by, wanted, baseline)
     asked, flags = _comparable(wanted, by)
-    found, missing = list[Contrast](), defaultdict[tuple[str, str, str], list[str]](list)
+    contrasts, missing = list[Contrast](), defaultdict[tuple[str, str, str], list[str]](list)
     for m, level in itertools.product(asked, levels):
         sides = {each: long[(long["measure"] == m.name) & (long["level"] == each)] for each in (baseline, level)}
         pairs = next((each for on in ([*keys, *parts], keys) if len(each := _pairs(sides, on))), None)
         if pairs is not None:
-            found.append(_compared(pairs, m, baseline, level))
+            contrasts.append(_compared(pairs, m, baseline, level))
         else:
             missing[_why_unpaired(by, sides, keys)].append(m.title)
-    flags += [Flag(kind=kind, subject=of, text=f"{some(each)}: {why}") for (kind, of, why), each in missing.items()]
-    if not found:
+    flags += [
+        Flag(kind=kind, subject=of, text=f"{some(each)}: {reason}") for (kind, of, reason), each in missing.items()
+    ]
+    if not contrasts:
         raise AnalysisError(" ".join(flag_words(flags)))
     if by in CAUTIONS:
         flags.append(Flag(kind=CAUTIONS[by][0], subject=by, text=CAUTIONS[by][1]))
-    if any(not each.over for each in found):
+    if any(not each.over for each in contrasts):
         text = "With one pair of runs per size the spread of seeds is unknown, so there is no interval; run more seeds."
         flags.append(Flag(kind="one_pair", text=text))
-    if any(each.over == "runs" and each.num_sizes for each in found):
+    if any(each.over == "runs" and each.num_sizes for each in contrasts):
         text = "Fewer than three sizes: intervals hold for these sizes only; run more sizes to cover others."
         flags.append(Flag(kind="these_sizes", text=text))
-    equal = tuple(their_name(rows, name) for name in keys if design.varies(rows[name]))
-    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(found), flags=tuple(flags))
-
-
-def factors(frame: pd.DataFrame) -> list[str]:
-    """List the columns that `contrast` may compare in a table: those of the design that vary."""
-    varied = [name for name in design.design_columns(frame) if name not in design.MEASURED_ON]
-    parts = {*design.HEAD} & {*varied}
-    if not parts:
-        return varied
-    if parts == {"model.head_width"}:
-        head = "model.head_width"
-    else:  # the actual depth tells the heads apart; else it varies with size alone
-        head = "head_depth" if "head_depth" in frame and design.varies(frame["head_depth"]) else "head_rule"
-    return [head, *(name for name in varied if name not in parts)]
+    equal = tuple(rows.called(name) for name in keys if varies(rows[name]))
+    return Contrasts(by=by, baseline=baseline, equal=equal, contrasts=tuple(contrasts), flags=tuple(flags))
 
 
 def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag]]:
@@ -122,20 +106,21 @@ def _comparable(asked: list[Measure], by: str) -> tuple[list[Measure], list[Flag
     return kept, [Flag(kind="other_unit", subject=by, text=text)] * (len(kept) < len(asked))
 
 
-def _keys(rows: pd.DataFrame, by: str, ignore: Sequence[str], measured: Collection[str]) -> tuple[list[str], list[str]]:
+def _keys(runs: Runs, by: str, ignore: Sequence[str], measured: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the columns that a pair must share, and those that it shares where that leaves any pair.
 
     The latter are what else there is of a head, where one part of it is compared. Columns of a single value tell no
     pair from another; the size alone stays, which says what an interval covers.
     """
-    if unknown := [name for name in ignore if name not in rows]:
-        raise no_column(rows, unknown[0], " to ignore")
-    settings = [name for name in ("size", *design.foreign_settings(rows, measured)) if name in rows and by in rows]
+    if unknown := [name for name in ignore if name not in runs]:
+        raise runs.no_column(unknown[0], " to ignore")
+    rows = runs.frame
+    settings = [name for name in ("size", *runs.settings(measured)) if name in rows and by in rows]
     # a column may be `by` under another name, as a model's name and its size are
     same = [n for n in settings if len(rows[[by, n]].drop_duplicates()) == rows[by].nunique() == rows[n].nunique()]
-    keys = design.held_equal(rows, {by, *design.FOLLOWS.get(by, ()), *same, *ignore, *measured})
-    own = by.split(".")[-1]
-    parts = [n for n in design.HEAD if by in design.HEAD and n in rows and n not in keys and n.split(".")[-1] != own]
+    keys = runs.held_equal({by, *FOLLOWS.get(by, ()), *same, *ignore, *measured})
+    field = by.split(".")[-1]
+    parts = [n for n in HEAD if by in HEAD and n in rows and n not in keys and n.split(".")[-1] != field]
     several = {name for name in (*keys, *parts) if name == "size" or len(pd.unique(rows[name])) > 1}
     return [n for n in keys if n in several] or keys[:1], [n for n in parts if n in several]
 

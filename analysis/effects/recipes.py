@@ -1,7 +1,6 @@
-"""Two recipes as laws: does the gain of one grow, shrink or cross over with compute?
+"""Two recipes by compute: does the gain of one over the other grow, shrink or cross over?
 
-Both recipes' losses are fitted together. A size or a budget has one error for both (clusters hold rows of both), so
-that cancels in what is told of their difference.
+A size or a budget errs alike under both recipes, so that cancels in the gains that are measured (`effects.gains`).
 """
 
 from __future__ import annotations
@@ -12,94 +11,73 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
-from aimscale.analysis.display import Drawing, Result
-from aimscale.analysis.effects.result import baseline_of, level_names
+from aimscale.analysis.display import Flag, Result, flag_words, human, p_value, power_of_ten
+from aimscale.analysis.effects.gains import Gains, Spread, measured_gains, smooth
+from aimscale.analysis.effects.result import POWER, baseline_of, level_names
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width, satterthwaite
-from aimscale.analysis.fitting.estimate import fit
-from aimscale.analysis.fitting.inference import Function
+from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
+from aimscale.analysis.fitting.diagnostics import ALARM, unidentified
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array, Columns, Law, Params, coefficient, exponent
-from aimscale.analysis.table.design import FOLLOWS
-from aimscale.analysis.table.names import no_column, our_name
+from aimscale.analysis.laws import Array
+from aimscale.analysis.table.groups import Cost, cost_of
 from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.runs import Runs, Table
+from aimscale.analysis.table.schema import FOLLOWS
 from aimscale.analysis.table.select import main_part
-from aimscale.analysis.words import Flag, flag_words, human, power_of_ten
 
-NEWTON_STEPS = 20
-"""Steps to a gain, in the logarithm of the excess loss, which is nearly linear in that of compute."""
-NUM_SCALES = 7
-"""Amounts of compute in the table of a result, evenly in the logarithm."""
+NUM_SCALES, MOST_BUDGETS = 5, 15
+"""Amounts of compute inside the table, evenly in the logarithm; or the budgets themselves, where there are at most so
+many."""
 BEYOND = 10.0
-"""Factor beyond the largest compute up to which the gain is extrapolated by default."""
+"""Factor beyond the largest compute up to which gains are told by default."""
+MISSED = 0.1
+"""Share of budgets whose gain may lie outside the interval of the curve, where anything is decided by it."""
 SPEED = "images_per_s"
 """Column of the measured speed."""
 MOST_SEEDS = 10
 """Further seeds that are thought of at most."""
-EXPONENTS = ("alpha", "beta")
-"""Parameters whose ratio between the recipes is told."""
+EXPONENTS = {"alpha", "beta"}
+"""Parameters of the baseline's law that its slopes rest on."""
 GAIN, TIME_GAIN = ("gain", "low", "high"), ("time_gain", "time_low", "time_high")
 """Columns of a gain and its interval."""
-
-
-def _terms(x: Columns, t: Params) -> tuple[Array, ...]:
-    """Return 1, and the terms of size and of data of the first recipe and of the second."""
-    is_second, parts = x.log("G") / np.log(2.0), list[Array]()
-    for name, variable in (("alpha", "N"), ("beta", "D")):
-        first, second = (np.exp(-t[each] * x.log(variable)) for each in (name, _second(name, t)))
-        parts += [(1 - is_second) * first, is_second * second]
-    return np.ones_like(is_second), *parts
-
-
-def _second(name: str, params: Params) -> str:
-    """Name the second recipe's parameter: the first one's where they share it."""
-    return own if (own := f"{name}_2") in params else name
-
-
-def pair(*, own_exponents: bool = False) -> Law:
-    """Make Chinchilla's law of two recipes, G = 1 and G = 2, that share E and, unless each has its own, exponents."""
-    exponents = ("alpha", "alpha_2", "beta", "beta_2") if own_exponents else EXPONENTS
-    return Law(
-        name="pair",
-        formula=f"L = E + A N^-alpha + B D^-beta, each recipe with its own A, B{', alpha, beta' * own_exponents}",
-        variables=("N", "D", "G"),
-        linear=tuple(map(coefficient, ("E", "A", "A_2", "B", "B_2"))),
-        nonlinear=tuple(map(exponent, exponents)),
-        basis=_terms,
-        source="Hoffmann et al. 2022, approach 3, of two recipes",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipes(Result):
     """A recipe's worth in compute against another's, as a function of compute."""
 
-    plot = Drawing("scaling.plot_recipes")
-
     by: str
     baseline: str
     level: str
     table: pd.DataFrame
-    """A row per amount of compute: C, N and D (in the table's mean ratio), gain, low, high, beyond (of the largest
-    run); time_gain, time_low and time_high where images_per_s is known of two sizes or more under both. A gain of 2:
-    the baseline needs twice the compute for the same loss."""
+    """A row per amount of compute: C, N and D (in the table's mean ratio), gain, low, high, measured (mean of the gains
+    that were measured near it), beyond (of the largest run); time_gain, time_low and time_high where images_per_s is
+    known of two sizes or more under both. A gain of 2: the baseline needs twice the compute for the same loss. NaN
+    where not known."""
     trend: tuple[float, float, float]
-    """Change of the gain over the table's own range of compute, as a factor, with its interval."""
+    """Change of the gain over the table's own range of compute, as a factor, with its interval, by a straight line."""
+    trend_p: float
+    """Probability of such a change, or a larger one, of a gain that does not change."""
     crossover: float
-    """Compute at which the gain is 1; NaN where it is on one side everywhere."""
-    exponents: pd.DataFrame
-    """alpha and beta: ratio of the level's to the baseline's, low, high, from laws that share E alone."""
-    has_own_exponents: bool
-    """Whether exponents differ significantly, so that each recipe keeps its own."""
-    law: Fit
-    """The joint law behind the gains."""
+    """Compute at which the gain is 1; NaN where it is not known to lie on both sides of it."""
+    law: Fit | None
+    """Law of the baseline that turned losses into compute; None where gains were read off budgets of compute."""
     flags: tuple[Flag, ...]
+    """Cautions, those of the law among them."""
     decision: str
-    """Further runs that would tell the gain at the largest compute of `table` from one, in words."""
+    """Further runs that would tell the gain at the table's largest compute from one, in words."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the rows tell the gain."""
+        return bool(self.table["gain"].notna().all())
 
     def headline(self) -> str:
         """Return the gain at the largest compute of the table and beyond."""
+        if not self.is_known:
+            return f"not known: these rows do not tell the compute that {self.level} saves against {self.baseline}"
         inside, beyond = self.table[~self.table["beyond"]].iloc[-1], self.table.iloc[-1]
         return (
             f"{self.level} is worth {_words(inside, GAIN)} times the compute of {self.baseline} at "
@@ -108,19 +86,18 @@ class Recipes(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the gain, its trend and where it crosses over."""
-        _, low, high = self.trend
-        change = "grows" if low > 1 else "shrinks" if high < 1 else "is not known to change"
-        ratios = (f"{name} x {_words(row)}" for name, row in self.exponents.iterrows())
-        kept = "each keeps its own" if self.has_own_exponents else "both share them"
-        where = f"at {power_of_ten(self.crossover)} FLOP" if np.isfinite(self.crossover) else "not up to the last row"
-        return [
-            *(("caution", text) for text in flag_words(self.flags)),
-            ("worth", self.headline()),
-            ("trend", f"with compute the gain {change}: x {_words(self.trend)}"),
-            ("exponents", f"{', '.join(ratios)}: {kept}"),
-            ("crosses over", where),
-            ("to decide", self.decision),
-        ]
+        facts = [*(("caution", text) for text in flag_words(self.flags)), ("worth", self.headline())]
+        if self.is_known:
+            change = (
+                ("grows" if self.trend[0] > 1 else "shrinks") if self.trend_p <= ALARM else "is not known to change"
+            )
+            inside = self.table[~self.table["beyond"]]
+            is_aside = (inside["low"] > 1).all() or (inside["high"] < 1).all()
+            where = "at" if np.isfinite(self.crossover) else f"{'no crossover' if is_aside else 'not known to,'} up to"
+            where += f" {power_of_ten(np.nanmin([self.crossover, inside['C'].max()]))} FLOP"
+            words = f"with compute the gain {change}: x {_words(self.trend)} ({p_value(self.trend_p)})"
+            facts += [("trend", words), ("crosses over", where)]
+        return [*facts, ("to decide", self.decision)]
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row per amount of compute."""
@@ -128,6 +105,7 @@ class Recipes(Result):
             {
                 "compute": power_of_ten(row["C"]),
                 "gain": _words(row, GAIN),
+                "measured": f"{row['measured']:.2f}" if np.isfinite(row["measured"]) else "",
                 "gain in time": _words(row, TIME_GAIN) if "time_gain" in row else "",
                 "beyond the table": "yes" if row["beyond"] else "",
             }
@@ -138,16 +116,19 @@ class Recipes(Result):
 def _words(values: Any, names: Sequence[str] | None = None) -> str:
     """Write a factor with its interval, of a row's columns or of three numbers."""
     value, low, high = values if names is None else (values[name] for name in names)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if np.isfinite(value) else "not known"
 
 
-def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = "val_loss") -> tuple[Recipes, ...]:
-    """Fit the laws of two recipes or more together, and tell the gain of each over the baseline by compute.
+def recipes(
+    table: Table, *, by: str, baseline: str | None = None, y: str = "val_loss", beyond: float = BEYOND
+) -> tuple[Recipes, ...]:
+    """Tell the gain in compute of recipes over a baseline, by compute.
 
     Args:
         by: column that tells the recipes apart.
         baseline: recipe to compare with; None takes the paper's, else the one with most rows.
         y: column of the loss.
+        beyond: factor beyond the largest compute up to which gains are told.
 
     Returns:
         A result per other recipe.
@@ -158,80 +139,89 @@ def recipes(df: pd.DataFrame, *, by: str, baseline: str | None = None, y: str = 
     Example:
         >>> recipes(read_table("two.csv"), by="recipe")[0].table
     """
-    by, y = our_name(df, by), our_name(df, y)
-    if by not in df:
-        raise no_column(df, by)
-    used = usable_rows(df, {"N": our_name(df, "N"), "D": our_name(df, "D"), "y": y})
-    known = used.rows[used.rows[by].notna()]
-    rows, which = main_part(known, free={by, *FOLLOWS.get(by, ())})
-    others = len(known) - len(rows)
+    runs = Runs(table).with_compute()
+    by, y = runs.column(by), runs.column(y)
+    if by not in runs:
+        raise runs.no_column(by)
+    used = usable_rows(runs, {**{v: runs.column(v) for v in "NDC"}, "y": y})
+    with_level = used.rows[used.rows[by].notna()]
+    rows, which = main_part(with_level, free={by, *FOLLOWS.get(by, ())})
+    others = len(with_level) - len(rows)
     text = f"{others} rows of other designs than {which} are left out."
     flags = [Flag(kind="design", subject=which, number=others, text=text)] * bool(which)
     numbers = used.numbers.loc[rows.index]
     if SPEED in rows:
         numbers = numbers.assign(speed=pd.to_numeric(rows[SPEED], errors="coerce"))
-    if not np.isfinite(6 * numbers["N"] * numbers["D"]).all() or not len(numbers):
-        raise AnalysisError(f"No row with a {by} has N, D and a loss whose compute, 6 N D, is a number; correct them.")
+    if numbers.empty:
+        raise AnalysisError(f"No row with a {by} has N, D, compute and a loss that are numbers; correct them.")
     level = level_names(rows[by])
     first = baseline_of(by, baseline, counts := level.value_counts())
     if len(counts) < 2:
         raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
     return tuple(
-        _compared(numbers[level.isin([first, other])], level == other, (by, first, str(other)), flags)
+        _compared(numbers[level.isin([first, other])], level == other, (by, first, str(other)), flags, beyond)
         for other in counts.index
         if other != first
     )
 
 
 def _compared(
-    numbers: pd.DataFrame, is_level: pd.Series, names: tuple[str, str, str], flags: Sequence[Flag]
+    numbers: pd.DataFrame, is_level: pd.Series, names: tuple[str, str, str], flags: Sequence[Flag], beyond: float
 ) -> Recipes:
-    """Fit both laws to the rows of two recipes, called by their column, the baseline and the level."""
+    """Tell the gains of two recipes, called by their column, the baseline and the level."""
     points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
-    own, shared = (fit(points, pair(own_exponents=each), y="y", is_tested=False) for each in (True, False))
-    ratios = {name: own.estimate.error_of(_log_ratio(name)) for name in EXPONENTS}
-    either = 1 - (1 - CONFIDENCE) / len(EXPONENTS)  # one of two intervals misses by chance twice as often
-    differs = any(low > 1 or high < 1 for each in ratios.values() for _, low, high in [_factor(*each, either)[:, 0]])
-    law = own if differs else shared
-    compute = 6 * points["N"] * points["D"]
-    ratio = float(np.exp(np.mean(np.log(points["D"] / points["N"]))))
-    scales = np.geomspace(compute.min(), compute.max(), NUM_SCALES - 2)
-    scales = np.append(scales, [BEYOND**0.5 * scales[-1], BEYOND * scales[-1]])
-    n = np.sqrt(scales / (6 * ratio))
-    gain = _gain_of(law, n, ratio * n)
-    value, errors, degrees = law.estimate.error_of(gain)
-    found = dict(zip(GAIN, _factor(value, errors, degrees), strict=True))
-    if (speed := _speed(points)) is not None:
-        faster, sd, free = (np.broadcast_to(each, value.shape) for each in speed)
-        spare = satterthwaite(np.stack([errors, sd]), np.stack([degrees, free]))
-        found |= dict(zip(TIME_GAIN, _factor(value + faster, np.hypot(errors, sd), spare), strict=True))
-    last = NUM_SCALES - 3
-    change = law.estimate.error_of(lambda p: (g := gain(p))[..., [last]] - g[..., [0]])
-    exponents = {
-        name: dict(zip(("ratio", *GAIN[1:]), _factor(*each)[:, 0], strict=True)) for name, each in ratios.items()
-    }
+    cost = cost_of(points)
+    gains = measured_gains(points, cost)
+    inside = np.unique(gains.flops)
+    if gains.law or len(inside) > MOST_BUDGETS:
+        inside = np.geomspace(inside[0], inside[-1], NUM_SCALES)
+    scales = np.append(inside, inside[-1] * beyond ** np.array([0.5, 1.0]))
+    constant, line = (smooth(gains, scales, with_line=each) for each in (False, True))
+    # no trend inside the table but one that is told; beyond it one may go on, end, or begin
+    is_told, beyond_table = line.trend_p <= ALARM, scales > inside[-1]
+    value = (constant.value + line.value) / 2 if is_told else constant.value
+    both = beyond_table | is_told
+    low: Array = np.where(both, np.minimum(constant.low, line.low), constant.low)
+    high: Array = np.where(both, np.maximum(constant.high, line.high), constant.high)
+    measured = gains.near(inside).reindex(range(len(scales))).to_numpy()
+    hidden = unidentified(gains.law.law, gains.law.variables(gains.law.data)) if gains.law else frozenset()
+    lost = ", ".join(sorted(EXPONENTS & hidden))
+    outside = int(np.sum((measured < low) | (measured > high)))
+    flags = [*flags, *(gains.law.flags if gains.law else ())]
+    if lost:
+        value = low = high = np.full(len(scales), np.nan)
+        decision = f"more sizes or amounts of data: {lost} is not identified"
+    elif not gains.law and outside > max(1, MISSED * len(inside)):
+        text = f"{outside} of the gains at {len(inside)} budgets lie outside the interval of their curve."
+        flags.append(Flag(kind="off_curve", number=outside, text=text))
+        decision = "nothing can be told: see the caution about budgets outside the interval"
+    else:
+        top = len(inside) - 1
+        spread = (line if is_told else constant).spread(top)
+        decision = _decision(gains, spread, (value[top], low[top], high[top]), cost)
+    columns = dict(zip((*GAIN, "measured"), np.exp([value, low, high, measured]), strict=True))
+    columns |= _in_time(points, value, low, high)
+    ratio = float(np.exp(np.mean(np.log(gains.rows["D"] / gains.rows["N"]))))
+    n = (scales / (cost.kappa * ratio)) ** (1 / (2 + cost.s))
     return Recipes(
         **dict(zip(("by", "baseline", "level"), names, strict=True)),
-        table=pd.DataFrame({"C": scales, "N": n, "D": ratio * n, **found, "beyond": scales > 1.001 * compute.max()}),
-        trend=tuple(_factor(*change)[:, 0].tolist()),
-        crossover=_crossover(scales, value),
-        exponents=pd.DataFrame.from_dict(exponents, orient="index"),
-        has_own_exponents=differs,
-        law=law,
-        decision=_decision(law, points, lambda p: gain(p)[..., [-1]]),
-        flags=(*flags, *(each for each in law.flags if each.kind in ("unseen", "few_groups"))),
+        table=pd.DataFrame({"C": scales, "N": n, "D": ratio * n, **columns, "beyond": beyond_table}),
+        trend=line.trend,
+        trend_p=line.trend_p,
+        crossover=_crossover(inside, value, low, high) if is_told else float("nan"),
+        law=gains.law,
+        flags=tuple(flags),
+        decision=decision,
     )
 
 
-def _factor(value: Array, errors: Array, degrees: Array, confidence: float = CONFIDENCE) -> Array:
-    """Return factors with the ends of their intervals (3, m) from their logarithms."""
-    half = half_width(errors, degrees, confidence)
-    return np.exp([value, value - half, value + half])
-
-
-def _log_ratio(name: str) -> Function:
-    """Make the logarithm of the level's parameter over the baseline's a function of the law's parameters."""
-    return lambda params: np.log(params[f"{name}_2"] / params[name])
+def _in_time(points: pd.DataFrame, value: Array, low: Array, high: Array) -> dict[str, Array]:
+    """Return the gain in time with its interval by those of the gain in compute; nothing where no speed is known."""
+    if (speed := _speed(points)) is None:
+        return {}
+    faster, half = value + speed[0], half_width(*speed[1:])
+    ends = faster, faster - np.hypot(value - low, half), faster + np.hypot(high - value, half)
+    return dict(zip(TIME_GAIN, np.exp(ends), strict=True))
 
 
 def _speed(points: pd.DataFrame) -> tuple[float, float, float] | None:
@@ -245,57 +235,30 @@ def _speed(points: pd.DataFrame) -> tuple[float, float, float] | None:
     return (apart.mean(), apart.sem(), len(apart) - 1.0) if len(apart) > 1 else None
 
 
-def _decision(law: Fit, points: pd.DataFrame, gain: Function) -> str:
-    """Say which further pairs of runs, at one size and amount of data, would tell for least compute whether a gain
-    (its logarithm) is one; what the two of a pair have in common cancels."""
-    estimate, cells = law.estimate, points[["N", "D"]].drop_duplicates()
-    cells = pd.concat([cells, 2 * cells.max().to_frame().T], ignore_index=True)
-    (value,), (error,), degrees = estimate.error_of(gain)
-    reach = half_width(1.0, degrees)[0]
-    if abs(value) > reach * error:
-        return f"nothing more: at the largest compute the gain is {'above' if value > 0 else 'below'} 1"
-
-    def apart(params: Params) -> Array:
-        sides = (estimate.law_at({**cells, "G": np.full(len(cells), group)})(params) for group in (2.0, 1.0))
-        return np.subtract(*sides)
-
-    offers = []
+def _decision(gains: Gains, spread: Spread, top: tuple[float, float, float], cost: Cost) -> str:
+    """Say which further pairs of runs, at one size and amount of data, would tell for least compute that the gain at
+    the table's largest compute (its logarithm and interval) is not one: in 80 % of repetitions, if it is as found."""
+    value, low, high = top
+    if low > 0 or high < 0:
+        return f"nothing more: at the table's largest compute the gain is {'above' if value > 0 else 'below'} 1"
+    n, d = gains.rows[["N", "D"]].to_numpy().T
+    needed = student.ppf([0.5 + CONFIDENCE / 2, POWER], spread.degrees).sum()
+    offers = list[tuple[float, ...]]()
     for seeds in range(1, MOST_SEEDS + 1):
-        _, after = estimate.error_after(gain, apart, estimate.components.point * np.sqrt(2 / seeds))
-        told = cells[reach * after < abs(value)]
-        offers += [(seeds * n * d, seeds, n, d) for n, d in told.to_numpy()]
+        told = needed * spread.after(seeds) < abs(value)
+        offers += [(seeds * float(cost.flops(n[i], d[i])), seeds, n[i], d[i]) for i in np.flatnonzero(told)]
     if not offers:
         return f"larger sizes: {MOST_SEEDS} more seeds at one size do not tell a gain of {np.exp(value):.2f} from 1"
-    _, seeds, n, d = min(offers)
-    more = f"{seeds} more seed{'s' * (seeds > 1)} of both at N = {human(n)}, D = {human(d)}"
-    return f"{more}, if the gain is {np.exp(value):.2f}"
+    _, num, size, samples = min(offers)
+    more = f"{num:.0f} more seed{'s' * (num > 1)} of both at N = {human(size)}, D = {human(samples)}"
+    return f"{more}, which tell a gain of {np.exp(value):.2f} from 1 with probability {POWER}"
 
 
-def _gain_of(law: Fit, n: Array, d: Array) -> Function:
-    """Make the logarithm of the gain at scales (m,) a function of the law's parameters: the baseline needs N and D of
-    root gain times as much for the loss that the level has there."""
-
-    def gain(params: Params) -> Array:
-        names = ("E", "A", "B", *EXPONENTS)
-        first = {name: np.asarray(params[name])[..., None] for name in names}
-        second = {name: np.asarray(params[_second(name, params)])[..., None] for name in names}
-        excess = second["E"] - first["E"] + second["A"] * n ** -second["alpha"] + second["B"] * d ** -second["beta"]
-        found = np.zeros_like(excess)
-        for _ in range(NEWTON_STEPS):
-            parts = [
-                first[c] * scale ** -first[e] * np.exp(-first[e] * found / 2)
-                for c, e, scale in (("A", "alpha", n), ("B", "beta", d))
-            ]
-            slope = (first["alpha"] * parts[0] + first["beta"] * parts[1]) / 2
-            found = found + sum(parts) / slope * np.log(sum(parts) / np.maximum(excess, 1e-300))
-        return found
-
-    return gain
-
-
-def _crossover(scales: Array, log_gain: Array) -> float:
-    """Find the compute at which the gain crosses 1, between two rows; NaN without a change of sign."""
-    logs = np.log(scales)
-    for i in np.flatnonzero(np.diff(np.sign(log_gain)))[:1]:
-        return float(np.exp(logs[i] - log_gain[i] * (logs[i + 1] - logs[i]) / (log_gain[i + 1] - log_gain[i])))
+def _crossover(flops: Array, value: Array, low: Array, high: Array) -> float:
+    """Find the compute (m,) at which the gain (its logarithm and interval) crosses 1; NaN where it is not known to lie
+    on both sides inside the table."""
+    m, logs = len(flops), np.log(flops)
+    if low[:m].max() > 0 > high[:m].min():
+        i = int(np.flatnonzero(np.diff(np.sign(value[:m])))[0])
+        return float(np.exp(logs[i] - value[i] * (logs[i + 1] - logs[i]) / (value[i + 1] - value[i])))
     return float("nan")

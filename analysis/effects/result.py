@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.display import Flag, Result, by_chance, did_you_mean, flag_words, some
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import CONFIDENCE, Covariance, linear_design, sandwich
-from aimscale.analysis.fitting.groups import groups_of
-from aimscale.analysis.table.design import DEFAULT
+from aimscale.analysis.fitting.covariance import Covariance, current_level, level_words, linear_design, sandwich
+from aimscale.analysis.table.groups import groups_of
 from aimscale.analysis.table.measures import Measure
-from aimscale.analysis.words import Flag, did_you_mean, flag_words, some
+from aimscale.analysis.table.schema import DEFAULT
 
 USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional"}
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
@@ -30,7 +29,7 @@ LEAST_SIZES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """Mean of a difference over pairs of runs, with its 95 % interval; NaN where nothing tells its error."""
+    """Mean of a difference over pairs of runs, with its interval; NaN where nothing tells its error."""
 
     difference: float
     low: float
@@ -39,6 +38,8 @@ class Mean:
     """Minimum detectable effect: the true difference that would be significant in 80 % of repetitions."""
     degrees: float
     """Degrees of freedom of the interval."""
+    confidence: float
+    """Level of the interval."""
     num_budgets: int
     """Budgets that are clusters of the interval; 0 where it speaks of these budgets alone."""
 
@@ -72,9 +73,10 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
         degrees = n - len(names) or np.nan
         within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
         se = np.sqrt(within @ within / degrees / n)
-    half, more = (se * student.ppf([0.5 + CONFIDENCE / 2, POWER], degrees)).tolist()
+    confidence = current_level()
+    half, more = (se * student.ppf([0.5 + confidence / 2, POWER], degrees)).tolist()
     ends = {"low": mean - half, "high": mean + half, "detectable": half + more}
-    return Mean(difference=mean, **ends, degrees=float(degrees), num_budgets=num_budgets)
+    return Mean(difference=mean, **ends, degrees=float(degrees), confidence=confidence, num_budgets=num_budgets)
 
 
 def verdict_of(mean: Mean, *, lower_is_better: bool) -> str:
@@ -115,8 +117,8 @@ class Contrast(Mean, Result):
     def table(self) -> pd.DataFrame:
         """One row: the measure, the levels, their difference and ratio with intervals, the verdict."""
         first = {"measure": self.measure.name, "baseline": self.baseline, "level": self.level}
-        own = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs")}
-        return pd.DataFrame([first | own | {"over": self.over}])
+        values = {k: v for k, v in vars(self).items() if k not in ("measure", "pairs")}
+        return pd.DataFrame([first | values | {"over": self.over}])
 
     @property
     def over(self) -> str:
@@ -151,29 +153,28 @@ class Contrast(Mean, Result):
 
     def row(self, by: str) -> dict[str, str]:
         """Write a row of a table of contrasts of the column `by`."""
-        m, known = self.measure, bool(self.over)
+        m, is_known = self.measure, bool(self.over)
+        interval = f"[{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]" * is_known
         ratio = "" if math.isnan(self.ratio) else f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"
         return {
             "measure": m.title,
             by: self.level,
             "difference": m.shown_difference(self.difference),
-            "95 % interval": f"[{m.shown_difference(self.low)}, {m.shown_difference(self.high)}]" * known,
+            f"{level_words(self.confidence)} interval": interval,
             "over": f"{self.num_run_pairs} pair{'s' * (self.num_run_pairs > 1)}",
             "sizes": str(self.num_sizes or ""),
-            "d.f.": f"{self.degrees:.3g}" * known,
-            "verdict": self.verdict if known else "no interval",
-            "detectable": m.shown_size(self.detectable) if known and not self.is_significant else "",
+            "d.f.": f"{self.degrees:.3g}" * is_known,
+            "verdict": self.verdict if is_known else "no interval",
+            "detectable": m.shown_size(self.detectable) if is_known and not self.is_significant else "",
             "mean": m.shown(self.level_mean),
             "baseline": m.shown(self.baseline_mean),
-            "ratio": ratio * known,
+            "ratio": ratio * is_known,
         }
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Contrasts(Result):
     """All levels of a column against the baseline."""
-
-    plot = Drawing("accuracy.plot_contrasts")
 
     by: str
     baseline: str
@@ -195,11 +196,13 @@ class Contrasts(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return flags, what is compared, what is equal within a pair."""
+        confidence, scopes = self.contrasts[0].confidence, [*dict.fromkeys(each.scope for each in self.contrasts)]
         return [
             *(("caution", each) for each in flag_words(self.flags)),
             ("compared", self.headline()),
             ("equal", ", ".join(self.equal) or "no other column varies"),
-            ("intervals", f"95 %, {some([*dict.fromkeys(each.scope for each in self.contrasts)])}"),
+            ("intervals", f"{level_words(confidence)}, {some(scopes)}"),
+            ("significant", by_chance([each.is_significant for each in self.contrasts if each.over], confidence)),
         ]
 
     def cells(self) -> list[dict[str, str]]:

@@ -6,24 +6,57 @@ McCaffrey 2002; Pustejovsky and Tipton 2018). Weights, such as compute, need not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 from scipy.optimize import nnls
-from scipy.stats import t as student
+from scipy.special import stdtridf, stdtrit
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.groups import Groups, indicators
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.laws import Array
+from aimscale.analysis.table.groups import MANY, Groups, indicators
+from aimscale.analysis.table.points import KnownErrors
 
 CONFIDENCE = 0.95
-"""Coverage of every interval."""
+"""Level of intervals outside `at_level`, and of every decision: tests, flags and what is identified stay at it."""
+_LEVEL: ContextVar[float] = ContextVar("level", default=CONFIDENCE)
 FLAT, NULL = 1e-6, 1e-10
 """Singular values of the design below `FLAT` times the largest are raised to it (a direction that is hardly identified
 gets a large, finite error); below `NULL` times the largest they are dropped."""
+
+
+@contextmanager
+def at_level(level: float) -> Iterator[None]:
+    """Give all intervals that results made in this block have, and the verdicts on them, another level than 95 %.
+
+    Returns:
+        A context manager.
+
+    Example:
+        >>> with at_level(0.68):
+        ...     forecast(read_table("results.parquet"), "N=1e6,D=1e6")
+    """
+    if not 0 < level < 1:
+        raise AnalysisError(f"The level of an interval lies between 0 and 1, such as 0.9, so it cannot be {level:g}.")
+    token = _LEVEL.set(level)
+    try:
+        yield
+    finally:
+        _LEVEL.reset(token)
+
+
+def current_level() -> float:
+    """Return the level of intervals that are made now."""
+    return _LEVEL.get()
+
+
+def level_words(level: float) -> str:
+    """Write a level: 95 %."""
+    return f"{100 * level:g} %"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +98,6 @@ def linear_design(jacobian: Array, weights: Array) -> Design:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownErrors:
-    """Errors by independent causes that were found before a fit and that its residuals need not show, as tuning's."""
-
-    loadings: Array
-    """Errors (n, m) of ln y of every measurement, or (k, m) of every parameter, by causes of one standard deviation."""
-    degrees: float
-    """Degrees of freedom of their variances."""
-
-    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
-        """Return standard errors and degrees of freedom (m,) of contrasts (m, n)."""
-        errors = np.linalg.norm(contrasts @ self.loadings, axis=1)
-        return errors, np.full(len(errors), self.degrees)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sandwich:
     """CR2 covariance of a weighted least-squares estimate over one clustering of its points."""
 
@@ -90,6 +108,10 @@ class Sandwich:
     """B (n, k): the weighted derivatives of each cluster, adjusted for what the fit takes of its residuals."""
     loadings: Array
     """Errors (k, clusters) of the parameters by those of each cluster."""
+    errors: Components | None = None
+    """Errors of the points that degrees of freedom are counted for; None: independent ones of one variance."""
+    groups: Groups = field(default_factory=Groups)
+    """Points that share these."""
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
         """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters."""
@@ -97,14 +119,26 @@ class Sandwich:
         return np.linalg.norm(contrasts @ self.loadings, axis=1), np.array(degrees)
 
     def _degrees(self, contrast: Array) -> float:
-        """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates: for independent errors
-        the variance has the eigenvalues of P_gh = s_g' ((I - H)(I - H)')_gh s_h, s_g = B_g a."""
+        """Return Bell and McCaffrey's degrees of freedom of a contrast (k,) of the coordinates.
+
+        For errors of covariance V the variance has the eigenvalues of P_gh = s_g' ((I - H) V (I - H)')_gh s_h, with
+        s_g = B_g a. V is the identity, or what was estimated (Imbens and Kolesar 2016): five budgets that differ tell
+        less than as many that do not.
+        """
         s = self.adjusted @ contrast
+        if self.errors is not None and any(self.errors.shared.values()) and self.clusters.max() < MANY:
+            sums = np.zeros((len(s), self.clusters.max() + 1))
+            sums[np.arange(len(s)), self.clusters] = s
+            residual = sums - self.design.weighted @ (self.design.x.T @ sums)
+            p = self.errors.covariance_of(residual, self.groups)
+            return max(1.0, float(np.trace(p) ** 2 / max(np.sum(p**2), 1e-300)))
         u, v = (_sums(self.clusters, each * s[:, None]) for each in (self.design.x, self.design.weighted))
         return max(1.0, _degrees(np.bincount(self.clusters, s**2), u, v, self.design.squared))
 
 
-def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
+def sandwich(
+    design: Design, residual: Array, clusters: Array, errors: Components | None = None, groups: Groups | None = None
+) -> Sandwich:
     """Estimate the CR2 covariance from residuals (n,) and the number of each point's cluster (n,).
 
     The working model of the correction is independent errors of one variance, whatever the weights: the derivatives of
@@ -116,11 +150,12 @@ def sandwich(design: Design, residual: Array, clusters: Array) -> Sandwich:
     for rows in np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1):
         q, r = np.linalg.qr(np.column_stack([design.x[rows], design.weighted[rows]]))
         taken, axes = np.linalg.eigh(r @ middle @ r.T)  # of I - ((I - H)(I - H)')_gg
-        left, axes = 1 - taken, q @ axes
-        root = np.where(left > FLAT, 1 / np.sqrt(np.maximum(left, FLAT)), 0.0)
+        remaining, axes = 1 - taken, q @ axes
+        root = np.where(remaining > FLAT, 1 / np.sqrt(np.maximum(remaining, FLAT)), 0.0)
         adjusted[rows] += axes @ ((root - 1)[:, None] * (axes.T @ design.weighted[rows]))
     loadings = design.to_params @ _sums(clusters, adjusted * residual[:, None]).T
-    return Sandwich(design=design, clusters=clusters, adjusted=adjusted, loadings=loadings)
+    fields = {"design": design, "clusters": clusters, "adjusted": adjusted, "loadings": loadings}
+    return Sandwich(**fields, errors=errors, groups=groups or Groups())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +168,22 @@ class Covariance:
 
     by: Mapping[str, Sandwich | KnownErrors]
     """Clustering, or other source of errors of the parameters -> its covariance."""
+    least: tuple[str, ...] = ()
+    """Clusterings by which alone no interval may be wider than by the sum."""
 
     def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
-        """Return standard errors and Satterthwaite's degrees of freedom (m,) of contrasts (m, k) of the parameters."""
-        parts = [each.of_contrasts(np.atleast_2d(contrasts)) for each in self.by.values()]
-        errors, degrees = np.swapaxes(parts, 0, 1)
-        return np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
+        """Return standard errors and degrees of freedom (m,) of contrasts (m, k) of the parameters.
+
+        Satterthwaite's degrees, or so few that an interval is no narrower than by one of `least` alone: where the
+        errors of five budgets look small by chance, many sizes do not lend them certainty (docs/evidence.md).
+        """
+        parts = {name: each.of_contrasts(np.atleast_2d(contrasts)) for name, each in self.by.items()}
+        errors, degrees = np.swapaxes([*parts.values()], 0, 1)
+        whole, sums = np.sqrt(np.sum(errors**2, axis=0)), satterthwaite(errors, degrees)
+        alone = [half_width(*parts[name], CONFIDENCE) for name in self.least]
+        widest = np.max([np.zeros_like(whole), *alone], axis=0) / np.where(whole > 0, whole, 1.0)
+        narrow = widest > half_width(1.0, sums, CONFIDENCE)
+        return whole, np.where(narrow, stdtridf(0.5 + CONFIDENCE / 2, np.where(narrow, widest, 2.0)), sums)
 
     @property
     def matrix(self) -> Array:
@@ -158,31 +203,9 @@ def satterthwaite(errors: Array, degrees: Array) -> Array:
     return np.where(uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0))
 
 
-def half_width(errors: Array, degrees: Array, confidence: float = CONFIDENCE) -> Array:
-    """Return half of Student's interval."""
-    return student.ppf(0.5 + confidence / 2, degrees) * errors
-
-
-def with_known_errors(rows: pd.DataFrame, y: str, errors: KnownErrors) -> pd.DataFrame:
-    """Write known errors of y beside a table's rows (n,), in a column of lists that goes where the rows go."""
-    cells = np.column_stack([np.full(len(rows), errors.degrees), errors.loadings]).tolist()
-    return rows.assign(**{error_column(y): pd.Series(cells, rows.index, dtype=object)})
-
-
-def known_errors(rows: pd.DataFrame, y: str) -> KnownErrors | None:
-    """Read the known errors of a table's rows; None where there are none."""
-    if (name := error_column(y)) not in rows or rows.empty:
-        return None
-    cells = [each if isinstance(each, list) else [] for each in rows[name]]
-    if len({*map(len, cells)}) > 1 or not cells[0]:
-        raise AnalysisError(f"The {y} of these rows was corrected in parts; join the tables first, then correct them.")
-    numbers = np.array(cells, float)
-    return KnownErrors(loadings=numbers[:, 1:], degrees=float(numbers[:, 0].min()))
-
-
-def error_column(y: str) -> str:
-    """Name the column that known errors of a column stand in."""
-    return f"{y}_known_errors"
+def half_width(errors: Array | float, degrees: Array, level: float | None = None) -> Array:
+    """Return half of Student's interval, of the current level unless another is given."""
+    return stdtrit(degrees, 0.5 + (current_level() if level is None else level) / 2) * errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +229,11 @@ class Components:
         shared = (self.shared.get(name, 0.0) ** 2 * (codes[:, None] == codes) for name, codes in groups.items())
         return sum(shared, start=self.point**2 * np.eye(num_points))
 
+    def covariance_of(self, columns: Array, groups: Groups) -> Array:
+        """Return the covariance (m, m) of the sums of the points' errors times columns (n, m)."""
+        sums = (self.shared.get(name, 0.0) * _sums(codes, columns) for name, codes in groups.items())
+        return sum((each.T @ each for each in sums), start=self.point**2 * (columns.T @ columns))
+
     def variance_of(self, contrasts: Array, groups: Groups) -> Array:
         """Return the variances (m,) of contrasts (m, n) of the points' errors."""
         sums = {name: contrasts @ indicators(codes) for name, codes in groups.items() if name in self.shared}
@@ -221,7 +249,7 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
     non-negative least-squares solution. Errors are of one size whatever a point's weight.
     """
     root, (n, k) = np.sqrt(design.weights), design.x.shape
-    kinds, spare, own = {**groups, "points": np.arange(n)}, max(1, n - k), dict[str, float]()
+    kinds, spare, degrees_by_kind = {**groups, "points": np.arange(n)}, max(1, n - k), dict[str, float]()
     u = [_sums(codes, design.x * root[:, None]) for codes in kinds.values()]  # F' R X
     v = [_sums(codes, design.weighted) for codes in kinds.values()]  # F' W X
     squares = np.array([np.sum(np.bincount(codes, residual * root) ** 2) for codes in kinds.values()])
@@ -233,12 +261,15 @@ def components_of(design: Design, residual: Array, groups: Groups) -> Components
             expected[i, j] = np.sum(cells**2) - 2 * np.sum(crossed * v[j]) + np.sum((u[i].T @ u[i]) * (v[j].T @ v[j]))
         if name != "points":
             sums = np.bincount(rows, root)  # K K' of K = F' R (I - H) F = diag(sums) - U V'
-            own[name] = max(1e-9, _degrees(sums**2, u[i], sums[:, None] * v[i], v[i].T @ v[i]))
+            degrees_by_kind[name] = max(1e-9, _degrees(sums**2, u[i], sums[:, None] * v[i], v[i].T @ v[i]))
     scale = np.sqrt(np.where(np.diag(expected) > 0, np.diag(expected), 1.0))  # 0 where the law leaves nothing of groups
-    found = nnls(expected / np.outer(scale, scale), squares / scale)[0] / scale
-    own["points"] = max(1.0, spare - sum(own.values()))
-    total, uncertain = found.sum(), sum(variance**2 / own[name] for name, variance in zip(kinds, found, strict=True))
-    *shared, point = np.sqrt(found).tolist()
+    variances = nnls(expected / np.outer(scale, scale), squares / scale)[0] / scale
+    degrees_by_kind["points"] = max(1.0, spare - sum(degrees_by_kind.values()))
+    total, uncertain = (
+        variances.sum(),
+        sum(variance**2 / degrees_by_kind[name] for name, variance in zip(kinds, variances, strict=True)),
+    )
+    *shared, point = np.sqrt(variances).tolist()
     degrees = min(spare, total**2 / uncertain) if uncertain > 0 else spare
     return Components(shared=dict(zip(groups, shared, strict=True)), point=point, degrees=float(degrees))
 
@@ -252,7 +283,7 @@ def _degrees(diagonal: Array, u: Array, v: Array, squared: Array) -> float:
     """Return the degrees of freedom (tr P)^2 / tr P^2 of P = diag + U S U' - U V' - V U' (m, m), S (k, k)."""
     w, eye = np.column_stack([u, v]), np.eye(len(squared))
     turned = w @ np.block([[squared, -eye], [-eye, np.zeros_like(eye)]])  # P = diag + turned W'
-    own, inner = np.sum(turned * w, axis=1), w.T @ turned
-    trace = np.sum(diagonal + own)
-    squares = np.sum(diagonal**2 + 2 * diagonal * own) + np.sum(inner * inner.T)
+    inner_products, inner = np.sum(turned * w, axis=1), w.T @ turned
+    trace = np.sum(diagonal + inner_products)
+    squares = np.sum(diagonal**2 + 2 * diagonal * inner_products) + np.sum(inner * inner.T)
     return float(trace**2 / max(squares, trace**2 / len(w), 1e-300))

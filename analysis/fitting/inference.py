@@ -1,27 +1,29 @@
-"""An optimum and errors of any function of its parameters: the law is linearised in the optimiser's coordinates."""
+"""An optimum, errors of any function of its parameters, and intervals of a law's own, each symmetric on the scale that
+suits it: the law is linearised in the optimiser's coordinates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from aimscale.analysis.display import human
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import (
     Components,
     Covariance,
     Design,
-    KnownErrors,
     components_of,
     half_width,
     linear_design,
     sandwich,
 )
-from aimscale.analysis.fitting.groups import Groups, visible_groups
 from aimscale.analysis.fitting.problem import HUBER_LOG, Problem, global_minimum, minimise
-from aimscale.analysis.laws.base import Array, Columns, Params
+from aimscale.analysis.laws import Array, Columns, Params
+from aimscale.analysis.table.groups import Groups, visible_groups
+from aimscale.analysis.table.points import KnownErrors
 
 DIFFERENCE = 1e-5
 """Step of central differences, as a share of a coordinate's own scale: their error is its square."""
@@ -29,6 +31,13 @@ LEAST_SLOPE = 1e-6
 """Curvature of the objective at a point outside its quadratic zone."""
 SMALLEST_DELTA = 1e-9
 """Least width of a zone that is found from residuals: those of a table without noise are rounding errors."""
+NO_INTERVAL = "(no interval)"
+INTERVAL_SCALES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "own": (np.positive, np.positive),
+    "log": (np.log, np.exp),
+    "reciprocal": (np.reciprocal, lambda value: 1 / value if value > 0 else np.inf),
+}
+"""Scales on which an interval is symmetric: a function and its inverse."""
 
 Function = Callable[[Params], Array]
 """Parameters of the law (batch,) by name -> values (batch, m) or (batch,)."""
@@ -54,16 +63,18 @@ class Estimate:
     @cached_property
     def covariance(self) -> Covariance:
         """Covariance of the movable coordinates; forecasts, which fit most, never ask for it."""
-        # what curves the objective is the slope: a point's precision, besides which its weight is no precision
-        pull, slope = _pull_and_slope(self.problem, self.vector)
-        root = np.sqrt(slope)
+        # a point's precision is the curvature of the objective, besides which its weight is none
+        score, curvature = _score_and_curvature(self.problem, self.vector)
+        root = np.sqrt(curvature)
         scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
-        by = {name: sandwich(scaled, pull / root, codes) for name, codes in clusterings}
-        if self.known is None:
-            return Covariance(by=by)
-        loadings = scaled.inverse * root * self._per_logarithm @ self.known.loadings
-        return Covariance(by={**by, "tuning": replace(self.known, loadings=loadings)})
+        errors = self.components, self.groups
+        by = {name: sandwich(scaled, score / root, codes, *errors) for name, codes in clusterings}
+        least = tuple(name for name in by if name not in self.groups.few)  # these would leave next to no interval
+        if self.known is not None:
+            loadings = scaled.inverse * root * self._per_logarithm @ self.known.loadings
+            return Covariance(by={**by, "tuning": replace(self.known, loadings=loadings)}, least=least)
+        return Covariance(by=by, least=least)
 
     @property
     def _per_logarithm(self) -> Array:
@@ -100,21 +111,21 @@ class Estimate:
         """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
         return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
 
-    def interval_of(self, function: Function) -> tuple[Array, Array]:
-        """Return the ends (m,) of 95 % intervals of a function's values."""
+    def interval_of(self, function: Function, level: float | None = None) -> tuple[Array, Array]:
+        """Return the ends (m,) of intervals of a function's values."""
         value, errors, degrees = self.error_of(function)
-        half = half_width(errors, degrees)
+        half = half_width(errors, degrees, level)
         return value - half, value + half
 
-    def error_after(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:
+    def error_with_more_data(self, target: Function, more: Function, noise: float) -> tuple[float, Array]:
         """Return the standard error of a target, and what it would be (m,) after one more measurement of each of `more`
         (m,), functions of the parameters, with errors of standard deviation `noise`."""
         (wanted,), shown, matrix = self.gradient(target), self.gradient(more), self.covariance.matrix
-        shared, own = shown @ matrix @ wanted, np.sum(shown @ matrix * shown, axis=1)
+        shared, variances = shown @ matrix @ wanted, np.sum(shown @ matrix * shown, axis=1)
         before = float(wanted @ matrix @ wanted)
-        return before**0.5, np.sqrt(np.maximum(before - shared**2 / np.maximum(own + noise**2, 1e-300), 0.0))
+        return before**0.5, np.sqrt(np.maximum(before - shared**2 / np.maximum(variances + noise**2, 1e-300), 0.0))
 
-    def modelled(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
+    def predict_from_components(self, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return T(law) at places (m,) and its standard errors (m,) by the components of variance, which are steadier
         than the sandwich where few runs carry the weight, as in the mean of several laws."""
         law = self.law_at(x)
@@ -138,7 +149,7 @@ class Estimate:
         return value
 
 
-def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None) -> Estimate:
+def estimated(problem: Problem, groups: Groups, given_errors: KnownErrors | None = None) -> Estimate:
     """Minimise a problem and infer the errors of its optimum; `known` ones of the measurements add to what residuals
     show.
 
@@ -149,9 +160,9 @@ def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None
     jacobian = problem.linearised(vector)
     if not np.isfinite(jacobian).all():
         raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
-    pull, slope = _pull_and_slope(problem, vector)
+    score, curvature = _score_and_curvature(problem, vector)
     groups = visible_groups(groups, jacobian)
-    design, residual = linear_design(jacobian, problem.weights), pull / np.average(slope, weights=problem.weights)
+    design, residual = linear_design(jacobian, problem.weights), score / np.average(curvature, weights=problem.weights)
     return Estimate(
         problem=problem,
         vector=vector,
@@ -159,7 +170,7 @@ def estimated(problem: Problem, groups: Groups, known: KnownErrors | None = None
         groups=groups,
         design=design,
         residual=residual,
-        known=known,
+        known=given_errors,
     )
 
 
@@ -192,10 +203,76 @@ def _robust_sd(residual: Array, free: int) -> float:
     return float(1.4826 * np.median(np.abs(residual)) * np.sqrt(len(residual) / max(1, len(residual) - free)))
 
 
-def _pull_and_slope(problem: Problem, vector: Array) -> tuple[Array, Array]:
-    """Return the objective's pull on every point and its slope (n,) in the residual: a difference over a bandwidth,
-    since the pull has kinks, 1 within the quadratic zone and 0 outside."""
+def _score_and_curvature(problem: Problem, vector: Array) -> tuple[Array, Array]:
+    """Return the derivative (score) of the objective by every residual (n,), and its own (curvature): a difference over
+    a bandwidth, since the score has kinks, 1 within the quadratic zone and 0 outside."""
     delta, residual = problem.objective.delta, problem.residual(vector)
     width = max(_robust_sd(residual, problem.num_free) * len(residual) ** -0.2, 1e-12)
-    lower, pull, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
-    return pull, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)
+    lower, score, upper = (np.clip(residual + move, -delta, delta) for move in (-width, 0.0, width))
+    return score, np.maximum((upper - lower) / (2 * width), LEAST_SLOPE)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a parameter."""
+
+    low: float = np.nan
+    high: float = np.nan
+    method: str = ""
+    """Method, if another than that of the fit's other intervals."""
+
+    @property
+    def is_known(self) -> bool:
+        """True if both ends are numbers."""
+        return bool(np.isfinite([self.low, self.high]).all())
+
+    def shown(self, digits: int = 4) -> str:
+        """Write it with so many digits, as counts are written: "[84.1k, 154k]"."""
+        return f"[{human(self.low, digits)}, {human(self.high, digits)}]" if self.is_known else NO_INTERVAL
+
+    def words(self, form: str = ".3f") -> str:
+        """Write it in a number format, e.g. "[0.310, 0.380]"."""
+        return f"[{self.low:{form}}, {self.high:{form}}]" if self.is_known else NO_INTERVAL
+
+
+def intervals_of(estimate: Estimate, hidden: Collection[str], level: float | None = None) -> dict[str, Interval]:
+    """Find intervals of the law's own, the reported and the derived parameters that are neither held nor hidden.
+
+    Exponents and coefficients have intervals of their logarithm; a limit such as E, and derived exponents, of
+    themselves; others as the law says (`Law.scales`). A coefficient whose contribution may be nil begins at 0.
+    """
+    law, parts, out = estimate.problem.law, estimate.problem.basis(estimate.vector[None]), dict[str, Interval]()
+    movable = dict(zip(law.names, estimate.problem.movable.tolist(), strict=True))
+    # a limit's term does not vary over the points
+    varies = {p.name: bool(np.ptp(g) > 1e-12 * np.abs(g).max()) for p, g in zip(law.linear, parts, strict=True)}
+    scales = {p.name: "log" for p in law.parameters if p.log or varies.get(p.name)} | dict(law.scales)
+    for name, value in law.quantities(estimate.params).items():
+        if not movable.get(name, True):
+            continue
+        forth, back = INTERVAL_SCALES[scales.get(name, "own") if value > 0 else "own"]
+
+        def scaled(p: Params, name: str = name, forth: Callable[[Array], Array] = forth) -> Array:
+            return forth(law.quantities(p)[name])
+
+        with np.errstate(all="ignore"):
+            low, high = sorted(float(back(end[0])) for end in estimate.interval_of(scaled, level))
+        out[name] = Interval() if name in hidden else Interval(low, high)
+        # a reported parameter of the same name has its own unit
+        if name in movable and out[name].is_known and value == estimate.params[name]:
+            is_limit = not varies.get(name, True) and all(bool(np.all(g >= 0)) for g in parts)
+            out[name] = _bounded(estimate, law.names.index(name), out[name], is_limit, level)
+    return out
+
+
+def _bounded(estimate: Estimate, j: int, i: Interval, is_limit: bool, level: float | None) -> Interval:
+    """Clip the interval of the law's own parameter j to its bounds, and a limit to the lowest value of the law."""
+    problem, (low, high) = estimate.problem, estimate.problem.limits(j)
+    bottom, top = max(i.low, low), i.high
+    if j < problem.num_linear:  # the interval of a coefficient that may be nil begins at its bound
+        at, unit = estimate.vector[j], np.where(np.arange(len(estimate.vector)) == j, 1.0, estimate.vector)
+        half = float(half_width(*estimate.covariance.of_contrasts(np.eye(len(unit))[j, problem.movable]), level)[0])
+        if at - half <= problem.lower[j]:
+            own_unit = float(problem.params_of(unit[None])[problem.law.names[j]][0])
+            bottom, top = low, max(top, (at + half) * own_unit)
+    lowest = float(problem.predict(estimate.vector[None]).min()) if is_limit else np.inf
+    return Interval(bottom, min(top, high, lowest))

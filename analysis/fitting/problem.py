@@ -15,9 +15,9 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 from scipy.spatial import cKDTree
 
+from aimscale.analysis.display import did_you_mean
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.laws.base import Array, Columns, Law
-from aimscale.analysis.words import did_you_mean
+from aimscale.analysis.laws import Array, Columns, Law
 
 COMPLEX_STEP = 1e-30
 """Imaginary part by which a parameter is moved for its derivative; no difference is taken, so nothing cancels."""
@@ -89,8 +89,8 @@ def find_objective(name: str | Objective) -> Objective:
     try:
         return huber_log(float(delta)) if base == "huber_log" and delta else OBJECTIVES[name]
     except (KeyError, ValueError):
-        known = did_you_mean(base, OBJECTIVES, "the objectives are")
-        raise AnalysisError(f"There is no objective named {name!r}; {known}") from None
+        names = did_you_mean(base, OBJECTIVES, "the objectives are")
+        raise AnalysisError(f"There is no objective named {name!r}; {names}") from None
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ class Problem:
         with np.errstate(all="ignore"):
             value = self.objective.transform(self.predict(np.atleast_2d(vector)))
             r = self.objective.transform(self.y) - value
-            found = np.nan_to_num(np.sum(self.weights * self.objective.loss(r), axis=-1), nan=np.inf, posinf=np.inf)
-        return found if vector.ndim > 1 else found[0]
+            total = np.nan_to_num(np.sum(self.weights * self.objective.loss(r), axis=-1), nan=np.inf, posinf=np.inf)
+        return total if vector.ndim > 1 else total[0]
 
 
 def make_problem(
@@ -226,8 +226,8 @@ def make_problem(
 def global_minimum(problem: Problem) -> Array | None:
     """Find the lowest (k,) of the minima below the floors of the grid's valleys; None if the objective is nowhere
     finite."""
-    found = [minimise(problem, start) for start in starts(problem)]
-    return min(found, key=problem.total, default=None)
+    minima = [minimise(problem, start) for start in starts(problem)]
+    return min(minima, key=problem.total, default=None)
 
 
 def minimise(problem: Problem, start: Array) -> Array:
@@ -238,15 +238,15 @@ def minimise(problem: Problem, start: Array) -> Array:
     if problem.objective.robust:
         squares = replace(problem, objective=replace(problem.objective, delta=np.inf))
         start = _solved(squares, start, ROUGH)
-    found = _solved(problem, start, FINE)
-    low, high = (np.abs(found - bound) <= ON_BOUND for bound in (problem.lower, problem.upper))
+    minimum = _solved(problem, start, FINE)
+    low, high = (np.abs(minimum - bound) <= ON_BOUND for bound in (problem.lower, problem.upper))
     if not (near := problem.movable & (low | high)).any():
-        return found
+        return minimum
     bound = np.where(low, problem.lower, problem.upper)
     held = replace(problem, lower=np.where(near, bound, problem.lower), upper=np.where(near, bound, problem.upper))
-    there = np.where(near, bound, found)
-    there = _solved(held, there, FINE) if held.movable.any() else there
-    return there if problem.total(there) <= problem.total(found) * (1 + 1e-9) else found
+    on_bound = np.where(near, bound, minimum)
+    on_bound = _solved(held, on_bound, FINE) if held.movable.any() else on_bound
+    return on_bound if problem.total(on_bound) <= problem.total(minimum) * (1 + 1e-9) else minimum
 
 
 def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
@@ -261,7 +261,7 @@ def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
         return vector
 
     with np.errstate(all="ignore"):  # a trial step may overflow; it is rejected
-        found = least_squares(
+        solution = least_squares(
             lambda x: -root * problem.residual(vector_of(x)),
             np.clip(start[free], lower + inside, upper - inside),
             jac=lambda x: np.nan_to_num(root[:, None] * problem.linearised(vector_of(x)), posinf=0.0, neginf=0.0),
@@ -271,7 +271,7 @@ def _solved(problem: Problem, start: Array, tolerance: float) -> Array:
             max_nfev=MAX_EVALUATIONS,
             **dict.fromkeys(("ftol", "xtol", "gtol"), tolerance),
         )
-    return vector_of(found.x)
+    return vector_of(solution.x)
 
 
 def _huber(edges: Array) -> Callable[[Array], Array]:

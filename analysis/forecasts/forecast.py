@@ -15,20 +15,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Drawing, Result, plain_types
+from aimscale.analysis.display import Flag, Result, beyond_words, human, percent, plain_types, scale_words
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import CONFIDENCE
+from aimscale.analysis.fitting.covariance import current_level, level_words
 from aimscale.analysis.fitting.diagnostics import blind_flags
-from aimscale.analysis.fitting.result import Interval
-from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
-from aimscale.analysis.forecasts.points import AUTO, JOINT, Cache
-from aimscale.analysis.laws.base import Law
-from aimscale.analysis.table.accuracies import to_numbers
-from aimscale.analysis.table.names import CANONICAL, Exclusion, names_of, our_name
-from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.table.select import table_flags
-from aimscale.analysis.words import Flag, human, percent, scale_words
+from aimscale.analysis.fitting.inference import Interval
+from aimscale.analysis.forecasts.forecaster import AUTO, JOINT, Cache, Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.laws import Law
+from aimscale.analysis.table.columns import to_numbers
+from aimscale.analysis.table.runs import Runs, Table
+from aimscale.analysis.table.schema import CANONICAL, Exclusion
+from aimscale.analysis.table.select import by_probe, table_flags
 
 ENDS = ("value", "ci_lo", "ci_hi", "pi_lo", "pi_hi")
 REGISTER = "forecasts.jsonl"
@@ -44,8 +41,6 @@ SCORE_COLUMNS = (
 class Forecast(Result):
     """Forecasts at one scale or several."""
 
-    plot = Drawing("scaling.plot_forecast")
-
     table: pd.DataFrame
     """One row a scale and quantity: at (its number), the scale's variables, quantity (a column, or TASK:KIND for an
     accuracy), value, ci_lo, ci_hi (of the curve), pi_lo, pi_hi (of one measurement), distance (how many times beyond
@@ -57,6 +52,8 @@ class Forecast(Result):
     exclusions: tuple[Exclusion, ...]
     names: Mapping[str, str]
     """Column -> its name in the file, where that differs."""
+    level: float = field(default_factory=current_level)
+    """Level of the intervals."""
     flags: tuple[Flag, ...] = ()
     """Cautions about the table, errors that it hardly tells, and accuracies that were not forecast and why."""
 
@@ -73,22 +70,24 @@ class Forecast(Result):
         for row in self.table[self.table["quantity"] == name].to_dict("records"):
             at = scale_words(self.scales[row["at"]], 3)
             value, low, high = (human(row[end], 4) for end in ("value", "pi_lo", "pi_hi"))
-            told.append(f"At {at} ({human(row['distance'])} times beyond the table) {what} of {value} [{low}, {high}].")
+            told.append(f"At {at} ({beyond_words(row['distance'])}) {what} of {value} [{low}, {high}].")
         return " ".join(told)
 
     def facts(self) -> list[tuple[str, str]]:
         """List flags, the laws and their backtests, how such forecasts fared, what intervals cover, rows left out."""
-        found = [("caution", str(flag)) for flag in self.flags] + self.loss.facts()
+        facts = [("caution", str(flag)) for flag in self.flags] + self.loss.facts()
         far = self.table["distance"].unique().tolist()
         if max(far) > 1 and not self.loss.is_tested:
-            why = "none: public tables that were forecast were large enough for backtests, this one is not"
-            found.append(("record", why))
-        elif set(JOINT) <= {law.name for law in self.loss.points.laws}:  # as on the public tables
+            reason = "none: public tables that were forecast were large enough for backtests, this one is not"
+            facts.append(("record", reason))
+        elif set(JOINT) <= {law.name for law in self.loss.laws}:  # as on the public tables
             told = (words for each in far for words in record_words(each, accuracies=len(self.forecasters) > 1))
-            found += [("record", words) for words in dict.fromkeys(told)]
+            facts += [("record", words) for words in dict.fromkeys(told)]
         parts = "its noise, the parameters, the laws' spread and their misfit"
-        found.append(("intervals", f"{percent(CONFIDENCE)} of one new run: {parts}"))
-        return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
+        wide = f"; of accuracies those of 95 % held {percent(records()['accuracy_inside'].min())} on public tables"
+        parts += wide * (len(self.forecasters) > 1)
+        facts.append(("intervals", f"{level_words(self.level)} of one new run: {parts}"))
+        return facts + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row a scale and quantity, accuracies as fractions."""
@@ -97,17 +96,17 @@ class Forecast(Result):
                 "quantity": self.names.get(row["quantity"], row["quantity"]),
                 "of a run at": scale_words(self.scales[row["at"]]),
                 "forecast": human(row["value"], 4),
-                "95 % interval": Interval(low=row["pi_lo"], high=row["pi_hi"]).shown(),
+                f"{level_words(self.level)} interval": Interval(low=row["pi_lo"], high=row["pi_hi"]).shown(),
                 "times beyond the table": human(row["distance"]) if row["distance"] > 1 else "",
                 "single laws": f"{human(row['rival_lo'], 4)} to {human(row['rival_hi'], 4)}"
-                * (len(self.forecasters[row["quantity"]].curves) > 1),
+                * (len(self.forecasters[row["quantity"]].fits) > 1),
             }
             for row in self.table.to_dict("records")
         ]
 
 
 def forecast(
-    df: pd.DataFrame,
+    table: Table,
     at: str | Mapping[str, float] | Sequence[Mapping[str, float]],
     *,
     law: Forecaster | Sequence[Law | str] | str = AUTO,
@@ -116,7 +115,7 @@ def forecast(
     """Forecast the loss at scales not trained yet, and every probe's accuracy, directly or by way of the loss.
 
     Args:
-        df: one row per point, with `probes` for accuracies.
+        table: one row per point, with `probes` for accuracies.
         at: N and D of a run (C, or U of repeated data, where the laws have them), or several; or "N=7e9,D=2B".
         law: "auto", or the laws to try (`forecaster`), or what forecasts the loss.
         y: column of the loss.
@@ -134,24 +133,23 @@ def forecast(
     scales = [{v: float(value) for v, value in each.items()} for each in ([at] if isinstance(at, Mapping) else at)]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    fits, y = Cache(), our_name(df, y)
-    loss = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y, cache=fits)
+    runs, fits = Runs(table), Cache()
+    y = runs.column(y)
+    loss = law if isinstance(law, Forecaster) else forecaster(runs, law=law, y=y, cache=fits)
     flags, by = list[Flag](), {y: loss}
     if not isinstance(law, Forecaster):  # of one that was made before its maker tells them, as the report does
-        flags += table_flags(df, [*loss.points.x], y, scales)
-    flags += blind_flags(loss.curves[loss.weights.index[0]].law.groups)
-    probes = probe_frame(complete(df)) if "probes" in df.columns else pd.DataFrame()
-    for key, probed in probes.groupby(["task", "kind"]) if len(probes) else ():
-        name = ":".join(map(str, key))
+        flags += table_flags(runs, [*loss.points.x], y, scales)
+    flags += blind_flags(loss.fits[loss.weights.index[0]].estimate.groups)
+    for name, probed in by_probe(runs.complete()).items():
         try:
-            known = probed.dropna(subset=["top1", y])
-            by[name] = accuracy_forecaster(known, fits, law=loss.points.laws, loss=y)
+            measured = probed[probed[["top1", y]].notna().all(axis=1)]
+            by[name] = accuracy_forecaster(measured, fits, law=loss.laws, loss=y)
         except AnalysisError as error:
             flags.append(Flag(kind="not_forecast", subject=name, text=f"{name} is not forecast: {error}"))
     rows = [
-        found.predict(each).assign(at=number, quantity=name, **each)
+        forecaster_of.predict(each).assign(at=number, quantity=name, **each)
         for number, each in enumerate(scales)
-        for name, found in by.items()
+        for name, forecaster_of in by.items()
     ]
     columns = ["at", *dict.fromkeys(v for each in scales for v in each)]
     columns += ["quantity", *ENDS, "distance", "rival_lo", "rival_hi"]
@@ -160,7 +158,7 @@ def forecast(
         scales=tuple(scales),
         forecasters=by,
         exclusions=loss.points.exclusions,
-        names=names_of(df),
+        names=runs.names,
         flags=tuple(flags),
     )
 
@@ -204,11 +202,11 @@ def parse_scale(text: str, option: str) -> dict[str, float]:
     return out
 
 
-def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
+def register(result: Forecast, table: Table, path: Path) -> None:
     """Append forecasts to a register, before the runs: not where the table already holds a measurement."""
-    points = found.loss.points
-    for at in found.scales:
-        if num := len(_rows_at(df, at, points.columns)):
+    points, runs = result.loss.points, Runs(table)
+    for at in result.scales:
+        if num := len(_rows_at(runs, at, points.columns)):
             held = f"The table already holds {num} measurements at {scale_words(at)}"
             raise AnalysisError(f"{held}, so this would be no forecast; register before the run.")
     numbers = np.column_stack([*points.x.values(), points.y])
@@ -217,11 +215,11 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
         "registered": datetime.now(UTC).isoformat(timespec="seconds"),
         "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "num_points": len(points.y),
-        "confidence": CONFIDENCE,
+        "confidence": result.level,
     }
     lines = []
-    for row in found.table.to_dict("records"):
-        at, weights = found.scales[row["at"]], found.forecasters[row["quantity"]].weights
+    for row in result.table.to_dict("records"):
+        at, weights = result.scales[row["at"]], result.forecasters[row["quantity"]].weights
         names = {v: points.columns.get(v, CANONICAL.get(v, v)) for v in at}
         entry = {**shared, "at": at, "columns": names, "law": weights.index[0], "weights": weights.to_dict()}
         entry |= {name: row[name] for name in ("distance", "quantity", *ENDS)}
@@ -230,8 +228,8 @@ def register(found: Forecast, df: pd.DataFrame, path: Path) -> None:
         with path.open("a") as file:
             file.write("".join(lines))
     except OSError as error:
-        why = f"Cannot write the register {path} ({error.strerror})"
-        raise AnalysisError(f"{why}; choose a folder that exists and is yours.") from None
+        problem = f"Cannot write the register {path} ({error.strerror})"
+        raise AnalysisError(f"{problem}; choose a folder that exists and is yours.") from None
 
 
 def read_register(path: Path) -> list[dict[str, Any]]:
@@ -249,7 +247,7 @@ def read_register(path: Path) -> list[dict[str, Any]]:
     return out
 
 
-def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
+def scores(path: Path, table: Table) -> pd.DataFrame:
     """Compare every registered forecast with the runs that were measured there since.
 
     Returns:
@@ -257,33 +255,32 @@ def scores(path: Path, df: pd.DataFrame) -> pd.DataFrame:
         always inside: error is measured / forecast - 1, num_rows the runs found there. One row without a measurement,
         and num_rows 0, where there is none yet.
     """
-    rows = []
+    rows, runs = [], Runs(table)
     for entry in read_register(path):
-        found, quantity = _rows_at(df, entry["at"], entry["columns"]), entry["quantity"]
-        if quantity not in found:
-            probes, (task, _, kind) = probe_frame(found), quantity.rpartition(":")
-            found = probes[(probes["task"] == task) & (probes["kind"] == kind)].rename(columns={"top1": quantity})
-        values = pd.to_numeric(found[quantity], errors="coerce").dropna().to_numpy(float)
+        rows_there, quantity = _rows_at(runs, entry["at"], entry["columns"]), entry["quantity"]
+        probed = {name: each["top1"] for name, each in by_probe(rows_there).items()}
+        measured = rows_there[quantity] if quantity in rows_there else probed.get(quantity, pd.Series(dtype=float))
+        values = pd.to_numeric(measured, errors="coerce").dropna().to_numpy(float)
         shared = {name: entry[name] for name in ("registered", "quantity", "law", "pi_lo", "pi_hi")}
         shared |= {"at": scale_words(entry["at"]), "forecast": entry["value"], "num_rows": len(values)}
-        for measured in values if len(values) else (np.nan,):
-            inside = entry["pi_lo"] <= measured <= entry["pi_hi"] if len(values) else None
-            rows.append({**shared, "measured": measured, "error": measured / entry["value"] - 1, "inside": inside})
+        for value in values if len(values) else (np.nan,):
+            inside = entry["pi_lo"] <= value <= entry["pi_hi"] if len(values) else None
+            rows.append({**shared, "measured": value, "error": value / entry["value"] - 1, "inside": inside})
     return pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
 
 
-def score_words(found: pd.DataFrame) -> str:
+def score_words(table: pd.DataFrame) -> str:
     """Say how many of the measured runs lie inside their intervals, and how many forecasts wait for theirs."""
-    inside, waiting = found["inside"].dropna(), int((found["num_rows"] == 0).sum())
+    inside, waiting = table["inside"].dropna(), int((table["num_rows"] == 0).sum())
     return f"{int(inside.sum())} of {len(inside)} runs inside their registered intervals, {waiting} not measured yet"
 
 
-def _rows_at(df: pd.DataFrame, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:
+def _rows_at(runs: Runs, at: Mapping[str, float], columns: Mapping[str, str]) -> pd.DataFrame:
     """Find the complete rows within the tolerance of a scale; variables without a column do not tell rows apart."""
-    rows = complete(df)
+    rows = runs.complete().frame
     for variable, value in at.items():
         name = columns.get(variable, CANONICAL.get(variable, variable))
         if name in rows:
-            there = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
-            rows = rows[np.abs(there / value - 1) <= SAME_SCALE]
+            values = pd.to_numeric(rows[name], errors="coerce").to_numpy(float)
+            rows = rows[np.abs(values / value - 1) <= SAME_SCALE]
     return rows

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.display import Result, human
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import components_of, half_width, linear_design
-from aimscale.analysis.fitting.groups import Groups, indicators
-from aimscale.analysis.laws.base import Array
-from aimscale.analysis.words import human
+from aimscale.analysis.laws import Array
+from aimscale.analysis.table.groups import Groups, indicators
+from aimscale.analysis.table.runs import Runs, Table
 
 EXPONENT, EXPONENT_SD = 0.6, 0.25
 """Exponent of N, and its standard deviation over sweeps, before a sweep tells more."""
@@ -46,8 +46,6 @@ DOF = 8.0
 class Trajectory(Result):
     """Forecast of the losses of one run while it trains, and at its budgets."""
 
-    plot = Drawing("scaling.plot_trajectory")
-
     table: pd.DataFrame
     """One row a point: images_seen, is_budget, loss, low and high (95 % of one run), and standard deviations of ln
     loss: sd, and its parts law (the forecast's own), run (shared by its points) and noise (of the point alone)."""
@@ -74,7 +72,7 @@ class Trajectory(Result):
         return f"Trajectory of a run of {human(self.num_params)} parameters, from {self.basis}"
 
 
-def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
+def trajectory(curves: Table, num_params: float) -> Trajectory:
     """Forecast the losses of a run of N parameters at the points that smaller runs, or others of its size, have passed.
 
     Args:
@@ -91,7 +89,10 @@ def trajectory(curves: pd.DataFrame, num_params: float) -> Trajectory:
     Example:
         >>> trajectory(read_table("results.parquet").assign(is_budget=True), 1e6)
     """
-    rows = curves[(curves["val_loss"] > 0) & (curves["params_total"] <= num_params * (1 + SAME_SIZE))]
+    rows = Runs(curves).frame
+    rows = rows[
+        (rows["val_loss"] > 0) & (rows["images_seen"] > 0) & (rows["params_total"] <= num_params * (1 + SAME_SIZE))
+    ]
     largest = rows.groupby("run_id")["params_total"].first().sort_values().index[-MAX_RUNS:]
     rows = rows[rows["run_id"].isin(largest)].sort_values("params_total", ignore_index=True)
     log_n = np.log(rows["params_total"].to_numpy(float))
@@ -159,11 +160,11 @@ def _forecast(
     degrees, usual = max(0, num_runs - 2), (SHARED * errors.point) ** 2
     shared = (degrees * errors.shared["runs"] ** 2 + SHARED_RUNS * usual) / (degrees + SHARED_RUNS)
     errors = replace(errors, shared={"runs": float(np.sqrt(shared))})
-    there = jacobian(np.eye(num), np.full(num, beyond), at)
+    jacobian_there = jacobian(np.eye(num), np.full(num, beyond), at)
     levels = y - _ratio_columns(log_n, at[codes], exponent) @ ratio
     levels = np.bincount(codes, weights * levels) / np.bincount(codes, weights)
-    log_loss = there[:, :-1] @ np.concatenate([levels, ratio])
-    law = errors.variance_of(there @ design.inverse, groups) + (MISFIT * beyond) ** 2
+    log_loss = jacobian_there[:, :-1] @ np.concatenate([levels, ratio])
+    law = errors.variance_of(jacobian_there @ design.inverse, groups) + (MISFIT * beyond) ** 2
     parts = {"law": np.sqrt(law), "run": errors.shared["runs"] * scatter, "noise": errors.point * scatter}
     sd = np.sqrt(sum(each**2 for each in parts.values()))
     half = half_width(sd, np.full(num, DOF))
@@ -204,8 +205,8 @@ def _regress(y: Array, codes: Array, columns: Array, weights: Array) -> tuple[Ar
     sums = np.stack([np.bincount(codes, weights * each) for each in both.T], axis=1)
     both = both - (sums / np.bincount(codes, weights)[:, None])[codes]
     root = np.sqrt(weights)
-    found = np.linalg.lstsq(both[:, 1:] * root[:, None], both[:, 0] * root, rcond=None)[0]
-    return found, both[:, 0] - both[:, 1:] @ found
+    coefficients = np.linalg.lstsq(both[:, 1:] * root[:, None], both[:, 0] * root, rcond=None)[0]
+    return coefficients, both[:, 0] - both[:, 1:] @ coefficients
 
 
 def _scatter(residual: Array, codes: Array, at: Array) -> Array:

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 
 from aimscale.analysis.effects.recipes import Recipes
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.fitting.result import Fit, HeldOut
 from aimscale.analysis.forecasts.forecast import Forecast
 from aimscale.analysis.forecasts.forecaster import Forecaster
 from aimscale.analysis.forecasts.trajectory import Trajectory
 from aimscale.analysis.optimum.approaches import Approaches
-from aimscale.analysis.plots import parts
+from aimscale.analysis.plots import style
 from aimscale.analysis.plots.style import DOUBLE, INK, MARKERS, MUTED, cycled, figure_of, new_figure, styled
-from aimscale.analysis.table.names import no_column, our_name
+from aimscale.analysis.table.runs import Runs, Table
 from aimscale.analysis.tuning.result import OPTIMUM, SETTING_WORDS, Rates
 
 Labels = Mapping[str, str] | None
@@ -65,27 +65,27 @@ def plot_fit(
         named = ", ".join(fit.law.variables)
         raise AnalysisError(f"The law {fit.law.name!r} has no variable {x!r}; give x one of {named}.")
     if is_one:  # an empty line takes the colour and stands in the legend
-        own = {} if color is None else {"color": color}
-        color = ax.plot([], [], label=label or fit.law.name, **own)[0].get_color()
+        chosen = {} if color is None else {"color": color}
+        color = ax.plot([], [], label=label or fit.law.name, **chosen)[0].get_color()
     data, other = fit.data, next((v for v in fit.law.variables if v != x), None)
-    series, values = parts.series_of(data, other)
+    series, values = style.series_of(data, other)
     drawn = pd.concat(
         curve_of(fit, x, data[series == name], **({other: value} if other else {})).assign(series=name)
         for name, value in values.items()
     )
     drawn = drawn.astype({"series": series.dtype})
-    parts.draw(ax, drawn, (x, *CURVE), color, **look)
-    parts.draw_points(ax, data.assign(series=series), (x, "y"), color)
+    style.draw(ax, drawn, (x, *CURVE), color, **look)
+    style.draw_points(ax, data.assign(series=series), (x, "y"), color)
     letters = {fit.columns.get(name, name): text for name, text in (labels or {}).items()}
-    words = partial(parts.axis_label, loss_unit=fit.loss_unit, names=fit.names, labels=letters)
+    words = partial(style.axis_label, loss_unit=fit.loss_unit, names=fit.names, labels=letters)
     title = words(fit.columns[other]) if other and not is_one else ""
     if x != "L":
         x_seen, y_seen = seen or ((), ())
         y = (fit.columns["y"], [*data["y"], *data["fitted"], *y_seen])
-        return parts.finish(ax, (fit.columns[x], [*data[x], *x_seen]), y, words, title)
+        return style.finish(ax, (fit.columns[x], [*data[x], *x_seen]), y, words, title)
     # a link from loss to accuracy reads best on plain axes
     ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
-    parts.legend([ax], title)
+    style.legend([ax], title)
     return figure_of(ax)
 
 
@@ -93,17 +93,31 @@ def curve_of(fit: Fit, x: str, data: pd.DataFrame | None = None, **fixed: float)
     """Predict the law over the range of some or all of its points, at fixed values of its other variables."""
     low, high = fit.ranges[x] if data is None or data[x].min() == data[x].max() else (data[x].min(), data[x].max())
     grid = pd.DataFrame({x: np.geomspace(low, high, NUM_GRID), **fixed})
-    known = list(grid)
+    variables = list(grid)
     for name in fit.law.variables:  # a third variable, such as C, follows the two as it does in the table
-        if name not in known:
-            design, at = (np.column_stack([np.ones(len(rows)), np.log(rows[known])]) for rows in (fit.data, grid))
+        if name not in variables:
+            design, at = (np.column_stack([np.ones(len(rows)), np.log(rows[variables])]) for rows in (fit.data, grid))
             grid[name] = np.exp(at @ np.linalg.lstsq(design, np.log(fit.data[name]), rcond=None)[0])
     return pd.concat([grid, fit.predict(grid)], axis=1)
 
 
 @styled()
+def plot_held_out(test: HeldOut, ax: Axes | None = None) -> Figure:
+    """Draw predictions of the points that were held out, with their intervals, and those of a straight line, against
+    what was measured; on the diagonal they agree."""
+    ax, rows = ax or new_figure()[1][0], test.predictions
+    ax.axline((rows["measured"].iloc[0],) * 2, slope=1, color=MUTED, linewidth=0.9)
+    law = rows.assign(series="law", value=rows["predicted"])
+    line = rows.assign(series="straight line in log-log", value=rows["naive"], pi_lo=np.nan, pi_hi=np.nan)
+    style.draw_points(ax, pd.concat([law, line]), ("measured", "value", "pi_lo", "pi_hi"))
+    ax.set(xlabel="measured", ylabel=f"predicted without the largest {test.variable}")
+    style.legend([ax], "")
+    return figure_of(ax)
+
+
+@styled()
 def plot_points(
-    frame: pd.DataFrame,
+    table: Table,
     x: str,
     y: str = "val_loss",
     by: str | None = None,
@@ -126,72 +140,73 @@ def plot_points(
     Example:
         >>> plot_points(read_table("results.parquet"), "flops_train", by="params_total")
     """
-    x, y, by = our_name(frame, x), our_name(frame, y), by and our_name(frame, by)
-    if absent := [name for name in (x, y, by) if name and name not in frame]:
-        raise no_column(frame, absent[0])
-    ax, words = ax or new_figure()[1][0], parts.labels_of(frame, labels)
+    runs = Runs(table)
+    x, y, by = runs.column(x), runs.column(y), by and runs.column(by)
+    if absent := [name for name in (x, y, by) if name and name not in runs]:
+        raise runs.no_column(absent[0])
+    frame, ax, words = runs.frame, ax or new_figure()[1][0], style.labels_of(runs, labels)
     both = pd.concat([frame, curves], ignore_index=True)
     both = both.assign(is_during=np.arange(len(both)) >= len(frame)).dropna(subset=[x, y, *([by] if by else [])])
-    both = both.assign(series=parts.series_of(both, by)[0])
+    both = both.assign(series=style.series_of(both, by)[0])
     rows = both[~both["is_during"]]
     if curves is not None:
-        parts.draw_means(ax, both[both["is_during"]].sort_values(x), x, y, "run_id")
+        style.draw_means(ax, both[both["is_during"]].sort_values(x), x, y, "run_id")
     elif by:
-        parts.draw_means(ax, rows, x, y, by)
-    parts.draw_points(ax, rows, (x, y))
-    return parts.finish(ax, (x, both[x]), (y, both[y]), words, words(by) if by else "")
+        style.draw_means(ax, rows, x, y, by)
+    style.draw_points(ax, rows, (x, y))
+    return style.finish(ax, (x, both[x]), (y, both[y]), words, words(by) if by else "")
 
 
 @styled()
-def plot_trajectory(found: Trajectory, ax: Axes | None = None, *, measured: pd.DataFrame | None = None) -> Figure:
+def plot_trajectory(result: Trajectory, ax: Axes | None = None, *, measured: pd.DataFrame | None = None) -> Figure:
     """Draw the forecast of a run's losses during training with its 95 % interval, and the runs that it follows from.
 
     Args:
         ax: where to draw; None makes a figure.
         measured: points of runs of that size, as `trajectory` takes them, to draw beside the forecast.
     """
-    ax, x, words = ax or new_figure()[1][0], "images_seen", parts.labels_of(found.curves)
-    during, budgets = (found.table[found.table["is_budget"] == each] for each in (False, True))
-    smaller = found.curves[~found.curves["is_budget"]].sort_values(x)
-    smaller = smaller.assign(series=parts.series_of(smaller, "params_total")[0])
+    ax, x, words = ax or new_figure()[1][0], "images_seen", style.labels_of(result.curves)
+    during, budgets = (result.table[result.table["is_budget"] == each] for each in (False, True))
+    smaller = result.curves[~result.curves["is_budget"]].sort_values(x)
+    smaller = smaller.assign(series=style.series_of(smaller, "params_total")[0])
     columns, color = (x, "loss", "low", "high"), cycled(0)
     if len(during):
-        parts.draw_means(ax, smaller, x, "val_loss", "run_id", color=MUTED)
-        parts.draw(ax, during, columns, color, label="forecast, 95 % of one run")
-    parts.draw_points(ax, budgets, columns, color, markers=MARKERS[3:])
+        style.draw_means(ax, smaller, x, "val_loss", "run_id", color=MUTED)
+        style.draw(ax, during, columns, color, label="forecast, 95 % of one run")
+    style.draw_points(ax, budgets, columns, color, markers=MARKERS[3:])
     if measured is not None:
         names = {False: "measured", True: "measured budget"}
         rows = measured.assign(series=measured["is_budget"].map(names)).sort_values(x)
-        parts.draw_points(ax, rows, (x, "val_loss"), INK)
+        style.draw_points(ax, rows, (x, "val_loss"), INK)
     shown = pd.concat([during["low"], during["high"], budgets["low"], smaller["val_loss"]])
-    return parts.finish(ax, (x, found.table[x]), ("val_loss", shown), words)
+    return style.finish(ax, (x, result.table[x]), ("val_loss", shown), words)
 
 
 @styled()
-def plot_approaches(found: Approaches, ax: Axes | None = None, *, labels: Labels = None) -> Figure:
+def plot_approaches(result: Approaches, ax: Axes | None = None, *, labels: Labels = None) -> Figure:
     """Draw N*(C) of all approaches: their optima and lines with intervals, dotted beyond the budgets used.
 
     Args:
         labels: words on the axes C and N.
     """
     ax, columns, drawn = ax or new_figure()[1][0], ("C", "N", "N_lo", "N_hi"), []
-    for number, frontier in enumerate(found.frontiers):
+    for number, frontier in enumerate(result.frontiers):
         (low, high), color = frontier.range, cycled(number)
         label = f"approach {frontier.approach}: exponent {frontier.exponent_words()}"
         inside, beyond = (frontier.at(np.geomspace(*span, 12)) for span in ((low, high), (high, 10 * high)))
-        parts.draw(ax, inside, columns, color, label=label, linestyle=("-", "--", "-.")[number])
-        parts.draw(ax, beyond, columns, color, linestyle=":")
+        style.draw(ax, inside, columns, color, label=label, linestyle=("-", "--", "-.")[number])
+        style.draw(ax, beyond, columns, color, linestyle=":")
         drawn += [inside, beyond, frontier.pairs]
         if len(frontier.pairs):
-            parts.draw_points(ax, frontier.pairs, ("C", "N"), color, markers=MARKERS[number:])
+            style.draw_points(ax, frontier.pairs, ("C", "N"), color, markers=MARKERS[number:])
     shown = pd.concat(drawn)
-    words = partial(parts.axis_label, labels={"N": "N*: compute-optimal\nparameters", **(labels or {})})
-    return parts.finish(ax, ("flops_train", shown["C"]), ("params_total", shown["N"]), words, columns=1)
+    words = partial(style.axis_label, labels={"N": "N*: compute-optimal\nparameters", **(labels or {})})
+    return style.finish(ax, ("flops_train", shown["C"]), ("params_total", shown["N"]), words, columns=1)
 
 
 @styled()
 def plot_forecast(
-    found: Forecast, ax: Axes | None = None, *, y: str | None = None, color: Any = None, labels: Labels = None
+    result: Forecast, ax: Axes | None = None, *, y: str | None = None, color: Any = None, labels: Labels = None
 ) -> Figure:
     """Draw the loss against compute: the table, the forecast from its largest run to the scales, with the bands of the
     curve and of one run, and the range of the single laws between dotted lines.
@@ -203,43 +218,43 @@ def plot_forecast(
         labels: words on the axes, by C and by the column of the loss.
     """
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
-    y = y or next(iter(found.forecasters))
-    by = found.forecasters[y]
+    y = y or next(iter(result.forecasters))
+    by = result.forecasters[y]
     points = by.points
-    measured = pd.DataFrame({"C": points.compute, "y": 1 - points.y if points.is_accuracy else points.y})
+    measured = pd.DataFrame({"C": points.compute, "y": 1 - points.y if by.is_accuracy else points.y})
     largest = int(np.argmax(points.compute))
-    stops = pd.DataFrame([{v: values[largest] for v, values in points.x.items()}, *found.scales])
-    stops = stops[list(found.scales[0])].interpolate()
+    stops = pd.DataFrame([{v: values[largest] for v, values in points.x.items()}, *result.scales])
+    stops = stops[list(result.scales[0])].interpolate()
     steps = np.linspace(0, len(stops) - 1, NUM_GRID)
     at = {str(v): np.exp(np.interp(steps, np.arange(len(stops)), np.log(stops[v]))) for v in stops}
     path = by.predict(at).assign(C=_compute(by, at))
-    ends = found.table[found.table["quantity"] == y]
-    ends = ends.assign(C=_compute(by, {v: ends[v].to_numpy(float) for v in found.scales[0]}))
-    parts.draw_points(ax, measured, ("C", "y"), MUTED)
-    parts.draw(ax, path, ("C", *ONE_RUN), color, label="forecast")
-    parts.draw(ax, path, ("C", *CURVE), color)
+    ends = result.table[result.table["quantity"] == y]
+    ends = ends.assign(C=_compute(by, {v: ends[v].to_numpy(float) for v in result.scales[0]}))
+    style.draw_points(ax, measured, ("C", "y"), MUTED)
+    style.draw(ax, path, ("C", *ONE_RUN), color, label="forecast")
+    style.draw(ax, path, ("C", *CURVE), color)
     for end, label in (("rival_lo", "single laws"), ("rival_hi", "")):
-        parts.draw(ax, path, ("C", end), MUTED, label=label, linestyle=":")
-    parts.draw_points(ax, ends, ("C", *ONE_RUN), color, markers=MARKERS[3:])
-    words = partial(parts.axis_label, names=found.names, labels=labels)
+        style.draw(ax, path, ("C", end), MUTED, label=label, linestyle=":")
+    style.draw_points(ax, ends, ("C", *ONE_RUN), color, markers=MARKERS[3:])
+    words = partial(style.axis_label, names=result.names, labels=labels)
     x, y_range = ("flops_train", [*measured["C"], *path["C"]]), [*measured["y"], *path["value"], *ends["pi_lo"]]
-    if not points.is_accuracy:
-        return parts.finish(ax, x, (y, y_range), words)
-    parts.log_axis(ax, "x", x[1], x[0], words)
-    parts.percent_axis(ax)
+    if not by.is_accuracy:
+        return style.finish(ax, x, (y, y_range), words)
+    style.log_axis(ax, "x", x[1], x[0], words)
+    style.percent_axis(ax)
     ax.set_title(y)
-    parts.legend([ax], "")
+    style.legend([ax], "")
     return figure_of(ax)
 
 
 def _compute(by: Forecaster, at: Mapping[str, Any]) -> Any:
     """Count compute at scales, as the points' own is counted."""
-    place = by.points.place(at)
+    place = by.place(at)
     return place["C"] if "C" in place else np.prod([place[v] for v in by.points.x], axis=0)
 
 
 @styled()
-def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, labels: Labels = None) -> Figure:
+def plot_recipes(result: Recipes, ax: Axes | None = None, *, color: Any = None, labels: Labels = None) -> Figure:
     """Draw the gain in compute with its interval, dotted beyond the table's own compute.
 
     Args:
@@ -248,19 +263,19 @@ def plot_recipes(found: Recipes, ax: Axes | None = None, *, color: Any = None, l
         labels: words for the levels, and for C on its axis.
     """
     words = labels or {}
-    level, baseline = (words.get(name, name) for name in (found.level, found.baseline))
+    level, baseline = (words.get(name, name) for name in (result.level, result.baseline))
     ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
-    inside, columns = found.table[~found.table["beyond"]], ("C", "gain", "low", "high")
-    beyond = found.table.iloc[len(inside) - 1 :]
-    parts.draw(ax, inside, columns, color, label=f"{level} against {baseline}", linestyle="-")
-    parts.draw(ax, beyond, columns, color, linestyle=":")
+    inside, columns = result.table[~result.table["beyond"]], ("C", "gain", "low", "high")
+    beyond = result.table.iloc[len(inside) - 1 :]
+    style.draw(ax, inside, columns, color, label=f"{level} against {baseline}", linestyle="-")
+    style.draw(ax, beyond, columns, color, linestyle=":")
     ax.axhline(1, color=MUTED, linewidth=0.9)
-    label = partial(parts.axis_label, labels={"gain": "gain in compute (factor)", **words})
-    return parts.finish(ax, ("flops_train", found.table["C"]), ("gain", found.table[["low", "high"]]), label)
+    label = partial(style.axis_label, labels={"gain": "gain in compute (factor)", **words})
+    return style.finish(ax, ("flops_train", result.table["C"]), ("gain", result.table[["low", "high"]]), label)
 
 
 @styled()
-def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] | None = None) -> Figure:
+def plot_rates(result: Rates, *, setting: str = "lr", labels: Mapping[str, str] | None = None) -> Figure:
     """Draw the lowest loss at every value of a setting with the parabolas and optima of cells, and the optima with
     their law beside it.
 
@@ -268,53 +283,53 @@ def plot_rates(found: Rates, *, setting: str = "lr", labels: Mapping[str, str] |
         setting: lr or batch.
         labels: words for N, D, the setting and the loss (`val_loss`).
     """
-    law = found.laws.get(setting)
+    law = result.laws.get(setting)
     _, axes = new_figure(DOUBLE, 2.8, num_columns=2) if law else new_figure()
-    lowest = found.data.sort_values("y").drop_duplicates(["cell", setting]).sort_values(["cell", setting])
-    lowest = lowest.assign(N=found.table["N"].to_numpy()[lowest["cell"]])
-    lowest = lowest[lowest["cell"].isin(found.tuned)]
-    lowest = lowest.assign(series=parts.series_of(lowest, "N")[0])
-    parts.draw_points(axes[0], lowest, (setting, "y"))
-    curves = pd.concat([_parabola(found, setting, number) for number in range(len(found.tuned))])
+    lowest = result.points.numbers.sort_values("y").drop_duplicates(["cell", setting]).sort_values(["cell", setting])
+    lowest = lowest.assign(N=result.table["N"].to_numpy()[lowest["cell"]])
+    lowest = lowest[lowest["cell"].isin(result.tuned)]
+    lowest = lowest.assign(series=style.series_of(lowest, "N")[0])
+    style.draw_points(axes[0], lowest, (setting, "y"))
+    curves = pd.concat([_parabola(result, setting, number) for number in range(len(result.tuned))])
     names = lowest.drop_duplicates("N").set_index("N")["series"]
     curves = curves.assign(series=curves["N"].map(names).astype(lowest["series"].dtype))
     look: dict[str, Any] = {"linewidth": 0.8, "units": curves["cell"].to_numpy(), "linestyle": "-"}
-    parts.draw(axes[0], curves, (setting, "y"), **look)
-    optima = found.table.take(found.tuned).assign(y=np.exp(found.surface.lowest))
+    style.draw(axes[0], curves, (setting, "y"), **look)
+    optima = result.table.take(result.tuned).assign(y=np.exp(result.surface.lowest))
     optima = optima[optima["found"] == OPTIMUM]
-    parts.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), INK, markers=("X",))
-    words = {setting: SETTING_WORDS[setting], "val_loss": found.columns["y"]}
-    words |= ({setting: found.columns[setting]} if found.names else {}) | dict(labels or {})
+    style.draw_points(axes[0], optima.assign(series=""), (f"{setting}_best", "y"), INK, markers=("X",))
+    words = {setting: SETTING_WORDS[setting], "val_loss": result.columns["y"]}
+    words |= ({setting: result.columns[setting]} if result.names else {}) | dict(labels or {})
     if law:
-        _draw_law(found, setting, optima, axes[1], words)
+        _draw_law(result, setting, optima, axes[1], words)
     x, y = (setting, lowest[setting]), ("val_loss", lowest["y"])
-    return parts.finish(axes[0], x, y, lambda name: words[name], words.get("N", "N"), place="lower center")
+    return style.finish(axes[0], x, y, lambda name: words[name], words.get("N", "N"), place="lower center")
 
 
-def _parabola(found: Rates, setting: str, number: int) -> pd.DataFrame:
+def _parabola(result: Rates, setting: str, number: int) -> pd.DataFrame:
     """Trace the parabola of one cell along a setting, the others at their best for it."""
-    i, cell, surface = found.settings.index(setting), int(found.tuned[number]), found.surface
-    row = found.table.iloc[cell]
+    i, cell, surface = result.settings.index(setting), int(result.tuned[number]), result.surface
+    row = result.table.iloc[cell]
     grid = np.linspace(np.log(row[f"{setting}_lowest"]), np.log(row[f"{setting}_highest"]), NUM_GRID)
     hessian = surface.curvatures(surface.scale[[number]])[0]
-    own = 1 / np.linalg.inv(hessian)[i, i]  # curvature with the others at their best
-    log_loss = surface.lowest[number] + own * (grid - surface.optima[number, i]) ** 2 / 2
+    curvature = 1 / np.linalg.inv(hessian)[i, i]  # curvature with the others at their best
+    log_loss = surface.lowest[number] + curvature * (grid - surface.optima[number, i]) ** 2 / 2
     return pd.DataFrame({setting: np.exp(grid), "y": np.exp(log_loss), "N": row["N"], "cell": cell})
 
 
-def _draw_law(found: Rates, setting: str, optima: pd.DataFrame, ax: Axes, words: Mapping[str, str]) -> None:
+def _draw_law(result: Rates, setting: str, optima: pd.DataFrame, ax: Axes, words: Mapping[str, str]) -> None:
     """Draw the optima with their intervals, and the law, against D for each size, or against N."""
-    law = found.laws[setting]
+    law = result.laws[setting]
     x = "D" if "D" in law.params or "b" in law.params else "N"
     other = "N" if x == "D" and "a" in law.params else None
-    labels, values = parts.series_of(optima, other)
+    labels, values = style.series_of(optima, other)
     lines = pd.concat(
         curve_of(law, x, optima[labels == name], **({other: value} if other else {})).assign(series=name)
         for name, value in values.items()
     )
-    parts.draw(ax, lines.astype({"series": labels.dtype}), (x, *CURVE))
+    style.draw(ax, lines.astype({"series": labels.dtype}), (x, *CURVE))
     columns = (x, *(f"{setting}_{end}" for end in ("best", "lo", "hi")))
-    parts.draw_points(ax, optima.assign(series=labels), columns)
-    parts.log_axis(ax, "x", optima[x], "images_seen" if x == "D" else "params_total", lambda _: words.get(x, x))
+    style.draw_points(ax, optima.assign(series=labels), columns)
+    style.log_axis(ax, "x", optima[x], "images_seen" if x == "D" else "params_total", lambda _: words.get(x, x))
     ends = optima[[f"{setting}_lo", f"{setting}_hi"]]
-    parts.log_axis(ax, "y", ends, setting, lambda _: f"best {words[setting]}")
+    style.log_axis(ax, "y", ends, setting, lambda _: f"best {words[setting]}")

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import markupsafe
 import pandas as pd
 import yaml
 
+from aimscale.analysis.display import human
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.summary import findings, verdict
-from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.table.read import read_file
 from aimscale.analysis.table.schema import described
-from aimscale.analysis.words import human
+from aimscale.analysis.table.select import probe_frame
 
 CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_text("utf-8"))
 """The context that Croissant 1.0 prescribes."""
 TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
 """Kinds of numpy's types -> types of Croissant; all else is text."""
+_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""Ids that name a folder of a published one, and nothing outside of it."""
 ENCODINGS = {".csv": "text/csv", ".parquet": "application/x-parquet"}
 """Suffix of a table -> its media type."""
 
@@ -40,7 +47,7 @@ def croissant(folder: Path, about: About) -> dict[str, Any]:
         }
         for path in tables
     ]
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
@@ -51,10 +58,10 @@ def croissant(folder: Path, about: About) -> dict[str, Any]:
         "recordSet": [_records(path) for path in tables],
     }
     if about.url:
-        found["url"] = about.url
+        description["url"] = about.url
     if about.authors:
-        found["creator"] = [{"@type": "sc:Organization", "name": name} for name in about.authors]
-    return found
+        description["creator"] = [{"@type": "sc:Organization", "name": name} for name in about.authors]
+    return description
 
 
 def sha256(path: Path) -> str:
@@ -65,8 +72,7 @@ def sha256(path: Path) -> str:
 
 def _records(path: Path) -> dict[str, Any]:
     """Describe the columns of a table, but for those of lists, such as `probes`, which Croissant 1.0 cannot name."""
-    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, low_memory=False)
-    frame, fields = frame.dropna(axis="columns", how="all"), []
+    frame, fields = read_file(path).dropna(axis="columns", how="all"), []
     for name, values in frame.items():
         if values.map(pd.api.types.is_list_like).any():
             continue
@@ -106,14 +112,14 @@ def folder_card(study: Study, tables: Sequence[str], folder: Path, about: About)
     head = {
         "license": about.licence.lower(),
         "pretty_name": about.title,
-        "tags": ["scaling-laws", "autoregressive-image-models", "aimscale"],
+        "tags": ["scaling-laws", *["autoregressive-image-models"] * study.is_ours, "aimscale"],
         "configs": [
             {"config_name": Path(each).stem, "data_files": each, **({} if i else {"default": True})}
             for i, each in enumerate(tables)
         ],
     }
     return _template("folder.md").render(
-        head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
+        head=markupsafe.Markup(yaml.safe_dump(head, sort_keys=False, allow_unicode=True)),
         about=about,
         study=study,
         findings=findings(study),
@@ -129,7 +135,16 @@ def _template(name: str) -> jinja2.Template:
     loader = jinja2.PackageLoader("aimscale.analysis.publication")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["human"] = human
+    environment.finalize = _one_line
     return environment.get_template(name)
+
+
+def _one_line(value: Any) -> Any:
+    """Write a text of a table as one line of Markdown, without HTML, links and cells of its own."""
+    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
+        return value
+    text = html.escape(" ".join(value.split()), quote=False)
+    return text.replace("|", r"\|").replace("](", r"]\(")
 
 
 def energy(frame: pd.DataFrame, about: About) -> list[str]:
@@ -150,11 +165,13 @@ def model_cards(frame: pd.DataFrame, about: About) -> dict[str, str]:
     """Write a card per run that has rows: what it is, what it saw, what was measured at each budget."""
     if "run_id" not in frame:
         return {}
-    template, cards, probes = _template("model.md"), dict[str, str](), probe_frame(frame)
+    template, cards, probes = _template("model.md"), dict[str, str](), probe_frame(frame).frame
     probes = probes.assign(probe=probes["task"].astype(str) + " " + probes["kind"].astype(str))
     for run_id, rows in frame.dropna(subset=["run_id"]).groupby("run_id", sort=False):
-        own = probes[probes["run_id"] == run_id]
-        wide = own.pivot_table(index="images_seen", columns="probe", values="top1", sort=False)
+        if not _RUN_ID.fullmatch(str(run_id)):
+            raise AnalysisError(f"run_id {str(run_id)!r:.80} is no name of a folder; use letters, digits, . _ and -")
+        of_run = probes[probes["run_id"] == run_id]
+        wide = of_run.pivot_table(index="images_seen", columns="probe", values="top1", sort=False)
         measured = rows.sort_values("images_seen")[["images_seen", "val_loss"]].join(wide, on="images_seen")
         cards[str(run_id)] = template.render(
             licence=about.licence,

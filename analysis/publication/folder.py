@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import math
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
+import matplotlib as mpl
+import matplotlib.ft2font
 import yaml
 
-from aimscale.analysis.display import Result, plain_types
+from aimscale.analysis.display import Result, in_command, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.forecast import REGISTER
 from aimscale.analysis.plots.style import save
 from aimscale.analysis.publication.card import About, croissant, folder_card, model_cards, sha256
-from aimscale.analysis.published.comparison import BASELINES_FILE
-from aimscale.analysis.report.page import write_page
+from aimscale.analysis.published import BASELINES_FILE
+from aimscale.analysis.report.page import timestamp, write_page
 from aimscale.analysis.report.study import Study, read_study
 from aimscale.analysis.report.summary import findings
+from aimscale.analysis.table.read import run_logs
 
-TOLERANCE = 1e-3
-"""Relative difference up to which two numbers are the same: what three printed digits show. Between processors and
-releases of scipy, optimisers stop within some 1e-6 of each other."""
 NOT_PRINTED = ("forecaster",)
 """Results of a study that the page does not show by themselves."""
-NOTHING = "nothing"
-"""Printed for a place that one side lacks."""
 NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
 BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
 """Files beside a table that its page reads."""
-VERSION = 1
+VERSION = 2
 """Rises when `numbers.json` changes its form."""
+PACKAGES = ("aimscale", "numpy", "scipy", "pandas", "seaborn", "matplotlib", "pillow", "jinja2", "pyyaml")
+"""Packages whose versions words and pictures depend on."""
 
 
 class Source(NamedTuple):
@@ -53,73 +52,42 @@ class Source(NamedTuple):
         return read_study([folder / each for each in self.tables], self.columns or None, self.where)
 
 
+class Made(NamedTuple):
+    """When and by what a folder was made."""
+
+    at: str
+    versions: dict[str, str]
+    """Package -> version, and those of Python, of zlib and of the library that draws letters."""
+
+    @classmethod
+    def now(cls) -> Made:
+        """Tell the present time and versions."""
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        others = {"python": platform.python_version(), "zlib": zlib.ZLIB_RUNTIME_VERSION}
+        return cls(timestamp(), versions | others | {"freetype": mpl.ft2font.__freetype_version__})
+
+
+class Record(NamedTuple):
+    """Contents of `numbers.json`: everything that the folder is made from but its tables, and the numbers."""
+
+    version: int
+    source: Source
+    about: About
+    made: Made
+    numbers: dict[str, dict[str, Any]]
+    """Name of a result, then its subject -> the result in plain types."""
+
+
 def page_numbers(study: Study) -> dict[str, Any]:
     """Give every result of the page in plain types by name and subject; `missing` says why there is none."""
     return {
         name: {
-            subject: {"missing": str(found)} if isinstance(found, AnalysisError) else plain_types(found)
-            for subject, found in by_subject.items()
+            subject: {"missing": str(result)} if isinstance(result, AnalysisError) else plain_types(result)
+            for subject, result in by_subject.items()
         }
         for name, by_subject in study.results.items()
         if name not in NOT_PRINTED
     }
-
-
-def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk plain types: each number or word with its place, such as `law.params.alpha`, but no sentence: these are
-    made of the numbers, in the words of a release."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _leaves(each, f"{place}.{key}" if place and key else f"{place}{key}")
-    elif isinstance(value, list):
-        for i, each in enumerate(value):
-            yield from _leaves(each, f"{place}[{i}]")
-    elif not isinstance(value, str) or " " not in value:
-        yield place, value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification(Result):
-    """Comparison of a published folder with what its table gives here."""
-
-    folder: str
-    num_numbers: int
-    """Number of numbers and words that were compared."""
-    num_files: int
-    """Number of files whose checksums were compared."""
-    damaged: tuple[str, ...]
-    """Files that are missing, or that are not those whose checksums were published."""
-    differences: tuple[tuple[str, str, str], ...]
-    """Place, published and recomputed of what differs."""
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether nothing differs."""
-        return not self.damaged and not self.differences
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """Places that differ, with both values."""
-        return pd.DataFrame(self.differences, columns=["place", "published", "recomputed"])
-
-    def facts(self) -> list[tuple[str, str]]:
-        """List files and numbers compared."""
-        files = f"{self.num_files} with the published checksums" if not self.damaged else ", ".join(self.damaged)
-        equal = self.num_numbers - len(self.differences)
-        numbers = f"{equal} of {self.num_numbers} recomputed within {100 * TOLERANCE:g} %"
-        return [("files differ" if self.damaged else "files", files), ("numbers", numbers)]
-
-
-def compare_numbers(published: Any, recomputed: Any) -> tuple[int, tuple[tuple[str, str, str], ...]]:
-    """Count the leaves of both and list those that differ as place, published, recomputed."""
-    before, after = dict(_leaves(published)), dict(_leaves(json.loads(json.dumps(recomputed))))
-    places, found = list(dict.fromkeys([*before, *after])), []
-    for place in places:
-        old, new = before.get(place, NOTHING), after.get(place, NOTHING)
-        are_numbers = {type(old), type(new)} <= {int, float}
-        if not (math.isclose(old, new, rel_tol=TOLERANCE, abs_tol=1e-12) if are_numbers else old == new):
-            found.append((place, str(old), str(new)))
-    return len(places), tuple(found)
 
 
 def publish(
@@ -152,8 +120,7 @@ def publish(
             folder = Path(aside) / out.name
             folder.mkdir()
             names = _copy_tables(tables, folder)
-            source = Source(names, dict(columns or {}), tuple(where))
-            _write_results(source, folder, about, add)
+            write_results(Source(names, dict(columns or {}), tuple(where)), folder, about, Made.now(), add)
             _write_checksums(folder)
             os.replace(folder, out)
     except OSError as error:
@@ -164,7 +131,11 @@ def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
     """Copy the tables and what the page reads beside them; return the tables' names in the folder."""
     names, copied = [], dict[str, Path]()
     (folder / "data").mkdir()
-    for path in (each / "results.parquet" if each.is_dir() else each for each in tables):
+    for path in (table if (table := each / "results.parquet").is_file() else each for each in tables):
+        if path.is_dir():  # runs of TensorBoard, MLflow or Lightning
+            names.append(f"data/{path.name}.csv")
+            run_logs(path).to_csv(folder / names[-1], index=False)
+            continue
         if not path.is_file():
             raise AnalysisError(f"{path} does not exist; publish a sweep, or tables that are files.")
         if path.name in copied:
@@ -177,27 +148,28 @@ def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _write_results(source: Source, folder: Path, about: About, add: Callable[[Path], None]) -> None:
-    """Write page, figures, numbers, LaTeX tables, cards, citation and the description for machines."""
+@in_command()  # whoever publishes or verifies: sentences name options, and are compared
+def write_results(source: Source, folder: Path, about: About, made: Made, add: Callable[[Path], None]) -> None:
+    """Write all that follows from the tables: page, figures, numbers, LaTeX, cards, citation, machines' description."""
     study = source.study(folder)
-    write_page(study, folder, folder / "figures", kinds=("pdf",))
+    write_page(study, folder, folder / "figures", kinds=("pdf",), made_at=made.at)
     for finding in findings(study):
         save(finding.figure, folder / "figures" / finding.key, kinds=("png",))
-    record = {"version": VERSION, "source": source._asdict(), "numbers": page_numbers(study)}
+    parts = {"source": source._asdict(), "about": about._asdict(), "made": made._asdict()}
+    record = {"version": VERSION, **parts, "numbers": page_numbers(study)}
     texts = {NUMBERS: json.dumps(record, allow_nan=False), "CITATION.cff": _citation(about)}
-    found = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
-    for name, subject, each in found:
+    results = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
+    for name, subject, each in results:
         if isinstance(each, Result) and len(each.table):
             title = "".join(c if c.isalnum() else "-" for c in f"{name} {subject}".strip())
             texts[f"tables/{title}.tex"] = each.to_latex()
     for run_id, card in model_cards(study.frame, about).items():
         texts[f"models/{run_id}/README.md"] = card
+    texts["croissant.json"] = json.dumps(croissant(folder, about), ensure_ascii=False)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     add(folder)
-    described = croissant(folder, about)
-    (folder / "croissant.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(folder_card(study, source.tables, folder, about), encoding="utf-8")
 
 
@@ -219,27 +191,3 @@ def _write_checksums(folder: Path) -> None:
     files = sorted(each for each in folder.rglob("*") if each.is_file())
     lines = [f"{sha256(each)}  {each.relative_to(folder)}\n" for each in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def verify(folder: Path) -> Verification:
-    """Compare files with their checksums, and recompute every published number from the tables.
-
-    Raises:
-        AnalysisError: it is no published folder, its numbers are of a newer version, or its tables cannot be read.
-    """
-    try:
-        sums = dict(line.split("  ", 1)[::-1] for line in (folder / CHECKSUMS).read_text("utf-8").splitlines())
-        record = json.loads((folder / NUMBERS).read_text("utf-8"))
-        version, numbers = record["version"], record["numbers"]
-        source = Source(**{name: given for name, given in record["source"].items() if given or name in Source._fields})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AnalysisError(
-            f"{folder} is not a folder that `aimscale publish` wrote, or not all of one ({error}); fetch it again."
-        ) from error
-    if version > VERSION:
-        raise AnalysisError(f"{folder / NUMBERS} is of version {version}, newer than this aimscale; update aimscale.")
-    damaged = [name for name, digest in sums.items() if not (path := folder / name).is_file() or sha256(path) != digest]
-    num, differences = compare_numbers(numbers, page_numbers(source.study(folder)))
-    return Verification(
-        folder=str(folder), num_numbers=num, num_files=len(sums), damaged=tuple(damaged), differences=differences
-    )

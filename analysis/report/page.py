@@ -16,12 +16,14 @@ import jinja2
 import markupsafe
 import matplotlib as mpl
 
-from aimscale.analysis.errors import AnalysisError, option
+from aimscale.analysis.display import option
+from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.plots.style import KINDS, save
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import sections
 from aimscale.analysis.report.study import Study, read_study
 from aimscale.analysis.report.summary import findings, verdict
+from aimscale.analysis.table.read import files_of
 from aimscale.analysis.table.schema import written_aside
 
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
@@ -33,6 +35,7 @@ def write_report(
     *,
     columns: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
+    groups: Mapping[str, str | float] | None = None,
     figures: str | Path | None = None,
 ) -> Path:
     """Analyse tables and write the page.
@@ -43,6 +46,7 @@ def write_report(
         out: the page; None writes `report.html` beside the first table.
         columns: our name -> the file's, for foreign tables.
         where: conditions that rows must meet, see `table.select.select`.
+        groups: what rows of one size or budget agree in, see `read_tables`.
         figures: folder for the page's figures as SVG, PDF and PNG of a paper's width.
 
     Returns:
@@ -56,13 +60,18 @@ def write_report(
     """
     given = [Path(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     paths = [path / "results.parquet" if (path / "results.parquet").is_file() else path for path in given]
-    return write_page(read_study(paths, columns, where), out, figures)
+    return write_page(read_study(paths, columns, where, groups), out, figures)
 
 
 def write_page(
-    study: Study, out: str | Path | None = None, figures: str | Path | None = None, kinds: Sequence[str] = KINDS
+    study: Study,
+    out: str | Path | None = None,
+    figures: str | Path | None = None,
+    kinds: Sequence[str] = KINDS,
+    made_at: str | None = None,
 ) -> Path:
-    """Write the page of a study, as `write_report` does; `out` may be a folder, `kinds` are those of its figures.
+    """Write the page of a study, as `write_report` does; `out` may be a folder, `kinds` are those of its figures, and
+    `made_at` is the date on it, by default now.
 
     Raises:
         AnalysisError: the page cannot be written, or a `collect.json` beside its tables is damaged.
@@ -70,18 +79,18 @@ def write_page(
     folders = [path if path.is_dir() else path.parent for path in study.paths]
     with mpl.rc_context():
         mpl.rcdefaults()  # pages look alike, whatever their caller has set
-        found, laid_out = findings(study), sections(study)
+        leading, laid_out = findings(study), sections(study)
         sweeps = map(str, study.frame["sweep"].dropna().unique()) if "sweep" in study.frame else ()
         page = _template().render(
             title=", ".join(sweeps) or study.paths[0].stem,
             description=_description(folders),
-            made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            findings=found,
+            made_at=made_at or timestamp(),
+            findings=leading,
             verdict=verdict(study),
             missing=study.missing,
             sections=laid_out,
         )
-        for drawn in (*found, *(part for each in laid_out for part in each.parts["PageFigure"])) if figures else ():
+        for drawn in (*leading, *(part for each in laid_out for part in each.parts["PageFigure"])) if figures else ():
             save(drawn.figure, Path(figures or "") / drawn.key, kinds)
     path = Path(out or folders[0])
     path = path / "report.html" if path.is_dir() else path
@@ -93,9 +102,14 @@ def write_page(
     return path
 
 
+def timestamp() -> str:
+    """Write the present time as a page does."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def _description(folders: Sequence[Path]) -> str:
     """Join what `collect.json` beside every table says of its sweep."""
-    files = [file for folder in folders if (file := folder / "collect.json").is_file()]
+    files = [file for folder in folders for file in files_of(folder, "collect.json")]
     try:
         return "; ".join(filter(None, (json.loads(file.read_text()).get("description") for file in files)))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -127,8 +141,8 @@ def maths(value: str) -> markupsafe.Markup:
 def _raised(text: str) -> str:
     """Raise exponents: x^-a, x^(1/f), and x^-exp(b y^c), whose own exponents are raised once more."""
 
-    def power(found: re.Match[str]) -> str:
-        bare = found[1][1:-1] if found[1].startswith("(") else found[1]
+    def power(match: re.Match[str]) -> str:
+        bare = match[1][1:-1] if match[1].startswith("(") else match[1]
         return f"<sup>{_raised(bare).replace('-', '−')}</sup>"
 
     return re.sub(r"\^(-?exp\([^()]*\)|\([^()]*\)|-?[\w.]*\w)", power, text)

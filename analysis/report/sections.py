@@ -7,22 +7,21 @@ import importlib.metadata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from aimscale import analysis
+from aimscale.analysis.display import accuracy_of, by_chance, capital, flag_words, human, told_apart
 from aimscale.analysis.forecasts.forecast import REGISTER, score_words, scores
-from aimscale.analysis.published.comparison import ADAPTED
-from aimscale.analysis.report.blocks import Block, PageFigure, html_id, result_block
+from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
+from aimscale.analysis.plots.scaling import plot_points
+from aimscale.analysis.published import ADAPTED
+from aimscale.analysis.report.blocks import Block, PageFigure, feature_words, html_id, levels, result_block
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
-from aimscale.analysis.report.summary import feature_words, levels
-from aimscale.analysis.table.design import DESIGN, design_columns, told_apart
-from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import loss_unit, read_curves
-from aimscale.analysis.table.schema import COLUMNS, MFU, described
-from aimscale.analysis.words import accuracy_of, capital, flag_words, human
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.read import files_of
+from aimscale.analysis.table.schema import COLUMNS, DESIGN, MFU, described
+from aimscale.analysis.table.select import read_curves
 
 SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")
 COUNTED = ("num_skipped_steps", "num_bad_samples", "num_loss_spikes")
@@ -62,11 +61,11 @@ def what_was_run(study: Study) -> Iterator[str]:
     if _known(frame, "images_seen"):
         parts.append(_counted(frame, "images_seen", "data budget", "images_seen", f"{study.samples} seen"))
     one = "The table holds" if len(study.paths) == 1 else f"The {len(study.paths)} tables hold"
-    losses = f"{len(usable_rows(frame).rows)} of the rows have a validation loss."
+    losses = f"{len(usable_rows(study.runs).rows)} of the rows have a validation loss."
     yield " ".join([f"{one} {', '.join(parts)};", losses, *_cost(frame)])
-    if study.usable.empty:
+    if not len(study.usable):
         return
-    main = usable_rows(study.main).rows
+    main = usable_rows(study.main).rows.frame
     best = main.iloc[int(main["val_loss"].argmin())]
     error = f" ± {1.96 * best['val_loss_se']:.4f}" if _known(main, "val_loss_se") and best["val_loss_se"] > 0 else ""
     place = f" by {best['size']}" if _known(main, "size") else ""
@@ -138,10 +137,10 @@ def sections(study: Study) -> list[Section]:
 
 def _runs(study: Study) -> Iterator[Part]:
     yield from what_was_run(study)
-    frame, unit = study.frame, loss_unit(study.usable)
+    frame, unit = study.frame, study.usable.loss_unit
     names = ["size", "params_total", "images_seen", "unique_images", "flops_train", "val_loss", "val_loss_se"]
-    names += ["train_loss", "status", "seed", *(name for name in design_columns(frame) if name in DESIGN)]
-    names += ["images_per_s", *MFU, "device_hours", "run_id"]
+    names += ["train_loss", "status", "seed", *(name for name in study.runs.design_columns() if name in DESIGN)]
+    names += [*["images_per_s"] * study.is_ours, *MFU, "device_hours", "run_id"]
     note = f"One row per run and data budget. D counts {study.samples}."
     note += f" Loss: {unit} per scored target on held-out images." if unit else ""
     yield Block("results", "Every measurement", _columns(frame, names), note=note, is_open=False)
@@ -154,7 +153,7 @@ def _columns(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def _scaling(study: Study) -> Iterator[Part]:
     """Draw the loss against D with the joint law (N is among the findings), and against C."""
-    usable, law = study.usable, study.get("law")
+    usable, law = study.usable.frame, study.get("law")
     for key, x, by, what in (
         ("N", "params_total", "images_seen", "parameters"),
         ("D", "images_seen", "params_total", f"{study.samples} seen"),
@@ -163,12 +162,12 @@ def _scaling(study: Study) -> Iterator[Part]:
         if x not in _columns(usable, [x]) or (law is not None and key == "N"):
             continue
         if law is not None and key == "D":
-            values = "; ".join(law.equation(name, name) for name in law.params if name not in law.law.derived)
+            values = "; ".join(law.equation(name, name) for name in law.params.index if name not in law.law.derived)
             caption = f"A line for each size. {law.law.formula}: {values}. Brackets and shading: 95 % intervals."
             draw = partial(law.plot, x="D")
         else:
             others = by if by in usable and usable[by].notna().all() else None
-            draw = partial(analysis.plot_points, usable, x, by=others)
+            draw = partial(plot_points, study.usable, x, by=others)
             caption = "Lines join a size's budgets." if key == "C" else "No law could be fitted; see what is missing."
         yield PageFigure(f"loss-{key}", f"Loss against {what}", caption, draw)
 
@@ -180,9 +179,9 @@ def _accuracy(study: Study) -> Iterator[Part]:
         rows = probes[(probes["kind"] == kind) & probes["top1"].notna()]
         bars = "" if rows["top1_lo95"].isna().all() else " Bars: 95 % intervals over test images."
         caption = f"One point per run and budget. Lines join points of one size, in the first panel of one D.{bars}"
-        draw = partial(analysis.plot_accuracy, rows, levels(study, kind, rows))
+        draw = partial(plot_accuracy, rows, levels(study, kind, rows.frame))
         yield PageFigure(html_id("accuracy", kind), capital(accuracy_of(kind)), caption, draw)
-    if probes.empty:
+    if not len(probes):
         return
     note = "Top-1 in per cent."
     if study.is_ours:
@@ -192,7 +191,7 @@ def _accuracy(study: Study) -> Iterator[Part]:
     blocks = probes["blocks"].map(lambda blocks: ", ".join(map(str, blocks)), na_action="ignore")
     names = ["task", "kind", "size", "params_total", "images_seen", "val_loss", "top1", "top1_lo95", "top1_hi95"]
     names += ["last_top1", "chance", "ideal", "n", "blocks", "lr"]
-    listed = probes.assign(blocks=blocks, kind=probes["kind"].replace({ADAPTED: "LoRA (not frozen)"}))
+    listed = probes.assign(blocks=blocks, kind=probes["kind"].replace({ADAPTED: "LoRA (not frozen)"})).frame
     title = "Frozen-feature accuracy" if study.is_ours else "Accuracy"
     yield Block("probes", title, _columns(listed, names), note=note, is_open=False)
 
@@ -203,77 +202,80 @@ def _loss_accuracy(study: Study) -> Iterator[Part]:
         "Brackets: 95 % intervals of the correlations, at equal compute first; over all rows both follow compute. "
         "Line and band: a sigmoid above chance with its 95 % interval."
     )
-    for kind in study.kinds if study.probes.get("val_loss", pd.Series()).notna().any() else ():
+    for kind in study.kinds if _known(study.probes.frame, "val_loss") else ():
         rows = study.probes[study.probes["kind"] == kind]
         correlations, links = (study.by_task(name, kind) for name in (CORRELATION, LINK))
-        draw = partial(analysis.plot_loss_accuracy, rows, correlations, links)
+        draw = partial(plot_loss_accuracy, rows, correlations, links)
         yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, draw)
         for task, each in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
-            title = feature_words(kind, task, next(iter(each)))
+            title = feature_words(kind, {task: next(iter(each))})
             yield result_block(html_id("correlation", f"{task}:{kind}"), title, each, is_open=False)
 
 
 def _training(study: Study) -> Iterator[Part]:
-    curves, budgets = read_curves(study.paths if "run_id" in study.main else ()), complete(study.main)
-    curves = curves[curves["run_id"].isin(budgets.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
+    curves, budgets = read_curves(study.paths if "run_id" in study.main else ()).frame, study.main.complete()
+    curves = curves[curves["run_id"].isin(budgets.frame.get("run_id", []))].dropna(subset=["params_total", "val_loss"])
     if len(curves):
         caption = "Validation loss during training, before decays. Markers: budgets."
-        draw = partial(analysis.plot_points, budgets, "images_seen", by="params_total", curves=curves)
+        draw = partial(plot_points, budgets, "images_seen", by="params_total", curves=curves)
         yield PageFigure("curves", "Training curves", caption, draw)
-    if (found := study.get("trajectory")) and not found.table["is_budget"].all():
-        measured = study.run_points[study.run_points["params_total"] == found.num_params]
-        caption = f"The largest size beside its forecast from {found.basis}; grey: these runs."
-        yield PageFigure("trajectory", "Is the largest size on track?", caption, partial(found.plot, measured=measured))
+    if (trajectory := study.get("trajectory")) and not trajectory.table["is_budget"].all():
+        measured = study.run_points[study.run_points["params_total"] == trajectory.num_params]
+        caption = f"The largest size beside its forecast from {trajectory.basis}; grey: these runs."
+        yield PageFigure(
+            "trajectory", "Is the largest size on track?", caption, partial(trajectory.plot, measured=measured)
+        )
 
 
 def _best_split(study: Study) -> Iterator[Part]:
-    if found := study.get("compute-optimal frontier"):
+    if frontiers := study.get("compute-optimal frontier"):
         caption = "Lines: N* as a power of C, dotted beyond the measured compute. Shading: 95 % intervals."
-        yield PageFigure("frontier", "Compute-optimal size", caption, found.plot)
-        yield result_block("approaches", "How the best size grows", found)
+        yield PageFigure("frontier", "Compute-optimal size", caption, frontiers.plot)
+        yield result_block("approaches", "How the best size grows", frontiers)
 
 
 def _published(study: Study) -> Iterator[Part]:
     """Put the released AIMs beside these runs, on tasks of the paper read by its protocol, and baselines on any."""
-    found = study.get("published models")
-    if found is None or (found.tasks.empty and found.baselines.empty):
+    comparison = study.get("published models")
+    if comparison is None or (comparison.tasks.empty and comparison.baselines.empty):
         return
-    if len(found.tasks):
-        if "params_total" in found.tasks:
+    if len(comparison.tasks):
+        if "params_total" in comparison.tasks:
             caption = "Attentive probe: these runs at their largest budgets, AIM on its last six blocks."
-            yield PageFigure("published-models", "Beside the published AIM models", caption, found.plot)
+            yield PageFigure("published-models", "Beside the published AIM models", caption, comparison.plot)
         note = (
             "Attentive probe on frozen features, top-1 in per cent; gaps are ours minus theirs. The last six blocks "
             "are compared with AIM-7B's last six, chosen ones with its best six."
         )
-        yield Block("compare", "The same tasks, ours and theirs", found.tasks, note=note)
-    if len(found.baselines):
+        yield Block("compare", "The same tasks, ours and theirs", comparison.tasks, note=note)
+    if len(comparison.baselines):
         note = (
             "Each run at its largest budget and every baseline, on the same images, top-1 in per cent. Gap: ours minus "
             "the baseline's, with a 95 % interval over test images, not over seeds. Detectable: the minimum detectable "
             "gap at 80 % power."
         )
-        rows = found.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
+        note += f" Of these intervals, not corrected for their number, {dict(comparison.facts())['significant']}."
+        rows = comparison.baselines.sort_values(["params_total", "task", "kind"], ascending=[False, True, True])
         yield Block("baselines", "Beside baselines on the same probes", rows, note=note)
-    if lines := flag_words(found.left_out):
+    if lines := flag_words(comparison.left_out):
         yield Block("not-compared", "Not compared, and why", lines=lines, is_open=False)
 
 
 def _laws(study: Study) -> Iterator[Part]:
     """Lay out the forecasts, the left-out scales, and the laws."""
-    if found := study.get("forecast"):
-        yield result_block("forecasts", "Forecasts", found)
-    for register in filter(Path.is_file, dict.fromkeys(path.with_name(REGISTER) for path in study.paths)):
-        found = scores(register, study.frame)
-        yield Block("registered", "Registered forecasts and their scores", found, lines=[score_words(found)])
+    if forecast := study.get("forecast"):
+        yield result_block("forecasts", "Forecasts", forecast)
+    for register in (file for each in {path.parent: None for path in study.paths} for file in files_of(each, REGISTER)):
+        scored = scores(register, study.runs)
+        yield Block("registered", "Registered forecasts and their scores", scored, lines=[score_words(scored)])
     if tests := joint.heldout if (joint := study.get("law")) else ():
         points = pd.concat([test.predictions.assign(left_out=f"largest {test.variable}") for test in tests])
         lines = [test.sentence() for test in tests]
         yield Block("heldout", "Does the law extrapolate?", points, lines=lines)
-    if found := study.get("tuning"):
+    if rates := study.get("tuning"):
         caption = "Crosses: the best rates of cells of one N and D, and their law with its 95 % interval."
-        yield PageFigure("rates", "Loss against the learning rate", caption, found.plot)
-        yield result_block("tuning", "Was each size trained at its best rate?", found, is_open=False)
+        yield PageFigure("rates", "Loss against the learning rate", caption, rates.plot)
+        yield result_block("tuning", "Was each size trained at its best rate?", rates, is_open=False)
     whose = f"Rows{study.whose}."
     for key, name, note in (
         ("ND", "law", whose if study.whose else ""),
@@ -288,14 +290,15 @@ def _laws(study: Study) -> Iterator[Part]:
 def _changes(study: Study) -> Iterator[Part]:
     """Tell single changes."""
     contrasts = study.all("contrast by")
+    every = [each.is_significant for of_column in contrasts.values() for each in of_column.contrasts if each.over]
     if contrasts:
         yield (
             "Each pair of runs agrees in size, seed, data and every other setting. Intervals are Student's: over sizes "
-            "from three on, else over the pairs of runs at these sizes. Losses are in their unit, accuracies are "
-            "fractions."
+            "from three on, else over the pairs of runs at these sizes. Losses are in their unit, accuracies in per "
+            f"cent, differences in points. Of all these intervals, not corrected for their number, {by_chance(every)}."
         )
-    for name, found in contrasts.items():
-        yield result_block(html_id("contrast", name), f"Effect of {name}", found)
+    for name, of_column in contrasts.items():
+        yield result_block(html_id("contrast", name), f"Effect of {name}", of_column)
 
 
 def _methods(study: Study) -> Iterator[Part]:

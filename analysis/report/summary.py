@@ -8,46 +8,33 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 
-from aimscale import analysis
-from aimscale.analysis.accuracy.correlation import Correlation, Correlations
+from aimscale.analysis.display import capital, human, p_value, percent, scale_words
 from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
-from aimscale.analysis.fitting.identification import num_values
-from aimscale.analysis.fitting.result import EXPONENTS, Fit, held_out_cautions
+from aimscale.analysis.fitting.diagnostics import num_values
+from aimscale.analysis.fitting.result import EXPONENTS, Fit, HeldOut
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
-from aimscale.analysis.laws.base import PLATEAU_STEPS
+from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.analysis.optimum.approaches import Approaches
-from aimscale.analysis.published.comparison import ADAPTED, PROTOCOL, TASKS, best_frozen, read_baselines, table6
-from aimscale.analysis.report.blocks import PageFigure
-from aimscale.analysis.report.study import CORRELATION, LINK, Study
-from aimscale.analysis.table.design import varies
-from aimscale.analysis.table.points import passes_flags
-from aimscale.analysis.words import PROBES, accuracy_of, human, percent, scale_words
+from aimscale.analysis.report.blocks import PageFigure, feature_finding
+from aimscale.analysis.report.study import Study
+from aimscale.analysis.table.schema import varies
+from aimscale.analysis.table.select import passes_flags
+from aimscale.analysis.tuning.result import ONE_RATE
 
+MAX_DOUBTS = 4
+"""Further cautions told in the summary; the others are flags of the fits below."""
 SCALES = {"N": "size", "D": "amount of data", "C": "compute"}
 """Variable -> its name in a sentence."""
-PIXELS = "raw-pixels"
-"""The baseline that stands in the sentence: what features are made of."""
 Colour = Literal["green", "amber", "red"]
 HEADS = {"green": "Yes", "amber": "With caution", "red": "No"}
-MAX_REASONS = 4
-"""Doubts told in the summary; the others are flags of the fits below."""
-SMALL, SIZED = 1.0, ("scatter", "pattern")
-"""Per cent below which flags of these kinds change no decision where left-out scales are predicted."""
-HARMLESS = ("outliers", "tuned", "few_groups")
-"""Kinds of flags that never do: points that the objective sets aside, a choice among rates that biases losses by part
-of their noise, groups so few that intervals hold 85 to 92 %."""
-COEFFICIENT = "factor"
-"""Kind of flag that the summary leaves to the fits below: an imprecise coefficient, for which its exponent makes up."""
-
-
-class Trust(NamedTuple):
-    """Judgement of a law."""
-
-    colour: Colour
-    reasons: list[str]
-    """Why it is that colour."""
-    doubts: list[str]
-    """Imprecise parts, the most serious first."""
+PRECISE = 4.0
+"""Ends of an exponent's interval that differ by less know it within a factor of 2 on either side."""
+ALARM = 0.05
+"""Probability of a false alarm of a fact, over all its tests."""
+TOLD_APART = ("scatter", "pattern", "factor", "few_values", "reaches_bound")
+"""Kinds of flags that the three facts tell, or that concern a coefficient, for which its exponent makes up."""
+HARMLESS = ("outliers", "tuned")
+"""Kinds of other flags that may stand beside "Yes": points that the objective sets aside, and a choice among rates."""
 
 
 class Line(NamedTuple):
@@ -61,90 +48,32 @@ class Line(NamedTuple):
 
 def findings(study: Study) -> list[PageFigure]:
     """Give the findings that the tables allow: of the law, and of loss and features."""
-    found = [_law_finding(law, study.whose)] if (law := study.get("law")) else []
-    kind = next((kind for kind in study.kinds if study.by_task(CORRELATION, kind)), None)
-    return found if kind is None else [*found, _feature_finding(study, kind)]
+    figures = [_law_finding(law, study.whose)] if (law := study.get("law")) else []
+    return figures if (features := feature_finding(study)) is None else [*figures, features]
 
 
 def _law_finding(law: Fit, whose: str) -> PageFigure:
     """Tell how the largest scales are predicted when they are left out, and how a straight line fares."""
     told = [
-        f"the largest {SCALES.get(test.variable, test.variable)} is predicted to "
-        f"{percent(test.mean_abs_relative_error)}; a straight line misses by "
+        f"Fitted without the largest {SCALES.get(test.variable, test.variable)}, the law predicts its loss with a mean "
+        f"error of {percent(test.mean_abs_relative_error)}, a straight line with "
         f"{percent(test.naive_mean_abs_relative_error)}"
         for test in law.heldout
-    ]
-    sentence = f"Left out, {told[0]}" if told else f"One law of {law.num_points} points, tested on none"
-    details = [f"Left out, {each}." for each in told[1:]]
+    ] or [f"One law of {law.num_points} points, tested on none"]
+    details = [f"{each}." for each in told[1:]]
     details += [f"The figure shows the law of all rows{whose}, {law.law.formula}, with its 95 % interval."]
-    return PageFigure("loss-N", sentence, " ".join(details), partial(law.plot, x="N"))
-
-
-def _feature_finding(study: Study, kind: str) -> PageFigure:
-    """Tell how loss and accuracy go together by task, first where lower loss is better, and where raw pixels stand."""
-    found, probes = study.by_task(CORRELATION, kind), study.probes.dropna(subset="top1")
-    rows = {task: probes[(probes["kind"] == kind) & (probes["task"] == task)] for task in found}
-    beside = {task: levels(study, kind, rows[task]) for task in found}
-    leading = {task: _leading(each) for task, each in found.items()}
-
-    def reached(task: str) -> str:
-        level = beside[task].set_index("name")["top1"]
-        pixels = f"; raw pixels give {percent(level[PIXELS])}" if PIXELS in level else ""
-        return f"{percent(rows[task]['top1'].max())} at best{pixels}"
-
-    task, *others = sorted(found, key=lambda task: not (leading[task].is_significant and leading[task].value < 0))
-    first = leading[task]
-    pearson = [c for c in found[task] if c.method == first.method]
-    details = [f"The {accuracy_of(kind)} is {reached(task)}."]
-    details += [f"Both follow compute; {_shown(c)}, {c.verdict}." for c in pearson if c.partial_on and c is not first]
-    details += [f"On {each} {_shown(leading[each])}, {reached(each)}." for each in others]
-    links = {name: each for name, each in study.by_task(LINK, kind).items() if name == task}
-    draw = partial(analysis.plot_loss_accuracy, rows[task], {task: pearson}, links, beside[task])
-    return PageFigure("finding-accuracy", feature_words(kind, task, first), " ".join(details), draw)
-
-
-def feature_words(kind: str, task: str, found: Correlation) -> str:
-    """Say whether lower loss goes with higher accuracy of a kind on a task."""
-    better = "better features" if kind in PROBES and kind != ADAPTED else "higher accuracy"
-    told = f"Lower loss, {better if found.value < 0 else 'LOWER accuracy'}"
-    is_known = found.is_significant and found.chance is None  # nothing is above guessing otherwise
-    told = told if is_known else f"Not known whether lower loss means {better}"
-    return f"{told}: {_shown(found)} on {task}"
-
-
-def _leading(found: Correlations) -> Correlation:
-    """Choose the coefficient to tell: Pearson's at equal compute where that is significant, else over all rows."""
-    pearson = [c for c in found if c.method == "pearson"]
-    return next((c for c in pearson if c.is_significant), pearson[-1])
-
-
-def _shown(c: Correlation) -> str:
-    return f"{'at equal compute ' * bool(c.partial_on)}r = {c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
-
-
-def levels(study: Study, kind: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """List what accuracies of a kind may be compared with: the table's own baselines, and on its tasks the paper."""
-    same, theirs = rows[["task", "n"]].drop_duplicates(), read_baselines(study.frame)
-    theirs = theirs[theirs["kind"].eq(kind) & (kind != ADAPTED)].rename(columns={"size": "name"})
-    own = theirs.merge(same, on=["task", "n"]).reindex(columns=["task", "name", "top1"])
-    own = own.drop_duplicates(["task", "name"]).sort_values("top1")
-    paper = [
-        {"task": task, "name": f"{key}, published", "top1": table6().loc[key, task]}
-        for task in (same["task"].unique() if kind == PROTOCOL and study.is_ours else ())
-        if task in TASKS
-        for key in dict.fromkeys(("aim-7B", best_frozen(task)))
-    ]
-    return pd.concat([own, pd.DataFrame(paper, columns=own.columns)], ignore_index=True)
+    return PageFigure("loss-N", told[0], " ".join(details), partial(law.plot, x="N"))
 
 
 def verdict(study: Study) -> list[Line]:
     """Write the summary, whatever the table allows; each line says so where it has no answer."""
     joint, frontier = study.get("law"), study.get("compute-optimal frontier")
-    colour, reasons, doubts = trust(joint, frontier)
-    if (num := len(doubts) - MAX_REASONS) > 0:
-        doubts[MAX_REASONS:] = [f"{num} more stand{'s' * (num == 1)} below, with the law."]
-    lines = [Line("Can it be trusted?", f"{HEADS[colour]}. {' '.join(reasons)}", colour)]
-    lines += [Line("What is imprecise", " ".join(doubts))] if doubts else []
+    judged = trust(joint, frontier)
+    lines = [Line("Can it be trusted?", f"{HEADS[judged.colour]}: {judged.answer}", judged.colour)]
+    lines += [Line(fact.question, fact.answer) for fact in judged.facts]
+    doubts, num = judged.doubts[:MAX_DOUBTS], len(judged.doubts) - MAX_DOUBTS
+    doubts += [f"{num} more stand{'s' * (num == 1)} below, with the law."] * (num > 0)
+    lines += [Line("Further cautions", " ".join(doubts))] * bool(doubts)
     return [
         *lines,
         Line("The law", " ".join(_law(study, joint)) if joint else "None."),
@@ -154,66 +83,42 @@ def verdict(study: Study) -> list[Line]:
     ]
 
 
-def trust(joint: Fit | None, frontier: Approaches | None) -> Trust:
-    """Judge the joint law.
-
-    Red: the law must not be used. Amber: something may change a decision. Green: the law is identified and predicts
-    what was left out; what else is known of it is small, and said as what it is.
-    """
-    if joint is None:
-        return Trust("red", ["No joint law of parameters and data could be fitted."], [])
-    exponents = [name for name in EXPONENTS if name in joint.params]
-    unknown = [p for p in exponents if p in joint.not_identified]
-    fatal = [f"{p} is not identified." for p in unknown]
-    if joint.heldout and not any(test.is_better for test in joint.heldout):
-        fatal.append("A straight line in log-log predicts the left-out scales as well.")
-    tests, blind = ([test for test in joint.heldout if test.is_test is sound] for sound in (True, False))
-    failures = held_out_cautions(tests or blind) if joint.heldout else ["No scale could be left out to test it."]
-    flags = [f for f in joint.flags if f.kind != COEFFICIENT]
-    flags = [f for f in flags if not unknown or (f.subject not in unknown and f.kind != "few_values")]
-    tiny = [f for f in flags if f.kind in HARMLESS or (f.kind in SIZED and abs(f.number) < SMALL)]
-    small = [] if failures else tiny
-    cautions = [*failures, *map(str, frontier.flags if frontier else ()), *(str(f) for f in flags if f not in small)]
-    doubts = [*cautions, *held_out_cautions(blind if tests else ()), *map(str, small)]
-    if fatal:
-        return Trust("red", fatal, doubts)
-    named = f"{' and '.join(exponents)} {'is' if len(exponents) == 1 else 'are'} identified."
-    return Trust("amber" if cautions else "green", [named], doubts)
-
-
 def _law(study: Study, joint: Fit) -> Iterator[str]:
     values = ", ".join(joint.equation(name, name) for name in (*EXPONENTS, "E") if name in joint.params)
     yield f"{joint.law.formula}, fitted to {joint.num_points} of {joint.num_rows} rows{study.whose}: {values}."
     if laws := study.get("forecaster"):
         yield from beside_others(laws)
-    yield f"Learning rates: {study.tuning}."
+    yield f"{capital(study.tuning)}." if study.tuning == ONE_RATE else f"Learning rates: {study.tuning}."
 
 
 def beside_others(laws: Forecaster) -> Iterator[str]:
     """Say why this law is the page's: it predicted better in every backtest, or nothing tells the laws apart."""
-    name, first = laws.law.name, next(iter(laws.curves))
+    name, first = laws.law.name, next(iter(laws.fits))
     if name != first:
         num = len(laws.backtests)
         tests = f"each of its {num} backtests" if num > 1 else "its one backtest"
         yield f"In {tests} it predicted the table's larger runs better than the {first} law."
-    if alike := [law for law in laws.curves if law != name and not laws.is_better(name, law)]:
-        how = "Backtests" if laws.is_tested else "A table too small for backtests"
-        yield f"{how} cannot tell it apart from {', '.join(alike)}."
+    if alike := [law for law in laws.fits if law != name and not laws.is_better(name, law)]:
+        how = "In backtests" if laws.is_tested else "Untested, as the table is too small for backtests,"
+        yield f"{how} it fits no better than {', '.join(alike)}."
 
 
-def _split(study: Study, found: Approaches | None) -> str:
-    if found is None:
-        why = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
-        return f"Not known: {why}."
-    d = found.frontiers[-1].at(found.largest_budget)["D"].iloc[0]
-    return " ".join([found.headline(), *map(str, passes_flags(study.usable, "This D", {"D": d}))])
+def _split(study: Study, approaches: Approaches | None) -> str:
+    if approaches is None:
+        reason = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
+        return f"Not known: {reason}."
+    d = approaches.leading.at(approaches.largest_budget)["D"].iloc[0]
+    return " ".join([approaches.headline(), *map(str, passes_flags(study.usable, "This D", {"D": d}))])
 
 
 def _forecast(study: Study) -> str:
-    if (found := study.get("forecast")) is None:
+    if (forecast := study.get("forecast")) is None:
         return "None without a law."
-    passes = [flag for at in found.scales for flag in passes_flags(study.usable, f"D = {human(at['D'])}", at)]
-    return " ".join([found.headline(), f"Intervals are {percent(CONFIDENCE)}, for one new run.", *map(str, passes)])
+    passes = [flag for at in forecast.scales for flag in passes_flags(study.usable, f"D = {human(at['D'])}", at)]
+    by = f"By {dict(forecast.loss.facts())['laws']}, weighted by backtests."
+    return " ".join(
+        [forecast.headline(), by, f"Intervals are {percent(CONFIDENCE)}, for one new run.", *map(str, passes)]
+    )
 
 
 def _next(study: Study, joint: Fit | None) -> str:
@@ -222,7 +127,7 @@ def _next(study: Study, joint: Fit | None) -> str:
         return "A grid of at least three sizes by three budgets, each with a validation loss."
     for v, other, names, noun in (("N", "D", ("alpha", "aN"), "sizes"), ("D", "N", ("beta", "aD"), "budgets")):
         for name in joint.not_identified.intersection(names):
-            if larger := _past_plateau(study.usable):
+            if larger := _past_plateau(study.usable.frame):
                 return f"Larger data, from {human(larger)} images on: before, losses are on the first plateau."
             (low, high), num = joint.ranges[v], num_values(joint.data[v].to_numpy())
             return (
@@ -236,8 +141,8 @@ def _next(study: Study, joint: Fit | None) -> str:
         before, after = (float(half_width(sd, DOF)) for sd in (proposal.sd_before, proposal.sd_after))
         words = (
             f"{'; '.join(runs[:4])}{more}. For {50 * proposal.price / proposal.budget:.0f} % of the cost of a run at "
-            f"{scale_words(proposal.target, 3)}, they narrow its forecast from ±{percent(before)} to "
-            f"±{percent(after)} (95 %)."
+            f"{scale_words(proposal.target, 3)}, the expected half-width of its forecast "
+            f"is {percent(after)}, now {percent(before)} (95 %)."
         )
     if "seed" in study.usable and not varies(study.usable["seed"]):
         smallest = human(joint.ranges["N"][0])
@@ -251,3 +156,107 @@ def _past_plateau(rows: pd.DataFrame) -> float:
         return 0.0
     needed = PLATEAU_STEPS * rows["batch_size"].astype(float)
     return float(needed.where(rows["images_seen"] < needed, 0.0).max())
+
+
+class Fact(NamedTuple):
+    """One of the three facts: what it says, and what of it speaks against the law."""
+
+    question: str
+    answer: str
+    against: list[str]
+
+
+class Trust(NamedTuple):
+    """Judgement of a law."""
+
+    colour: Colour
+    answer: str
+    facts: list[Fact]
+    doubts: list[str]
+    """Further cautions."""
+
+
+def trust(joint: Fit | None, frontier: Approaches | None) -> Trust:
+    """Judge the joint law by three facts, each with its number.
+
+    Green: its exponents are precise, it predicts the largest size and the largest amount of data within their noise,
+    no misfit is seen beyond noise, and no other flag such as two experiments in one table, or too few budgets to tell
+    what their points share, speaks against it. Amber: one of these fails or was not tested. Red: an exponent is not
+    identified, or a straight line predicts whatever was left out as well.
+    """
+    if joint is None:
+        return Trust("red", "no joint law of parameters and data could be fitted.", [], [])
+    facts = [precision(joint), prediction(joint), misfit(joint)]
+    fatal = [f"{name} is not identified" for name in _exponents(joint) if name in joint.not_identified]
+    if joint.heldout and not any(test.is_better for test in joint.heldout):
+        fatal.append("a straight line in log-log predicts the left-out scales as well")
+    flags = [f for f in joint.flags if f.kind not in TOLD_APART]
+    cautions, harmless = ([str(f) for f in flags if (f.kind in HARMLESS) is kind] for kind in (False, True))
+    doubts = [*map(str, frontier.flags if frontier else ()), *harmless]
+    if fatal:
+        return Trust("red", f"{'; '.join(fatal)}.", facts, [*cautions, *doubts])
+    against = [each for fact in facts for each in fact.against]
+    if against or cautions:
+        return Trust("amber", " ".join([f"{'; '.join(against)}."] * bool(against) + cautions), facts, doubts)
+    passed = "the exponents are precise, what was left out is predicted within its noise, and no misfit is seen."
+    return Trust("green", passed, facts, doubts)
+
+
+def _exponents(joint: Fit) -> list[str]:
+    return [name for name in EXPONENTS if name in joint.params]
+
+
+def precision(joint: Fit) -> Fact:
+    """Say within which factor each exponent is known."""
+    told, against = list[str](), list[str]()
+    for name in _exponents(joint):
+        ends = joint.intervals.get(name)
+        if name in joint.not_identified:
+            told.append(f"{name} is not identified")
+        elif ends is not None and ends.is_known:
+            factor = ends.high / ends.low if ends.low > 0 else float("inf")
+            verb = "of" if told and "factor" in told[-1] else "is known within a factor of"
+            told.append(f"{name} {verb} {human(factor, 2)}")
+            against += [f"{name} is imprecise"] * (not factor <= PRECISE)
+    return Fact("How precise", f"{', '.join(told)}.", against)
+
+
+def prediction(joint: Fit) -> Fact:
+    """Say how what was left out was predicted, against its noise and against a straight line."""
+    tests = {test.variable: test for test in joint.heldout}
+    told, against = [_predicted(test) for test in joint.heldout], list[str]()
+    for v in [] if "C" in tests else sorted({"N", "D"}.intersection(joint.law.variables).difference(tests)):
+        told.append(f"No {SCALES[v]} could be left out.")
+        against.append(f"{SCALES[v]} was not tested")
+    for v, test in tests.items():
+        name = f"the largest {SCALES.get(v, v)}"
+        if not test.is_test:
+            against.append(f"{name} was not tested")
+        elif not test.is_better:
+            against.append(f"a straight line predicts {name} as well")
+        elif test.p < ALARM / len(tests):
+            against.append(f"{name} was missed by more than its noise")
+    return Fact("How it predicts", " ".join(told), against)
+
+
+def _predicted(test: HeldOut) -> str:
+    v, law, line = test.variable, *map(percent, (test.mean_abs_relative_error, test.naive_mean_abs_relative_error))
+    sds = abs(test.mean_error) / max(test.mean_error_sd, 1e-300)
+    start = f"Fitted without the largest {SCALES.get(v, v)}, the law predicts its loss with a mean error of {law}"
+    start += f" (a straight line: {line})"
+    if not test.is_test:
+        return f"{start}, but {' and '.join(sorted(test.not_identified))} are not identified then: no test."
+    return f"{start}; on average {human(sds, 2)} standard deviations of noise off ({p_value(test.p)})."
+
+
+def misfit(joint: Fit) -> Fact:
+    """Say how far the law is off beyond noise: in its form, and for each size and each amount of data."""
+    if not joint.misfits:
+        return Fact("How far off", "Lack of fit was not tested.", ["lack of fit was not tested"])
+    told, against = list[str](), list[str]()
+    for test in joint.misfits:
+        name = {"form": "points" if not test.follows else test.follows, "N": "sizes", "D": "budgets"}.get(test.subject)
+        told.append(f"{name or test.subject} {test.words()}")
+        if test.p < ALARM / len(joint.misfits):
+            against.append(f"{name or test.subject} lie {test.off:.2g} % off the law")
+    return Fact("How far off", f"Lack of fit beyond noise: {'; '.join(told)}.", against)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.names import no_column, our_name, remember
-from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.read import probe_frame
+from aimscale.analysis.display import MAX_NAMED, accuracy_of, did_you_mean, measured_by, option
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.columns import named_like_accuracy
+from aimscale.analysis.table.runs import Runs
 from aimscale.analysis.table.schema import MFU
-from aimscale.analysis.words import MAX_NAMED, accuracy_of, did_you_mean, measured_by
+from aimscale.analysis.table.select import by_probe
 
 ACCURACIES = ("top1", "last_top1")
 
@@ -65,7 +64,7 @@ class Measure:
         return f"{100 * value:.2f} points" if self.is_accuracy else f"{value:.4f}"
 
 
-def wanted_measures(rows: pd.DataFrame, names: Sequence[str]) -> list[Measure]:
+def wanted_measures(rows: Runs, names: Sequence[str]) -> list[Measure]:
     """Find measures by name: a column, or `top1`, `top1:TASK` or `top1:TASK:KIND` with or without `top1:`.
 
     None named: the validation loss and every probe's accuracy.
@@ -74,19 +73,19 @@ def wanted_measures(rows: pd.DataFrame, names: Sequence[str]) -> list[Measure]:
     pairs = dict.fromkeys((str(e["task"]), str(e["kind"])) for e in entries)
     of_probes = [Measure(column="top1", task=task, kind=kind) for task, kind in pairs]
     if names:
-        return [*dict.fromkeys(m for name in names for m in _named(rows, our_name(rows, name), of_probes))]
+        return [*dict.fromkeys(m for name in names for m in _named(rows, rows.column(name), of_probes))]
     has_loss = "val_loss" in rows and rows["val_loss"].notna().any()
     if not (has_loss or of_probes):
         raise AnalysisError(f"The table has neither val_loss nor probes; name a column with {option('measure')}.")
     return [Measure(column="val_loss")] * bool(has_loss) + of_probes
 
 
-def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure]) -> list[Measure]:
+def _named(rows: Runs, name: str, of_probes: Sequence[Measure]) -> list[Measure]:
     column, task, kind = [*name.split(":"), "", ""][:3]
     if name not in rows and column in {m.task for m in of_probes}:
         column, task, kind = "top1", column, task
     is_accuracy = column in ACCURACIES and column not in rows
-    numeric = [] if is_accuracy else [str(each) for each in rows.select_dtypes("number").columns]
+    numeric = [] if is_accuracy else [str(each) for each in rows.frame.select_dtypes("number").columns]
     if name in numeric:
         return [Measure(column=name)]
     fitting = [m for m in of_probes if is_accuracy and task in ("", m.task) and kind in ("", m.kind)]
@@ -99,37 +98,36 @@ def _named(rows: pd.DataFrame, name: str, of_probes: Sequence[Measure]) -> list[
     return [replace(m, column=column) for m in fitting]
 
 
-def to_minimise(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
-    """Add the column that a name means, to be fitted as a loss is; return the frame and the column's name in it.
+def to_minimise(runs: Runs, name: str) -> tuple[Runs, str]:
+    """Add the column that a name means, to be fitted as a loss is; return the runs and the column's name in them.
 
     A probe (`TASK:KIND`) stands for its error rate, 1 - top1: a law's E is then the error's floor, and 1 - chance is
-    its ceiling, which no law knows. The frame remembers what the new column is called in words.
+    its ceiling, which no law knows. The runs remember what the new column is called in words.
     """
-    ours = our_name(frame, name)
-    if ours in frame or "probes" not in frame or not any(map(len, complete(frame)["probes"])):
-        return frame, ours
-    probe, *others = found = wanted_measures(complete(frame), [name])
+    ours, complete = runs.column(name), runs.complete()
+    if ours in runs or "probes" not in runs or not any(map(len, complete["probes"])):
+        return runs, ours
+    probe, *others = measures = wanted_measures(complete, [name])
     if others:
-        named = ", ".join(m.name for m in found[:MAX_NAMED])
-        raise AnalysisError(f"{name!r} is {len(found)} accuracies ({named}); name one of them.")
-    known = [{(p["task"], p["kind"]): p.get(probe.column) for p in reversed(row)} for row in frame["probes"]]
-    accuracy = pd.Series([row.get((probe.task, probe.kind)) for row in known], frame.index, dtype=float)
+        names = ", ".join(m.name for m in measures[:MAX_NAMED])
+        raise AnalysisError(f"{name!r} is {len(measures)} accuracies ({names}); name one of them.")
+    by_probe = [{(p["task"], p["kind"]): p.get(probe.column) for p in reversed(row)} for row in runs["probes"]]
+    accuracy = pd.Series([row.get((probe.task, probe.kind)) for row in by_probe], runs.index, dtype=float)
     if not accuracy.dropna().between(0, 1).all():
         raise AnalysisError(f"{probe.name} goes from {accuracy.min():g} to {accuracy.max():g}; give fractions, 0 to 1.")
     last = " of the last blocks" if probe.column == "last_top1" else ""
     column, words = f"1 - {probe.name}", f"{accuracy_of(probe.kind, 'error')}{last} on {probe.task}"
-    return remember(frame.assign(**{column: 1 - accuracy}), names={column: words}), column
+    return runs.assign(**{column: 1 - accuracy}).described({column: words}), column
 
 
-def long_format(rows: pd.DataFrame, measures: Sequence[Measure], by: str) -> pd.DataFrame:
+def long_format(rows: Runs, measures: Sequence[Measure], by: str) -> pd.DataFrame:
     """Give one row per run, budget and measure: the table's columns, `measure`, `value`, and `by` if it is one."""
-    probes, parts = probe_frame(rows), list[pd.DataFrame]()
+    probes, parts = by_probe(rows), list[pd.DataFrame]()
     for m in measures:
-        mine = rows.drop(columns="probes", errors="ignore")
-        if m.is_accuracy and m.column not in rows:
-            mine = probes[(probes["task"] == m.task) & (probes["kind"] == m.kind)]
+        of_probe = m.is_accuracy and m.column not in rows
+        mine = probes[f"{m.task}:{m.kind}"].frame if of_probe else rows.frame.drop(columns="probes", errors="ignore")
         parts.append(mine.assign(measure=m.name, value=mine[m.column]))
     long = pd.concat(parts, ignore_index=True)
     if by not in long:
-        raise no_column(rows, by, " to compare by")
+        raise rows.no_column(by, " to compare by")
     return long[long["value"].notna()]

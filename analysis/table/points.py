@@ -1,117 +1,194 @@
-"""From a table to the points of a fit: THE filter of rows, with a reason for every row left out."""
+"""From a table to the points of a fit: THE filter of rows, with a reason for every row left out, and the one data set
+of fits, forecasts, frontiers and rates."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
+from aimscale.analysis.display import Flag
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.table.accuracies import named_like_accuracy
-from aimscale.analysis.table.design import FOLLOWS, follows_scale, foreign_settings, held_equal, tuned_columns, varies
-from aimscale.analysis.table.names import Exclusion, left_out_of, no_column, our_name, their_name
-from aimscale.analysis.words import Flag, human
+from aimscale.analysis.laws import CHINCHILLA, Array, Law
+from aimscale.analysis.table.columns import named_like_accuracy
+from aimscale.analysis.table.groups import Cost, Groups, cost_of
+from aimscale.analysis.table.runs import Runs
+from aimscale.analysis.table.schema import FOLLOWS, Exclusion, varies
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observations:
-    """Rows of a table that can be used, and the points that they are."""
+class KnownErrors:
+    """Errors by independent causes that were found before a fit and that its residuals need not show, as tuning's."""
 
-    rows: pd.DataFrame
+    loadings: Array
+    """Errors (n, m) of ln y of every measurement, or (k, m) of every parameter, by causes of one standard deviation."""
+    degrees: float
+    """Degrees of freedom of their variances."""
+
+    def of_contrasts(self, contrasts: Array) -> tuple[Array, Array]:
+        """Return standard errors and degrees of freedom (m,) of contrasts (m, n)."""
+        errors = np.linalg.norm(contrasts @ self.loadings, axis=1)
+        return errors, np.full(len(errors), self.degrees)
+
+
+def with_known_errors(runs: Runs, y: str, errors: KnownErrors) -> Runs:
+    """Write known errors of y beside the rows (n,), in a column of lists that goes where the rows go."""
+    cells = np.column_stack([np.full(len(runs), errors.degrees), errors.loadings]).tolist()
+    return runs.assign(**{error_column(y): pd.Series(cells, runs.index, dtype=object)})
+
+
+def error_column(y: str) -> str:
+    """Name the column that known errors of a column stand in."""
+    return f"{y}_known_errors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Rows of a table that can be used, as numbers."""
+
+    rows: Runs
     numbers: pd.DataFrame
-    """The columns that were asked for, as numbers, under the names that were asked; `y` of a fit is what is fitted."""
+    """The columns that were asked for, as numbers, under the names that were asked; `y` is what is fitted."""
     columns: dict[str, str]
     """Name that was asked -> column of the table."""
     exclusions: tuple[Exclusion, ...]
     """Rows left out, here and when the table was read."""
-    flags: tuple[Flag, ...]
+    flags: tuple[Flag, ...] = ()
     """Cautions about the best of tuned columns, where one was chosen."""
     num_rows: int
     """Rows of the table as it was given: what was chosen from it (--where) is no part of it any more."""
+    variables: tuple[str, ...] = ()
+    """Names of the numbers that laws are fitted in; none: all but y."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     @property
     def index(self) -> pd.Index:
         """Labels of the table's rows (n,)."""
-        return self.rows.index
+        return self.numbers.index
 
-    @property
+    @cached_property
     def x(self) -> dict[str, Array]:
         """Variable -> values (n,)."""
-        return {str(name): values.to_numpy() for name, values in self.numbers.items() if name != "y"}
+        names = self.variables or [str(name) for name in self.numbers if name != "y"]
+        return {name: self.numbers[name].to_numpy() for name in names}
 
     @property
     def y(self) -> Array:
         """Measurements (n,)."""
         return self.numbers["y"].to_numpy()
 
+    @cached_property
+    def groups(self) -> Groups:
+        """Sizes, budgets and runs that points share."""
+        return self.rows.shared_groups(self.x)
 
-def complete(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep the rows whose `status` is complete or `during` training, or that do not say (a foreign table)."""
-    return frame[frame["status"].isna() | frame["status"].isin(("complete", "during"))] if "status" in frame else frame
+    @cached_property
+    def known(self) -> KnownErrors | None:
+        """Errors of y that were found before; None where there are none."""
+        y = self.columns["y"]
+        if (name := error_column(y)) not in self.rows or not len(self):
+            return None
+        cells = [each if isinstance(each, list) else [] for each in self.rows[name]]
+        if len({*map(len, cells)}) > 1 or not cells[0]:
+            parts = f"The {y} of these rows was corrected in parts"
+            raise AnalysisError(f"{parts}; join the tables first, then correct them.")
+        numbers = np.array(cells, float)
+        return KnownErrors(loadings=numbers[:, 1:], degrees=float(numbers[:, 0].min()))
+
+    @cached_property
+    def compute(self) -> Array:
+        """Training FLOPs (n,), or the product of the variables where the table has none."""
+        return self.numbers["C"].to_numpy() if "C" in self.numbers else np.prod([*self.x.values()], axis=0)
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        """Compute as a function of N and D; None where the table lacks one of them."""
+        return cost_of(self.numbers) if {"N", "D", "C"} <= {*self.numbers} else None
+
+    def span(self, name: str) -> tuple[float, float]:
+        """Return the smallest and the largest of some numbers."""
+        return float(self.numbers[name].min()), float(self.numbers[name].max())
+
+    def take(self, keep: Array) -> Points:
+        """Select some of the points (mask); they stay in the groups that all points show."""
+        rows = self.rows.with_rows(self.rows.frame[keep])
+        part = replace(self, rows=rows, numbers=self.numbers[keep])
+        vars(part)["groups"] = self.groups.rows(keep)
+        return part
+
+    def of(self, variables: Sequence[str], y: str = "y") -> Points:
+        """Return the same points, in the same groups, for a law of some of the variables, and of another column's y."""
+        values = self.numbers["y"] if y == "y" else pd.to_numeric(self.rows[y], errors="coerce")
+        columns = {**self.columns, **({} if y == "y" else {"y": y})}
+        part = replace(self, numbers=self.numbers.assign(y=values), columns=columns, variables=tuple(variables))
+        vars(part)["groups"] = self.groups
+        return part
 
 
 def usable_rows(
-    frame: pd.DataFrame,
+    runs: Runs,
     columns: Mapping[str, str] | str = "val_loss",
     *,
     signed: Collection[str] = (),
     may_be_zero: Collection[str] = (),
     best_by: str = "",
-) -> Observations:
+) -> Points:
     """Find the complete rows with finite, positive numbers in some columns (name -> column, or one column), each once.
 
     Args:
         signed: names of those whose numbers may be negative.
         may_be_zero: names of those whose numbers may be zero.
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
-            learning rate (`tuned_columns`), the best are kept. Empty for all rows, as contrasts need them.
+            learning rate (`Runs.tuned_columns`), the best are kept. Empty for all rows, as contrasts need them.
     """
-    if not frame.index.is_unique:
+    if not runs.index.is_unique:
         raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
     columns = {columns: columns} if isinstance(columns, str) else dict(columns)
-    if absent := [name for name in columns.values() if name not in frame.columns]:
-        raise no_column(frame, absent[0])
-    values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").astype(float)
-    values = values.set_axis(list(columns), axis=1)
-    keep, exclusions, flags = pd.Series(True, frame.index), list(left_out_of(frame)), tuple[Flag, ...]()
+    if absent := [name for name in columns.values() if name not in runs]:
+        raise runs.no_column(absent[0])
+    values, keep = runs.numbers(columns), pd.Series(True, runs.index)
+    exclusions, flags = list(runs.exclusions), tuple[Flag, ...]()
 
     def leave_out(kind: str, subject: str, text: str, out: Array | pd.Series) -> None:
         if number := int((keep & out).sum()):
             exclusions.append(Exclusion(kind=kind, subject=subject, number=number, text=text))
         keep[out] = False
 
-    leave_out("status", "", "not complete (status)", ~frame.index.isin(complete(frame).index))
+    leave_out("status", "", "not complete (status)", ~runs.index.isin(runs.complete().index))
     for name, column in columns.items():
-        called, number = their_name(frame, column), values[name]
+        called, number = runs.called(column), values[name]
         kind, what = ("not finite", "infinite") if name in signed else ("not positive", "non-positive")
         good = (number > 0) | (name in signed) | (number == 0) & (name in may_be_zero)
         leave_out(kind, called, f"with a missing or {what} {called}", ~(good & np.isfinite(number)))
-    alike = frame[values.duplicated(keep=False) & values.notna().all(axis=1)]
-    repeats = alike.astype(str).duplicated().reindex(frame.index, fill_value=False)  # as text: cells may be lists
+    alike = runs.frame[values.duplicated(keep=False) & values.notna().all(axis=1)]
+    repeats = alike.astype(str).duplicated().reindex(runs.index, fill_value=False)  # as text: cells may be lists
     leave_out("repeat", "", "that repeat another row exactly", repeats)
-    if best_by and (tuned := tuned_columns(frame[keep], used=columns.values())):
-        y, rows = columns[best_by], frame[keep]
-        best, flags = _best_settings(rows.assign(**{y: values[best_by]}), y, tuned, columns.values())
+    if best_by and (tuned := runs[keep].tuned_columns(used=columns.values())):
+        y = columns[best_by]
+        best, flags = _best_settings(runs[keep].assign(**{y: values[best_by]}), y, tuned, columns.values())
         subject = flags[0].subject if flags else ""
-        others = (~best).reindex(frame.index, fill_value=False)
+        others = (~best).reindex(runs.index, fill_value=False)
         leave_out("best of", subject, f"not the best {subject} of their cell", others)
-    found = {"rows": frame[keep], "numbers": values[keep], "columns": columns, "num_rows": len(frame), "flags": flags}
-    return Observations(**found, exclusions=tuple(exclusions))
+    left_out = tuple(exclusions)
+    return Points(
+        rows=runs[keep], numbers=values[keep], columns=columns, exclusions=left_out, flags=flags, num_rows=len(runs)
+    )
 
 
-def _best_settings(
-    rows: pd.DataFrame, y: str, tuned: Sequence[str], used: Iterable[str]
-) -> tuple[pd.Series, tuple[Flag, ...]]:
+def _best_settings(runs: Runs, y: str, tuned: Sequence[str], used: Iterable[str]) -> tuple[pd.Series, tuple[Flag, ...]]:
     """Find the rows at the setting of the best mean `y` in every cell; flags tell where that is a choice.
 
     Rows of a cell are held equal, but for seeds, names of runs, and what follows from the tuned columns.
     """
+    rows = runs.frame
     free = {"seed", "L", "val_loss", y, *tuned, *(other for name in tuned for other in FOLLOWS.get(name, ()))}
-    runs = [name for name in foreign_settings(rows, free) if follows_scale(rows, name)]
-    cell = sorted({*held_equal(rows, {*free, *runs}), *used} - {y})
+    run_names = [name for name in runs.settings(free) if runs.follows_scale(name)]
+    cell = sorted({*runs.held_equal({*free, *run_names}), *used} - {y})
     cells = rows.groupby(cell, dropna=False).ngroup() if cell else pd.Series(0, rows.index)
     settings = rows.groupby([cells, *(rows[name] for name in tuned)], dropna=False).ngroup()
     losses = (-rows[y] if named_like_accuracy(y) else rows[y]).groupby(settings).mean()
@@ -121,92 +198,66 @@ def _best_settings(
     names = [name for i, name in enumerate(names) if not any(name in FOLLOWS.get(each, ()) for each in names[:i])]
     if not names:
         return keep, ()
-    num, what = int(several.any(axis=1).sum()), ", ".join(their_name(rows, name) for name in names)
+    num, what = int(several.any(axis=1).sum()), ", ".join(map(runs.called, names))
     text = f"Of several {what} the best of each of {num} cells is kept; the lowest of noisy losses is too low by part "
     flags = [Flag(kind="tuned", subject=what, number=num, text=f"{text}of their noise.")]
     for name in names:
         tried = pd.to_numeric(rows[name], errors="coerce").groupby(cells)
-        best, what = tried.obj[keep].groupby(cells).first(), their_name(rows, name)
+        best, what = tried.obj[keep].groupby(cells).first(), runs.called(name)
         for end, extreme in (("smallest", tried.min()), ("largest", tried.max())):
             if num := int((several[name] & (best == extreme)).sum()):
-                where = f"{num} of {several[name].sum()} cells"
-                text = f"The best {what} is the {end} that was tried in {where}, so a better one may lie beyond."
+                cases = f"{num} of {several[name].sum()} cells"
+                text = f"The best {what} is the {end} that was tried in {cases}, so a better one may lie beyond."
                 flags.append(Flag(kind="tuned_edge", subject=what, number=num, text=text))
     return keep, tuple(flags)
 
 
-def resolve_columns(law: Law, df: pd.DataFrame, columns: Mapping[str, str] | None = None) -> dict[str, str]:
+def resolve_columns(law: Law, runs: Runs, columns: Mapping[str, str] | None = None) -> dict[str, str]:
     """Find the column of each variable: named by the caller, of the variable's own name, or the results table's."""
-    found = {v: (columns or {}).get(v) or our_name(df, v) for v in law.variables}
-    for variable, name in found.items():
-        if name not in df.columns:
+    names = {v: (columns or {}).get(v) or runs.column(v) for v in law.variables}
+    for variable, name in names.items():
+        if name not in runs:
             of_one = f" (say of what the law is: {law.name}:N)" if variable == "x" else ""
-            raise no_column(df, name, f" for {variable} of {law.formula}{of_one}")
-    return found
+            raise runs.no_column(name, f" for {variable} of {law.formula}{of_one}")
+    return names
 
 
-def observe(
+def law_points(
     law: Law,
-    df: pd.DataFrame,
+    runs: Runs,
     *,
     y: str,
     columns: Mapping[str, str] | None = None,
     positive_y: bool = True,
     num_free: int | None = None,
     zero_allowed: bool = False,
-) -> Observations:
+) -> Points:
     """Collect the points of a fit: the usable rows, more than parameters, of several values of every variable."""
-    names = resolve_columns(law, df, columns)
-    if y not in df.columns:
-        raise no_column(df, y, " to fit")
+    names = resolve_columns(law, runs, columns)
+    if y not in runs:
+        raise runs.no_column(y, " to fit")
     signed, may_be_zero = () if positive_y else ("y",), names if zero_allowed else ()
-    found = usable_rows(df, {**names, "y": y}, signed=signed, may_be_zero=may_be_zero, best_by="y")
-    free, num_points = len(law.parameters) if num_free is None else num_free, len(found.rows)
+    points = usable_rows(runs, {**names, "y": y}, signed=signed, may_be_zero=may_be_zero, best_by="y")
+    free, num_points = len(law.parameters) if num_free is None else num_free, len(points)
     if num_points <= free:
-        why = f" (left out: {'; '.join(map(str, found.exclusions))})" if found.exclusions else ""
+        left_out = f" (left out: {'; '.join(map(str, points.exclusions))})" if points.exclusions else ""
         raise AnalysisError(
-            f"{law.formula} has {free} free parameters but the table has {num_points} usable of {len(df)} points"
-            f"{why}; give at least {free + 1} or fix a parameter."
+            f"{law.formula} has {free} free parameters but the table has {num_points} usable of {len(runs)} points"
+            f"{left_out}; give at least {free + 1} or fix a parameter."
         )
-    for v, name in found.columns.items():
-        if not varies(found.numbers[v]):
+    for v, name in points.columns.items():
+        if not varies(points.numbers[v]):
             raise AnalysisError(
-                f"{their_name(df, name)} takes the single value {found.numbers[v].iloc[0]:g} in all {num_points} "
+                f"{runs.called(name)} takes the single value {points.numbers[v].iloc[0]:g} in all {num_points} "
                 f"points, so {law.formula} cannot be fitted; vary it or choose another law."
             )
-    return found
+    return points
 
 
-def with_compute(df: pd.DataFrame) -> pd.DataFrame:
-    """Add a column C = 6 N D to a table that counts no FLOPs of its own."""
-    c, n, d = (our_name(df, v) for v in "CND")
-    if c in df or not {n, d} <= {*df}:
-        return df
-    numbers = df[[n, d]].apply(pd.to_numeric, errors="coerce").astype(float)  # products of integers overflow
-    return df.assign(C=6 * numbers[n] * numbers[d])
-
-
-REPEATS_FROM = 1.01
-"""Passes over a pool above which images repeat; up to there a pool is seen once, but for the last batch."""
-
-
-def most_passes(rows: pd.DataFrame) -> float:
-    """Count the most passes over its pool that a row made, D / U; NaN where no row tells."""
-    known = {"images_seen", "unique_images"} <= {*rows}
-    return float((rows["images_seen"] / rows["unique_images"]).max()) if known else np.nan
-
-
-def passes_flags(rows: pd.DataFrame, what: str, at: Mapping[str, float]) -> tuple[Flag, ...]:
-    """Flag a scale, called `what`, that sees its pool (without a U the largest that rows of several D share) more often
-    than any of the rows that a law was fitted to."""
-    most = most_passes(rows)
-    if np.isnan(most) or "D" not in at:
-        return ()
-    budgets = rows.groupby("unique_images")["images_seen"].nunique()
-    pool = at.get("U", budgets.index[budgets > 1].max())
-    passes = at["D"] / pool
-    if not passes > max(most, REPEATS_FROM):
-        return ()
-    times, seen = human(passes), human(most)
-    text = f"{what} means {times} passes over the pool of {human(pool)}, beyond the {seen} that were seen."
-    return (Flag(kind="passes", subject=what, number=passes, text=text),)
+def compute_points(runs: Runs, y: str, columns: Mapping[str, str] | None = None) -> Points:
+    """Collect the usable rows with N, D, C and y, which compute-optimal sizes follow from."""
+    compute = (columns or {}).get("C", runs.column("C"))
+    points = usable_rows(runs, {**resolve_columns(CHINCHILLA, runs, columns), "C": compute, "y": y}, best_by="y")
+    if not len(points):
+        raise AnalysisError("No row of the table has positive N, D, C and loss, so there is no frontier to draw.")
+    return points

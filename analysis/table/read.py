@@ -1,140 +1,106 @@
-"""Reading of results tables, ours or foreign ones, as one data frame with our names."""
+"""A results table, ours or a foreign one, from a file, or from a folder of other people's runs: Weights & Biases and
+marin's JSON lines, TensorBoard's event files, MLflow's and Lightning's folders.
+
+A file may be a stranger's: plain ones are read, inside of their folder, of a limited size.
+"""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
 import itertools
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
-from aimscale.analysis.errors import AnalysisError, option
-from aimscale.analysis.table.accuracies import is_accuracy, to_numbers, typed, with_accuracies
-from aimscale.analysis.table.design import DEFAULT, DESIGN, SECTIONS, varies
-from aimscale.analysis.table.logs import from_wandb, run_logs
-from aimscale.analysis.table.names import CANONICAL, FOLDER, Exclusion, column_words, joined, remember, their_name
-from aimscale.analysis.table.points import complete
-from aimscale.analysis.table.schema import KNOWN, PROBE_FIELDS, SCHEMA_VERSION
-from aimscale.analysis.table.select import select
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.runs import Runs
+from aimscale.analysis.table.schema import KNOWN, SCHEMA_VERSION
 
-_NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their own
-_NUMBER = re.compile(r"`[^`]*`|\w*[^\W\d]\w*|(?<![\w.])(\d+)(?![\w.])")
-"""Whole numbers of a formula (the group), and the names that hold digits: powers of integers have no end."""
-MAX_BYTES = 10**9  # a table is held in memory, and several times over
+MAX_BYTES = 10**9
+"""Limit on the bytes of a file that is read, and on those that its values take in memory."""
+MAX_VALUES = 10**8
+"""Limit on the values of a Parquet file, whose pages may hold one value many times in few bytes."""
+_RUN_NAMES = ("Name", "name", "run_path")
+"""Columns that name a run of W&B, in its export, in the table that its guide makes with its API, and in marin's."""
 
-
-def read_tables(
-    paths: str | Path | Sequence[str | Path], columns: Mapping[str, str] | None = None, *, where: Sequence[str] = ()
-) -> pd.DataFrame:
-    """Read tables into one frame, with a column for every field of the set-up that varies over them.
-
-    Args:
-        columns: our name -> the name in the files; see `read_table`.
-        where: conditions that rows must meet, such as `prefix=paired` or `images_seen>=8000`; see `select`.
-
-    Returns:
-        A row per run and budget. One that two tables hold counts once, the first time it stands complete.
-
-    Example:
-        >>> read_tables(["results.parquet", "more.parquet"], where=["D>=100000"])
-    """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not given:
-        raise AnalysisError("name at least one table")
-    folders = [path if path.is_dir() else path.parent for path in map(Path, given)]
-    frames = [read_table(path, columns).assign(**{FOLDER: str(f)}) for path, f in zip(given, folders, strict=True)]
-    return select(with_setup(_each_run_once(frames)), where)
+MAX_YAML_BYTES, MAX_YAML_VALUES = 10**7, 10**5
 
 
-def read_curves(paths: Sequence[str | Path]) -> pd.DataFrame:
-    """Read the points during training of sweeps: `curves.parquet` of the folders that these tables are, or lie in."""
-    folders = dict.fromkeys(path if path.is_dir() else path.parent for path in map(Path, paths))
-    frames = [read_table(file) for folder in folders if (file := folder / "curves.parquet").is_file()]
-    return _each_run_once(frames) if frames else pd.DataFrame(columns=[*KNOWN, "lr"])
-
-
-def _each_run_once(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Join tables, each run and budget once: the first time that it stands complete."""
-    if len(frames) == 1:
-        return frames[0]
-    frame, keys = joined(frames), ["run_id", "images_seen"]
-    if "probes" in frame:  # some of the tables may have none
-        frame["probes"] = frame["probes"].map(lambda entries: entries if isinstance(entries, list) else [])
-    if not {*keys} <= {*frame}:
-        return frame
-    ordered = frame.loc[complete(frame).index.append(frame.index).unique()]
-    repeats = ordered.duplicated(keys) & ordered[keys].notna().all(axis=1)
-    rows = ordered[~repeats].sort_index(ignore_index=True)
-    if "val_loss" not in frame:
-        return rows
-    losses = ordered["val_loss"]
-    others = repeats & losses.notna() & (losses != ordered.groupby(keys)["val_loss"].transform("first"))
-    text = "with a run_id and D of an earlier table, and another loss: give each table's runs ids of their own"
-    return remember(rows, left_out=[Exclusion(kind="repeat", number=int(others.sum()), text=text)])
-
-
-def parse_columns(pairs: Iterable[str]) -> dict[str, str]:
-    """Turn `ours=theirs` options (several may share one string, separated by commas) into a mapping."""
-    mapping: dict[str, str] = {}
-    for pair in (part.strip(" ,") for text in pairs for part in _NEXT_PAIR.split(text) if part.strip(" ,")):
-        ours, equals, theirs = (part.strip() for part in pair.partition("="))
-        if not (ours and equals and theirs):
-            raise AnalysisError(f"--columns needs 'ours=theirs', such as N=num_params, not '{pair}'")
-        mapping[CANONICAL.get(ours, ours)] = theirs
-    return mapping
-
-
-def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Read a results table, or anybody's table of results, as a data frame with our names.
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Runs:
+    """Read a results table, or anybody's table of results, under our names.
 
     Args:
         path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them; a
             sweep's folder that holds `results.parquet`; or a folder of other people's runs (`run_logs`).
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
-            `1 - accuracy` (a name with other characters in backticks); a file's own N, D, U, C and L are taken for the
-            laws' letters, other columns that are not named keep their names. TASK:KIND -> an accuracy from 0 to 1,
-            TASK:chance and TASK:ideal -> its chance level and the loss at which it is 1: entries of `probes`.
+            `1 - accuracy` (a name with other characters in backticks; see `analysis.formulas`); a file's own N, D, U, C
+            and L are taken for the laws' letters, other columns that are not named keep their names. TASK:KIND -> an
+            accuracy from 0 to 1, TASK:chance and TASK:ideal -> its chance level and the loss at which it is 1: entries
+            of `probes`.
 
     Returns:
         Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
-        dictionaries per row); other columns as they are. The frame remembers their names of renamed columns.
+        dictionaries per row); other columns as they are. They remember the names of renamed columns.
 
     Example:
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
     path = Path(path)
-    frame = _read_file(path / "results.parquet" if (path / "results.parquet").is_file() else path)
+    frame = read_file(next(files_of(path, "results.parquet"), path))
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
-    frame, known = from_wandb(frame, path)
-    columns = known | {CANONICAL.get(ours, ours): theirs for ours, theirs in (columns or {}).items()}
-    frame = _without_words(_rename(frame, columns, path))
-    for name in [name for name in frame.columns if name in KNOWN]:
-        frame[name] = typed(frame[name], KNOWN[name], path, their_name(frame, name))
-    accuracies = {ours: theirs for ours, theirs in columns.items() if is_accuracy(ours)}
-    return with_accuracies(frame, accuracies, path) if accuracies else frame
+    frame, of_wandb = from_wandb(frame, path)
+    return Runs(frame, of_wandb | dict(columns or {}), source=path)
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    if path.exists() and not (path.is_file() or path.is_dir()):  # it would be waited for, or read without end
+def files_of(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield the files of a folder that a pattern or a name finds, sorted; folders are passed over.
+
+    Raises:
+        AnalysisError: one is a pipe or a device, is too large, or lies elsewhere, behind a link.
+    """
+    for path in sorted(folder.glob(pattern)):
+        if not path.is_dir():
+            check_file(path)
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise AnalysisError(f"{path} links to a file outside of {folder}; put a copy of that file in its place")
+            yield path
+
+
+def check_file(path: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Raise AnalysisError for what would be waited for, or read without end."""
+    if not path.is_file():
         raise AnalysisError(f"{path} is a pipe or a device; save what it gives to a file first")
+    if path.stat().st_size > max_bytes:
+        raise AnalysisError(f"{path} has more than {max_bytes:.0e} bytes; give a smaller one")
+
+
+def read_file(path: Path) -> pd.DataFrame:
+    """Read a table as it stands."""
+    if path.exists() and not path.is_dir():
+        check_file(path)
     if not path.exists():
-        there = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
-        near = difflib.get_close_matches(path.name, there, n=1)
+        tables = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
+        near = difflib.get_close_matches(path.name, tables, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
         raise AnalysisError(f"there is no table {path}; {hint}")
     if path.is_file() and path.suffix not in _READERS:
         raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    if path.stat().st_size > MAX_BYTES:
-        raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
     try:
-        return run_logs(path) if path.is_dir() else _READERS[path.suffix](path)
+        frame = run_logs(path) if path.is_dir() else _READERS[path.suffix](path)
+        if not frame.columns.is_unique:
+            name = frame.columns[frame.columns.duplicated()][0]
+            raise AnalysisError(f"{path} has two columns named '{name}'; rename one of them")
+        return frame
     except AnalysisError:
         raise
     except Exception as error:  # whatever damaged bytes make a parser raise
@@ -145,7 +111,17 @@ def _read_file(path: Path) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    table = pq.read_table(path)
+    with pq.ParquetFile(path) as file:
+        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+        num_values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+        if max(num_values, file.metadata.num_rows) > MAX_VALUES:
+            raise AnalysisError(f"{path} has more than {MAX_VALUES:.0e} values; give a row per run and budget")
+        batches, num_bytes = list[pa.RecordBatch](), 0
+        for batch in file.iter_batches(1024):
+            batches.append(batch)
+            if (num_bytes := num_bytes + batch.nbytes) > MAX_BYTES:
+                raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
+        table = pa.Table.from_batches(batches, file.schema_arrow)
     table.validate(full=True)  # else bytes that are no text fail where they are first used
     version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
     if version > SCHEMA_VERSION:
@@ -181,97 +157,133 @@ SUFFIXES = tuple(_READERS)
 """Endings of files that are tables."""
 
 
-def _rename(frame: pd.DataFrame, columns: Mapping[str, str], path: Path) -> pd.DataFrame:
-    """Put our names for theirs; the frame remembers theirs, formulas included.
+def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Give nested cells columns such as `config.model.width`, and map names of W&B's as `read_table`'s `columns` do."""
+    if is_api := {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES):
+        try:  # a CSV has dictionaries as text
+            told = frame[["config", "summary"]].map(lambda c: ast.literal_eval(c) if isinstance(c, str) else c)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:  # the last two: of thousands of signs
+            raise AnalysisError(
+                f"{path}: 'config' or 'summary' is no dictionary ({error}); write the runs to a .jsonl or .parquet file"
+            ) from error
+        frame = frame.assign(**told)
+    for name in frame.columns[frame.dtypes.map(str) == "object"]:
+        cells = [cell if isinstance(cell, dict) else {} for cell in frame[name]]
+        if any(cells):
+            inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
+            frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
+    if not (is_api or "_step" in frame or {*frame} >= {"Name", "State"}):
+        return frame, {}
+    called = [name for name in _RUN_NAMES if name in frame and "run_id" not in frame]
+    if "State" in frame:
+        frame = frame.assign(status=frame["State"].where(frame["State"] != "finished", "complete"))
+    return frame, {"run_id": called[0]} if called else {}
 
-    A letter of the file that holds numbers is a law's, unless another column was named so, beside which it keeps its
-    values under another name (L for layers beside a loss of another name).
+
+def run_logs(folder: Path) -> pd.DataFrame:
+    """Read a folder of runs as points: a row per run and step, with its settings.
+
+    The last row of a run has the last value of every metric and the status `complete`, those before it `during`.
     """
-    for letter, ours in CANONICAL.items():
-        is_free = letter in frame and letter not in columns.values() and (ours in columns or ours not in frame)
-        if is_free and to_numbers(frame[letter]).notna().any():
-            columns = {f"their {letter}" if ours in columns else ours: letter, **columns}
-    named = {ours: theirs for ours, theirs in columns.items() if theirs in frame.columns}
-    renamed = frame.drop(columns={*columns, *named.values()} & {*frame})
-    renamed = renamed.assign(**{ours: frame[theirs] for ours, theirs in named.items()})
-    for ours in sorted((name for name in columns if name not in named), key=is_accuracy):
-        renamed[ours] = _computed(columns[ours], frame, renamed, path)
-    return remember(renamed, names={o: t for o, t in columns.items() if o != t and not is_accuracy(o)})
+    frames = []
+    for run, settings, points, status in (each for reader in _LOG_READERS for each in reader(folder) if len(each[2])):
+        points = points.sort_index()
+        points.iloc[-1] = points.ffill().iloc[-1]
+        statuses = [*["during"] * (len(points) - 1), status]
+        told = {name: value for name, value in settings.items() if name not in points}
+        frames.append(points.reset_index().assign(**told, run_id=run, status=statuses))
+    if not frames:
+        expected = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
+        raise AnalysisError(f"{folder} holds neither {expected}; give another folder, or `aimscale collect` a sweep")
+    return pd.concat(frames, ignore_index=True)
 
 
-def _computed(formula: str, theirs: pd.DataFrame, ours: pd.DataFrame, path: Path) -> pd.Series:
-    """Make a column of others, by their names or a law's letters; whole numbers as floats, for 6 N D outgrows int64."""
-    letters = {letter: ours[name] for letter, name in CANONICAL.items() if name in ours}
-    known = pd.DataFrame({**theirs, **ours, **letters})
-    for name in [name for name in known if str(name) in formula and not pd.api.types.is_bool_dtype(known[name])]:
-        numbers = to_numbers(known[name]).astype(float)
-        known[name] = numbers if numbers.notna().any() else known[name]
-    as_floats = _NUMBER.sub(lambda found: f"{found[1]}.0" if found[1] else found[0], formula)
+_Run = tuple[str, dict[str, Any], pd.DataFrame, str]
+"""Identity of a run (its folder, or MLflow's id: names may stand twice), settings, metrics by step, and status."""
+
+
+def _mlflow_store(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's database, `mlflow.db`."""
+    for file in files_of(folder, "**/mlflow.db"):
+        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as store:
+            read = {name: pd.read_sql(f"SELECT * FROM {name}", store) for name in ("runs", "params", "metrics")}
+        for run in read["runs"].to_dict("records"):
+            params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
+            points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
+            settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
+            yield run["run_uuid"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
+
+
+def _mlflow_files(folder: Path) -> Iterator[_Run]:
+    """Read MLflow's folder of files, `mlruns`: lines `time value step` in a file for every metric."""
+    for meta in files_of(folder, "**/meta.yaml"):
+        files = [*files_of(meta.parent, "metrics/**/*")]
+        names = [each.relative_to(meta.parent / "metrics").as_posix() for each in files]
+        values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
+        points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
+        settings = {each.name: _value(each.read_text()) for each in files_of(meta.parent, "params/*")}
+        status = "complete" if _yaml(meta).get("status") == "3" else "unfinished"  # FINISHED
+        yield meta.parent.name, settings, points, status
+
+
+def _lightning(folder: Path) -> Iterator[_Run]:
+    """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
+    for file in files_of(folder, "**/metrics.csv"):
+        points = pd.read_csv(file).groupby("step").last()
+        yield file.parent.as_posix(), _hparams(file.parent), points, "complete"
+
+
+def _tensorboard(folder: Path) -> Iterator[_Run]:
+    """Read the scalars of TensorBoard's event files, and settings that `add_hparams` or Lightning wrote."""
+    files = sorted({each.parent for each in files_of(folder, "**/events.out.tfevents.*")})
+    if not files:
+        return
     try:
-        found = known.eval(as_floats, engine="python", local_dict={}, global_dict={})
-        if isinstance(found, pd.DataFrame):
-            raise ValueError("it has a '='")
-        return pd.Series(found, index=theirs.index)
-    except Exception as error:  # whatever the formula makes Python raise
-        why = "" if formula.isidentifier() else f", and it is no formula of columns ({error})"
-        raise AnalysisError(
-            f"{path} has no column {formula:.80} that {option('columns')} names{why}; {column_words(theirs, formula)}"
-        ) from error
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    except ImportError as error:
+        raise AnalysisError(f"{folder} holds event files of TensorBoard; pip install tensorboard") from error
+    for parent in files:
+        events = EventAccumulator(str(parent), size_guidance={"scalars": 0}).Reload()
+        settings = _hparams(parent)
+        for tag, content in events.summary_metadata.items():
+            if tag == "_hparams_/session_start_info":
+                given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
+                settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
+        scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        yield parent.as_posix(), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
 
 
-def _without_words(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the rows whose loss is a word, such as `diverged`, where others are numbers."""
-    numbers = to_numbers(frame["val_loss"]) if "val_loss" in frame else pd.Series(dtype=float)
-    if numbers.isna().all():
-        return frame
-    words = frame["val_loss"].where(numbers.isna()).dropna().map(str)
-    texts = {word: f"with {word!r:.60} in {their_name(frame, 'val_loss')}" for word in words}
-    counts = Counter(words)
-    left_out = [Exclusion(kind="word", subject=word, number=counts[word], text=text) for word, text in texts.items()]
-    return remember(frame.drop(index=words.index).reset_index(drop=True), left_out=left_out)
+def _hparams(folder: Path) -> dict[str, Any]:
+    """Read Lightning's hyperparameters, nested ones under dotted names."""
+    told = [_yaml(file) for file in files_of(folder, "hparams.yaml")]
+    return {str(name): _value(v) for name, v in pd.json_normalize(told).iloc[0].items()} if any(told) else {}
 
 
-def probe_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give one row per run, budget and probe: the row's columns but `probes`, then those of `PROBE_FIELDS`.
-
-    Returns:
-        An empty frame with these columns where nothing was probed.
-
-    Example:
-        >>> probe_frame(read_table("results.parquet"))[["size", "task", "kind", "top1"]]
-    """
-    names = [field.name for field in PROBE_FIELDS]
-    entries = list(frame["probes"]) if "probes" in frame else [[] for _ in range(len(frame))]
-    base = frame.drop(columns=["probes", *names], errors="ignore")
-    base = base.iloc[np.repeat(np.arange(len(frame)), [*map(len, entries)])]  # concatenated tables repeat labels
-    numbers = {field.name: "float64" for field in PROBE_FIELDS if field.dtype in ("int64", "float64")}
-    probes = pd.DataFrame([entry for row in entries for entry in row], columns=names).astype(numbers)
-    return base.reset_index(drop=True).assign(**probes)
+def _yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping of texts, whatever Python tags say."""
+    check_file(path, MAX_YAML_BYTES)
+    values = yaml.load(path.read_text(), yaml.BaseLoader) or {}
+    if not isinstance(values, dict) or _num_values(values, {}) > MAX_YAML_VALUES:
+        raise AnalysisError(f"{path} is no mapping, or has more than {MAX_YAML_VALUES} values; write it again")
+    return values
 
 
-def loss_unit(frame: pd.DataFrame) -> str:
-    """Tell the unit of losses by their target; empty for a foreign table, or an objective that is not ours."""
-    setups = " ".join(frame["setup"].dropna().astype(str)) if "setup" in frame else ""
-    if set(re.findall(r'"objective\.(\w+)"', setups)) - {"target", "prefix", "masked"}:
-        return ""
-    targets = set(frame["target"].dropna()) if "target" in frame else set()
-    return {"normalised": "normalised MSE", "raw": "MSE"}.get(targets.pop(), "") if len(targets) == 1 else ""
+def _num_values(value: Any, sizes: dict[int, int]) -> int:
+    """Count the values of a document, each alias as what it stands for; one that contains itself has too many."""
+    if isinstance(value, dict | list) and id(value) not in sizes:
+        sizes[id(value)] = MAX_YAML_VALUES + 1  # until it is counted
+        inner = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = sum(_num_values(each, sizes) for each in inner)
+    return sizes.get(id(value), 1)
 
 
-def with_setup(frame: pd.DataFrame) -> pd.DataFrame:
-    """Give the fields of `setup` that vary columns of their own, e.g. `optimiser.weight_decay`, but for those that the
-    table has as columns of its own (`objective.prefix`)."""
-    if "setup" not in frame:
-        return frame
-    told = frame["setup"].dropna().map(_setup_words)
-    own = {"schedule.kind", *frame, *(f"{part}.{name}" for part in SECTIONS for name in DESIGN)}
-    fields = pd.DataFrame([*told], told.index, dtype=object).fillna(DEFAULT).reindex(frame.index)
-    return frame.assign(**fields[sorted(str(name) for name in fields if name not in own and varies(fields[name]))])
-
-
-def _setup_words(text: str) -> dict[str, str]:
-    """Write the fields of a set-up in words that can be compared and shown."""
+def _value(text: Any) -> Any:
+    """Read a hyperparameter, which was written as a text."""
     try:
-        return {key: f"{v:.12g}" if type(v) in (int, float) else str(v) for key, v in json.loads(text).items()}
-    except (ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise AnalysisError(f"'setup' holds {text[:60]!r}, which is no JSON object ({error}); correct it") from error
+        return float(text)
+    except (TypeError, ValueError):
+        return text
+
+
+_LOG_READERS = (_mlflow_store, _mlflow_files, _lightning, _tensorboard)

@@ -1,4 +1,5 @@
-"""The results table as a contract: one row per run and data budget, typed, documented and versioned.
+"""The results table as a contract: one row per run and data budget, typed, documented and versioned; letters of laws,
+and roles of columns.
 
 Probes are a nested column (list of struct) in Parquet and JSON text in CSV. Keys that the schema does not know are kept
 as JSON in the column `extra`, never dropped.
@@ -13,8 +14,11 @@ import glob
 import json
 import math
 import os
+import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,9 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.csv import write_csv
 
-from aimscale.analysis.display import plain_types
+from aimscale.analysis.display import did_you_mean, human, option, plain_types
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.words import human
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
@@ -88,6 +91,81 @@ KNOWN = {column.name: column for column in COLUMNS}
 _DESCRIBED = {column.name: column for column in (*_columns("comparison"), *PROBE_FIELDS, *COLUMNS)}
 MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
 """Columns of model FLOPs utilisation: which FLOPs over which peak."""
+CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
+"""Variable of a law -> its column in a results table, unless the table has a column of the variable's own name."""
+LETTERS = {name: letter for letter, name in CANONICAL.items()}
+FOLDER = "table_folder"
+"""Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
+SCALE = tuple(column.name for column in COLUMNS if column.role == "scale")
+"""Columns of scale and chance, in which runs of one experiment may differ."""
+DESIGN = tuple(column.name for column in COLUMNS if column.role == "design")
+"""Columns of the results table that make runs another experiment, not another scale of the same."""
+MEASURED_ON = ("data_fingerprint", "val_num_images")
+"""Other training data or another validation set: losses that cannot share a law."""
+HEAD = ("head_rule", "head_depth", "head_width", "model.head_depth", "model.head_width")
+FOLLOWS = {
+    **dict.fromkeys(HEAD, HEAD),
+    "schedule": ("schedule.decay_fraction", "schedule.lr_end"),
+    "image_size": ("patch_size", *MEASURED_ON),
+    "patch_size": ("image_size",),
+    "size": ("head_depth", "head_width", "lr_peak", "lr_multiplier", "batch_size"),
+    "lr_multiplier": ("lr_peak",),
+    "lr_peak": ("lr_multiplier",),
+    "objective.masked": ("prefix",),
+}
+"""Column in question -> columns that change with it and so cannot be held equal."""
+TUNED = ("lr_multiplier", "lr_peak", "batch_size", "optimiser.weight_decay")
+"""Tuned columns of a results table."""
+TUNED_BY_OTHERS = re.compile(
+    r"(?!.*(min|end|final|start|warm|schedule|lr[ _-]?decay|index))"
+    r".*(?<![a-z])(lr|learning[ _-]?rate|batch([ _-]?size)?|bsz?|weight[ _-]?decay|wd)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Names of a learning rate, a batch or a weight decay in tables of others; not of the schedule's, nor counts."""
+SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
+"""Parts of a run's configuration whose fields `read_tables` makes into columns."""
+DEFAULT = "default"
+"""Value of a column of the set-up where a run left the field at its default."""
+PROVENANCE = ("sweep", FOLDER)
+"""Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
+
+
+def varies(values: pd.Series) -> bool:
+    """Tell whether a column takes several values, missing ones aside."""
+    return len(pd.unique(values.dropna())) > 1
+
+
+def is_plain(values: pd.Series) -> bool:
+    """Tell whether a column holds what can be compared: no lists, no dictionaries."""
+    return bool(values.map(pd.api.types.is_hashable).all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exclusion:
+    """Rows that were left out, and why."""
+
+    kind: str
+    subject: str = ""
+    """Column, as its file calls it, or the condition that was not met."""
+    number: int
+    text: str = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.number} row{'s' if self.number != 1 else ''} {self.text}"
+
+
+def missing_column(name: str, columns: Iterable[str], purpose: str = "") -> AnalysisError:
+    """Make the error about a column that a table lacks: what for, the option that names it, which columns there are."""
+    letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
+    formula = {"C": "C=6*N*D", "D": "D=C/(6*N)"}.get(letter)
+    count = f", or count it: {option('columns', formula)}" if formula else ""
+    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{count}" if letter else ""
+    return AnalysisError(f"The table has no column {name!r}{purpose}{named}; {column_words(columns, name)}")
+
+
+def column_words(columns: Iterable[str], like: str) -> str:
+    """Name the columns of a table that may be meant, or some of them."""
+    return did_you_mean(like, (name for name in map(str, columns) if name != FOLDER), "its columns are")
 
 
 def described(name: str) -> Column:
@@ -112,7 +190,7 @@ def _field(column: Column) -> pa.Field:
     simple = {"string": pa.string(), "json": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
     kind = simple.get(column.dtype, pa.list_(pa.int64()))
     if column.dtype == "probes":
-        kind = pa.list_(pa.struct([_field(field) for field in PROBE_FIELDS]))
+        kind = pa.list_(pa.struct([_field(each) for each in PROBE_FIELDS]))
     return pa.field(column.name, kind, metadata={"unit": column.unit, "meaning": column.meaning})
 
 
@@ -125,11 +203,11 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     fields = [_field(column) for column in COLUMNS + more]
     typed = [{**_typed_row(row, COLUMNS + more), "schema_version": SCHEMA_VERSION} for row in rows]
     arrays = []
-    for field in fields:
+    for each in fields:
         try:
-            arrays.append(pa.array([row[field.name] for row in typed], field.type))
+            arrays.append(pa.array([row[each.name] for row in typed], each.type))
         except (pa.ArrowException, TypeError, OverflowError) as error:
-            raise AnalysisError(f"'{field.name}' holds what is no {field.type} ({error}); correct it") from error
+            raise AnalysisError(f"'{each.name}' holds what is no {each.type} ({error}); correct it") from error
     version = {"aimscale_schema_version": str(SCHEMA_VERSION)}
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=version))
 
@@ -167,11 +245,11 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield path
         return
     path = Path(os.path.realpath(path))
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 60:
-                left.unlink()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+            if time.time() - stale.stat().st_mtime > 60:
+                stale.unlink()
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # a name that nobody can foresee and link away
     try:
         yield aside
         os.replace(aside, path)

@@ -10,15 +10,17 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.display import Flag, Result, flag_words, human, percent, scale_words, some
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.groups import SAME_DATA
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws.base import Array, Columns, Law, Parameter, Params, coefficient
-from aimscale.analysis.table.names import Exclusion
-from aimscale.analysis.tuning.surface import MIN_VALUES, Surface
-from aimscale.analysis.words import Flag, flag_words, human, percent, scale_words, some
+from aimscale.analysis.laws import Array, Columns, Law, Parameter, Params, coefficient
+from aimscale.analysis.table.groups import EXACT
+from aimscale.analysis.table.points import Points
+from aimscale.analysis.table.schema import Exclusion
+from aimscale.analysis.tuning.surface import Surface
 
+MIN_VALUES = 3
+"""Different values of a setting that show a cell's minimum."""
 STEEPEST = 4.0
 """Exponents are searched between minus this and this."""
 EXPONENTS = {"N": "a", "D": "b"}
@@ -34,7 +36,7 @@ WORTH_SAYING = 1e-3
 """Regret below which a run counts as tuned: about what two seeds of one run differ by."""
 NOT_TOLD = 0.1
 """Upper end of a regret from which nothing is known of the tuning."""
-ONE_RATE = "not known: one rate a size"
+ONE_RATE = "learning rates were not swept, so tuning cannot be checked"
 """Verdict on a table in which no size has several rates."""
 MOST = 0.8
 """Advice takes the cheapest runs that take away this share of the error that any can."""
@@ -73,8 +75,6 @@ def product(*variables: str) -> Law:
 class Rates(Result):
     """Best learning rate (and batch) by size and data, their laws, and what was lost by others."""
 
-    plot = Drawing("scaling.plot_rates")
-
     table: pd.DataFrame
     """A row per cell: N, D, num_rows; of each setting _used (of the lowest loss), _tried (how many), _best, _lo, _hi;
     found; regret, regret_lo, regret_hi (shares of the loss); loss, the lowest."""
@@ -83,13 +83,25 @@ class Rates(Result):
     surface: Surface = field(repr=False)
     tuned: Array = field(repr=False)
     """Numbers of the cells that the surface describes."""
-    columns: dict[str, str]
-    """N, D, the settings and y -> column as the file calls it."""
-    data: pd.DataFrame = field(repr=False)
+    points: Points = field(repr=False)
     """The rows that were used: N, D, settings, y, and the number of their cell."""
-    exclusions: tuple[Exclusion, ...]
-    names: dict[str, str] = field(default_factory=dict)
-    """Column -> its name in the file, where `--columns` renamed it."""
+
+    also = ("columns", "exclusions", "names")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """N, D, the settings and y -> column as the file calls it."""
+        return {key: self.points.rows.called(name) for key, name in self.points.columns.items()}
+
+    @property
+    def exclusions(self) -> tuple[Exclusion, ...]:
+        """Rows left out."""
+        return self.points.exclusions
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Column -> its name in the file, where `--columns` renamed it."""
+        return self.points.rows.names
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -141,8 +153,8 @@ class Rates(Result):
             words = f"best {SETTING_WORDS[name]} {human(value)} [{human(low)}, {human(high)}]"
             if len(new):
                 estimate = law.estimate
-                there, here = (estimate.law_at(law.variables(each)) for each in (at, new))
-                before, after = estimate.error_after(there, here, estimate.components.total)
+                law_there, here = (estimate.law_at(law.variables(each)) for each in (at, new))
+                before, after = estimate.error_with_more_data(law_there, here, estimate.components.total)
                 nearly = new.assign(error=after)[before - after >= MOST * (before - after).max()]
                 best = nearly.loc[(nearly["N"] * nearly["D"]).idxmin()]
                 where = scale_words(best[["N", "D"]].to_dict(), 3)
@@ -161,8 +173,8 @@ class Rates(Result):
         ranges = ", ".join(f"{v} {human(table[v].min())} to {human(table[v].max())}" for v in ("N", "D"))
         lines = ["summary: best settings by size and data, fitted by aimscale rates", "like: small"]
         for name, law in self.laws.items():
-            own, at = law.estimate.params, {v: round(law.law.constants[f"{v}0"]) for v in law.law.variables}
-            powers = {v: own[EXPONENTS[v]] for v in at}
+            params, at = law.estimate.params, {v: round(law.law.constants[f"{v}0"]) for v in law.law.variables}
+            powers = {v: params[EXPONENTS[v]] for v in at}
             value = float(np.exp(law.estimate.value_of(law.estimate.law_at(at))[0]))
             keys = {"coefficient": f"{value:.6g}", **{v: f"{power:.4g}" for v, power in powers.items()}}
             keys["at"] = f"{{{', '.join(f'{v}: {number}' for v, number in at.items())}}}"
@@ -172,19 +184,19 @@ class Rates(Result):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return cautions, the verdict and the laws."""
-        found = [("caution", text) for text in flag_words(self.flags)]
-        found.append(("tuning", self.verdict()))
-        found += [("law", self._law_words(name)) for name in self.laws]
+        facts = [("caution", text) for text in flag_words(self.flags)]
+        facts.append(("tuning", self.verdict()))
+        facts += [("law", self._law_words(name)) for name in self.laws]
         if not self.laws:
-            found.append(("law", "none: too few best settings lie inside those that were tried, or all are the same"))
+            facts.append(("law", "none: too few best settings lie inside those that were tried, or all are the same"))
         if self.columns["lr"] == MULTIPLIER and "lr" in self.laws and "a" in self.laws["lr"].intervals:  # muP's claim
             ends = self.laws["lr"].intervals["a"]
             held = "not refuted" if ends.low <= 0 <= ends.high else "refuted"
             text = f"that the recipe's rate suits every size alike (exponent of N 0) is {held}: {ends.words()}"
-            found.append(("transfer", text))
+            facts.append(("transfer", text))
         scatter = f"{percent(self.surface.noise)} about parabolas with {self.surface.degrees} degrees of freedom"
-        found.append(("scatter", scatter))
-        return found + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
+        facts.append(("scatter", scatter))
+        return facts + [("left out", "; ".join(map(str, self.exclusions)))] * bool(self.exclusions)
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row per cell."""
@@ -202,7 +214,7 @@ class Rates(Result):
 def scale_of(table: pd.DataFrame) -> Array:
     """Return 1 and the centred ln N and ln D of cells (cells, q), those that vary."""
     logs = np.log(table[["N", "D"]].to_numpy(float))
-    return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > SAME_DATA]])
+    return np.column_stack([np.ones(len(logs)), (logs - logs.mean(axis=0))[:, np.ptp(logs, axis=0) > EXACT]])
 
 
 def _regret_words(row: pd.Series) -> str:

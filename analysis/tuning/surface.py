@@ -14,22 +14,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import f as f_distribution
 
-from aimscale.analysis.fitting.covariance import half_width
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.fitting.covariance import half_width, linear_design
+from aimscale.analysis.laws import Array
 
-WINDOW = 0.01
-"""Losses within this fraction of a cell's lowest are taken for a parabola: on Step Law's runs one of 0.03 calls the
-best of 100 settings .25 to .5 % worse than the optimum, one of 0.01 .02 to .15 %."""
-MIN_ROWS = 8
-"""Rows of the lowest losses that count for two settings, whose parabola has six coefficients."""
-MIN_VALUES = 3
-"""Different values of a setting that show a cell's minimum."""
 SIGNIFICANT = 0.05
 """Level at which curvature is taken to vary: three more coefficients double the error of an optimum."""
 STEP = 1e-6
 """Step of numerical derivatives, relative to a coefficient's standard error: everything is nearly linear in that."""
-SINGULAR = 1e-6
-"""Share of the largest singular value below which one is nil."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +80,8 @@ class Surface:
         common = self.covariance[:, k:, k:]
         moved = self.covariance[:, :, k:] @ np.linalg.pinv(common) @ _roots(common)
         shared = (self._gradient_of(self.optima_of) @ moved)[:, setting]
-        own = self.optima_covariance[:, setting, setting] - np.sum(shared**2, axis=1)
-        return np.column_stack([shared, np.diag(np.sqrt(np.maximum(own, 0.0)))])
+        own_variance = self.optima_covariance[:, setting, setting] - np.sum(shared**2, axis=1)
+        return np.column_stack([shared, np.diag(np.sqrt(np.maximum(own_variance, 0.0)))])
 
     @cached_property
     def lowest(self) -> Array:
@@ -158,25 +149,6 @@ def _pairs(p: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(p) for j in range(i, p)]
 
 
-def near_minimum(log_loss: Array, cell: Array, settings: Array) -> Array:
-    """Select the rows (mask) near each cell's minimum: within `WINDOW` of its lowest loss, and at least those of the
-    lowest `MIN_VALUES` values of a lone setting, or the lowest `MIN_ROWS` rows of several."""
-    rows = pd.DataFrame({"cell": cell, "loss": log_loss, "setting": settings[:, 0]})
-    ranked = rows.sort_values(["cell", "loss"], kind="stable")
-    near = rows["loss"] <= rows.groupby("cell")["loss"].transform("min") + np.log1p(WINDOW)
-    if settings.shape[1] > 1:
-        return (near | (ranked.groupby("cell").cumcount() < MIN_ROWS).reindex(rows.index)).to_numpy()
-    values = ranked.drop_duplicates(["cell", "setting"])
-    least = values[values.groupby("cell").cumcount() < MIN_VALUES].set_index(["cell", "setting"]).index
-    return near.to_numpy() | rows.set_index(["cell", "setting"]).index.isin(least)
-
-
-def is_tuned(cell: Array, settings: Array) -> Array:
-    """Tell which cells (mask) have `MIN_VALUES` different values of every setting."""
-    found = pd.DataFrame(settings).groupby(cell).nunique().min(axis=1) >= MIN_VALUES
-    return found.reindex(range(cell.max() + 1), fill_value=False).to_numpy()
-
-
 def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> Surface:
     """Fit the surface by least squares to rows near the minima.
 
@@ -186,20 +158,19 @@ def fit_surface(log_loss: Array, cell: Array, settings: Array, scale: Array) -> 
         settings: logarithms (n, p).
         scale: rows (cells, q) of what curvature depends on, its first column ones.
     """
-    num, own, rows = len(scale), 1 + settings.shape[1], np.arange(len(cell))
+    num, num_columns, rows = len(scale), 1 + settings.shape[1], np.arange(len(cell))
     lowest = pd.Series(log_loss).groupby(cell).idxmin().to_numpy()
     s, y = settings - settings[lowest][cell], log_loss - log_loss[lowest][cell]
-    of_cells = np.zeros((len(s), num, own))
+    of_cells = np.zeros((len(s), num, num_columns))
     of_cells[rows, cell] = np.column_stack([np.ones(len(s)), s])
-    squares = [scale[cell] * (s[:, i] * s[:, j] / (2 if i == j else 1))[:, None] for i, j in _pairs(own - 1)]
-    x = np.column_stack([of_cells.reshape(len(s), -1), *squares])
-    inverse = np.linalg.pinv(x, rcond=SINGULAR)
-    found = inverse @ y
-    degrees = len(s) - int(np.linalg.matrix_rank(x, tol=SINGULAR * np.linalg.norm(x, 2)))
-    variance = float(np.sum((y - x @ found) ** 2)) / max(degrees, 1)
-    common = np.tile(np.arange(num * own, x.shape[1]), (num, 1))
-    which = np.column_stack([np.arange(num * own).reshape(num, own), common])  # the coefficients of each cell
-    coefficients, moved = found[which], inverse[which]
+    squares = [scale[cell] * (s[:, i] * s[:, j] / (2 if i == j else 1))[:, None] for i, j in _pairs(num_columns - 1)]
+    design = linear_design(np.column_stack([of_cells.reshape(len(s), -1), *squares]), np.ones(len(s)))
+    solution, residual = design.inverse @ y, y - design.x @ (design.x.T @ y)
+    degrees = len(s) - int(np.any(design.x, axis=0).sum())
+    variance = float(np.sum(residual**2)) / max(degrees, 1)
+    of_cell = np.arange(num * num_columns).reshape(num, num_columns)  # the coefficients of each cell, and common ones
+    which = np.column_stack([of_cell, np.tile(np.arange(of_cell.size, len(solution)), (num, 1))])
+    coefficients, moved = solution[which], design.inverse[which]
     coefficients[:, 0] += log_loss[lowest]
     return Surface(
         origin=settings[lowest],

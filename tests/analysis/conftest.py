@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from tables import law_grid
 
-from aimscale.analysis.laws.catalogue import effective
+from aimscale.analysis.laws import effective
 
 EPOCH = Path(__file__).parents[3] / "shared" / "data" / "epoch_chinchilla" / "svg_extracted_data.csv"
 """Epoch's points, beside the project: their repository has no licence, so they are in none of ours."""

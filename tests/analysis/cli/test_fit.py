@@ -10,10 +10,9 @@ import pytest
 from commands import answer, say
 
 from aimscale import analysis
-from aimscale.analysis.display import fact_lines, text_table
+from aimscale.analysis.display import Flag, fact_lines, text_table
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws import LAWS
-from aimscale.analysis.words import Flag
 
 
 @pytest.fixture
@@ -45,6 +44,14 @@ def test_a_parameter_is_held_or_kept_between_two_values(table):
     found = answer("fit", table, "--fix", "E=0", "--fix", "alpha=0.1:0.15")
     assert found["params"]["E"] == 0
     assert (found["fixed"], found["bounds"]) == ({"E": 0}, {"alpha": [0.1, 0.15]})
+
+
+def test_sizes_and_budgets_are_counted_and_a_user_says_otherwise(table):
+    told = say("fit", table, "--groups", "budgets=images_seen", "--groups", "sizes=0.9")
+    assert "30 of 30: 6 sizes, 5 budgets" in told
+    assert "--groups budgets=images_seen --groups sizes=0.9" in told.splitlines()[-1]
+    with pytest.raises(AnalysisError, match="groups takes sizes or budgets"):
+        say("fit", table, "--groups", "budget=tokens")
 
 
 def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
@@ -88,14 +95,16 @@ def test_a_fit_is_keys_and_a_table_and_says_what_to_run_next_in_the_users_words(
     named = ["--columns", "N=params_trunk", "--where", "D>=1"]
     above, below = say("fit", table, *named, "--fix", "E=0.2", "--hold-out", "D").split("\n\n")
     *below, tuning, last = below.splitlines()
-    assert tuning == "tuning: not known: one rate a size"
+    assert tuning == "tuning: learning rates were not swept, so tuning cannot be checked"
     keys = [line.split("  ")[0] for line in above.splitlines()]
     assert keys[: 1 + keys.count("caution")] == ["held out D", *["caution"] * keys.count("caution")]
-    told = ["held out D", "law", "rows", "range N", "range D", "objective", "intervals"]
+    told = ["held out D", *["lack of fit"] * 3, "law", "rows", "range N", "range D", "objective", "intervals"]
     assert [key for key in keys if key not in ("caution", "columns")] == told
     assert [line.split()[0] for line in below] == ["parameter", "E", "A", "B", "alpha", "beta", "a", "b"]
     same = f"{table} --columns N=params_trunk --where 'D>=1'"
     assert last == f"next: aimscale frontier {same}; aimscale report {same}"
+    last = say("fit", table, *named, "--level", "0.9").splitlines()[-1]
+    assert last == f"next: aimscale frontier {same} --level 0.9; aimscale report {same}"
     pd.read_csv(table).drop(columns=["flops_train", "flops_6nd"], errors="ignore").to_csv(table, index=False)
     assert "frontier" not in say("fit", table), "it would ask for compute"
     with pytest.raises(AnalysisError, match=r"6\*N\*D"):
@@ -124,7 +133,7 @@ def test_python_takes_a_loss_by_the_name_in_the_file(table, tmp_path):
     theirs = pd.read_csv(table).rename(columns={"val_loss": "bpb"})
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
     df = analysis.read_table(tmp_path / "theirs.csv", {"L": "bpb"})
-    assert analysis.fit(df, y="bpb").params == analysis.fit(df).params
+    assert analysis.fit(df, y="bpb").params.equals(analysis.fit(df).params)
     at = {"N": 1e6, "D": 1e6}
     pd.testing.assert_frame_equal(analysis.forecast(df, at, y="bpb").table, analysis.forecast(df, at).table)
     pd.testing.assert_frame_equal(analysis.frontier(df, y="L").at(1e14), analysis.frontier(df).at(1e14))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from aimscale.sweeps.cli.main import main
-from aimscale.sweeps.plan.recipes import Scale, read_recipe
+from aimscale.sweeps.planning.recipes import Scale, read_recipe
 
 LINES = {
     "rates": "rates tuned.csv --label val_loss=Loss",

@@ -9,9 +9,11 @@ import pytest
 from commands import answer, say
 from scipy import stats
 
-from aimscale.analysis.effects.contrasts import contrast, factors
+from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.read import with_setup
+from aimscale.analysis.report.study import factors
+from aimscale.analysis.table.runs import Runs
+from aimscale.analysis.table.select import with_setup
 
 DIRECTION = {"sizes": ["s3"], "budgets": [8000, 32000]}
 
@@ -137,14 +139,14 @@ def test_heads_are_told_apart_though_rule_and_depth_change_together(known_study)
     narrow = DIRECTION | {"head_depth": 6, "head_width": 16, "effect": 0.5}  # no part of what depth does
     depth = contrast(known_study(*parts, narrow), by="head_depth", baseline="6").contrasts
     assert [each.ratio for each in depth if each.level == "12"] == [found.contrasts[1].ratio]
-    assert "head_depth" in factors(known_study(*parts))
+    assert "head_depth" in factors(Runs(known_study(*parts)))
 
 
 def test_fields_without_a_column_are_compared_and_held_equal(known_study):
     rows = known_study(DIRECTION, DIRECTION | {"prefix": "none", "effect": 0.05})
     decay = rows.assign(val_loss=rows["val_loss"] * 1.1, run_id=rows["run_id"] + "d")
     setups = [json.dumps({}), json.dumps({"optimiser.weight_decay": 0.1})]
-    df = with_setup(pd.concat([rows.assign(setup=setups[0]), decay.assign(setup=setups[1])], ignore_index=True))
+    df = with_setup(Runs(pd.concat([rows.assign(setup=setups[0]), decay.assign(setup=setups[1])], ignore_index=True)))
     by_prefix = contrast(df, by="prefix")
     assert "optimiser.weight_decay" in by_prefix.equal
     assert by_prefix.contrasts[0].num_run_pairs == 6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -36,30 +38,28 @@ def true_gain(n: float, d: float, coefficient: float, alpha: float) -> float:
 
 @pytest.mark.parametrize(("coefficient", "alpha"), [(1.0, 0.38), (0.9, 0.38), (1.6, 0.42)])
 def test_intervals_of_the_gain_hold_it_at_every_compute(coefficient: float, alpha: float) -> None:
-    rng, held, own, trend = np.random.default_rng(0), [], [], []
+    rng, held, trend = np.random.default_rng(0), [], []
     for _ in range(ROUNDS):
         (found,) = recipes(two_recipes(rng, coefficient, alpha), by="recipe", baseline="old")
         rows = found.table.itertuples()
         held += [row.low <= true_gain(row.N, row.D, coefficient, alpha) <= row.high for row in rows]
-        own.append(found.has_own_exponents)
-        trend.append(found.trend[1] > 1)
-    assert np.mean(held) >= 0.8  # of 12 tables; of 30, 90 to 100 %
-    steeper = alpha != 0.38
-    assert np.mean(own) > 0.7 if steeper else np.mean(own) < 0.2
-    assert np.mean(trend) > 0.7 if steeper else np.mean(trend) < 0.2
+        trend.append(found.trend_p <= 0.01 and found.trend[0] > 1)
+    assert np.mean(held) >= 0.9
+    assert np.mean(trend) > 0.7 if alpha != 0.38 else np.mean(trend) < 0.1
 
 
 def test_a_recipe_that_only_pays_at_scale_crosses_over_where_it_does() -> None:
-    table = two_recipes(np.random.default_rng(1), 1.8, 0.42)
+    table = two_recipes(np.random.default_rng(1), 2.2, 0.44)
     (found,) = recipes(table, by="recipe", baseline="old")
     assert found.table["gain"].iloc[0] < 1 < found.table["gain"].iloc[-1]
     row = found.table.iloc[0]
     ratio = row["D"] / row["N"]
-    at = brentq(lambda c: np.log(true_gain(c, ratio * c, 1.8, 0.42)), 1e4, 1e8)
-    assert np.log(found.crossover / (6 * ratio * at**2)) == pytest.approx(0, abs=1.0)
-    assert "crosses over" in found.summary()
+    at = brentq(lambda c: np.log(true_gain(c, ratio * c, 2.2, 0.44)), 1e4, 1e8)
+    assert np.log(found.crossover / (6 * ratio * at**2)) == pytest.approx(0, abs=0.5)
+    assert "crosses over  at " in found.summary()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_the_same_runs_twice_gain_nothing() -> None:
     table = two_recipes(np.random.default_rng(2), 1.0, 0.38)
     old = table[table["recipe"] == "old"]
@@ -79,17 +79,19 @@ def test_a_gain_in_time_counts_the_measured_speed() -> None:
     widths = [np.log(found.table[f"{kind}high"] / found.table[f"{kind}low"]) for kind in ("", "time_")]
     assert widths[1][2] > widths[0][2]  # where the gain in compute is known best
     assert "gain in time" in found.cells()[0]
-    assert "time_gain" not in recipes(table, by="recipe")[0].table
+    plain = recipes(table, by="recipe", baseline="old")[0]
+    assert "time_gain" not in plain.table
+    assert "no crossover up to" in plain.summary(), "the gain is above 1 at every compute"
 
 
 def test_runs_that_would_decide_a_gain_are_named() -> None:
     """A gain that is not told yet has its runs named, one that is told needs none."""
-    table = two_recipes(np.random.default_rng(2), 0.985, 0.38)
+    table = two_recipes(np.random.default_rng(0), 0.99, 0.38)
     (found,) = recipes(table, by="recipe", baseline="old")
-    assert found.table["low"].iloc[-1] < 1
-    assert found.decision == "2 more seeds of both at N = 100k, D = 1M, if the gain is 1.05"
+    assert found.table["low"].iloc[4] < 1 < found.table["high"].iloc[4]
+    assert found.decision.endswith("which tell a gain of 1.02 from 1 with probability 0.8")
     (clear,) = recipes(two_recipes(np.random.default_rng(0), 0.8, 0.38), by="recipe", baseline="old")
-    assert clear.decision == "nothing more: at the largest compute the gain is above 1"
+    assert clear.decision == "nothing more: at the table's largest compute the gain is above 1"
     assert ("to decide", clear.decision) in clear.facts()
 
 
@@ -100,7 +102,8 @@ def test_rows_of_another_design_are_left_out_by_name() -> None:
     other["val_loss"] *= 1 + 0.01 * np.random.default_rng(1).standard_normal(len(other))
     both = pd.concat([table.assign(prefix="paired"), other], ignore_index=True)
     (found,) = recipes(both, by="recipe", baseline="old")
-    assert found.law.num_points == 40
+    assert found.law is not None
+    assert found.law.num_points == 20
     assert "64 rows of other designs than prefix paired are left out" in found.summary()
 
 
@@ -120,3 +123,51 @@ def test_the_papers_level_is_the_baseline_unless_another_is_named() -> None:
     table = table.assign(prefix=table["recipe"].map({"old": "paired", "new": "none"})).drop(columns="recipe")
     (found,) = recipes(table.drop(index=table.index[0]), by="prefix")
     assert (found.baseline, found.level) == ("paired", "none")
+
+
+BOARD = Path(__file__).parents[2] / "board"
+
+
+def public(*names: str) -> pd.DataFrame:
+    """Read tables of the board as one of two recipes."""
+    tables = [pd.read_csv(BOARD / f"{name}.csv", comment="#").assign(recipe=name) for name in names]
+    return pd.concat(tables, ignore_index=True)[["N", "D", "C", "loss", "recipe"]]
+
+
+def test_a_gain_that_shrinks_with_compute_is_told_as_it_was_measured_at_every_budget() -> None:
+    """Porian's short warm-up against a long one: joint laws of one E and shared exponents said 2.4 everywhere."""
+    pair = ("porian-rw-2-head-counted", "porian-rw-3-short-warmup")
+    both = public(*pair)
+    (found,) = recipes(both, by="recipe", baseline=pair[0], y="loss")
+    free = [3.03, 2.74, 2.36, 2.02, 1.74, 1.50, 1.37, 1.24, 1.12, 1.03, 1.05, 0.99]  # by the lowest losses alone
+    inside = found.table[~found.table["beyond"]]
+    assert inside["measured"].to_numpy() == pytest.approx(free, abs=0.006)
+    assert sum(low <= each <= high for low, each, high in zip(inside["low"], free, inside["high"], strict=True)) >= 11
+    assert found.trend[2] < 0.6
+    assert found.trend_p < 0.001
+    assert not found.decision.startswith("nothing more")
+    cheap = both[both["C"] < 5e17]
+    (ahead,) = recipes(cheap, by="recipe", baseline=pair[0], y="loss", beyond=both["C"].max() / cheap["C"].max())
+    assert ahead.table["low"].iloc[-1] < 0.99 < ahead.table["high"].iloc[-1]
+
+
+def test_compute_is_the_tables_own() -> None:
+    """Counted FLOPs of one image are 16 times 6 N D here: the gain at equal N and D is told at these."""
+    table = two_recipes(np.random.default_rng(2), 0.9, 0.38)
+    counted = table.assign(flops_train=96 * table["N"] * table["D"])
+    plain, (found,) = recipes(table, by="recipe", baseline="old")[0], recipes(counted, by="recipe", baseline="old")
+    assert found.table["C"].to_numpy() == pytest.approx(16 * plain.table["C"].to_numpy())
+    assert found.table["gain"].to_numpy() == pytest.approx(plain.table["gain"].to_numpy(), rel=1e-6)
+
+
+def test_a_gain_is_not_told_by_a_law_that_two_amounts_of_data_do_not_identify() -> None:
+    """Three sizes by two amounts: "worth 2.12 [1.82, 2.48]; grows x 1.95" of a gain of 1.5 everywhere, no caution."""
+    table = two_recipes(np.random.default_rng(0), 0.8, 0.38)
+    few = table[table["N"].isin(sorted(table["N"].unique())[::2]) & table["D"].isin(sorted(table["D"].unique())[::3])]
+    (found,) = recipes(few, by="recipe", baseline="old")
+    assert found.table[["gain", "low", "high"]].isna().all(axis=None)
+    assert "not known" in found.headline()
+    assert "beta is not identified" in found.decision
+    assert any(flag.kind == "few_values" for flag in found.flags)
+    assert np.isnan(found.crossover)
+    assert "trend" not in dict(found.facts())

@@ -97,6 +97,23 @@ def test_replicate_seeds_tell_lack_of_fit_from_noise_of_runs():
     assert said["size"] <= 1  # what intervals take for a size's error is no misfit (S24)
 
 
+def test_one_size_or_budget_that_lies_off_is_a_misfit_of_its_variable_alone():
+    """H4: the null of lack of fit held errors of sizes and budgets that were estimated from the same residuals."""
+    rng, told = np.random.default_rng(5), {"N": [], "D": [], "": []}
+    for v in told:
+        for _ in range(6):
+            df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003, rng=rng)
+            if v:
+                df.loc[df[v] == (df[v].median() if v == "N" else df[v].min()), "val_loss"] *= 1.01 if v == "N" else 1.02
+            told[v].append({test.subject: test for test in fit(df, "chinchilla").misfits})
+    for v, other in (("N", "D"), ("D", "N")):
+        assert np.median([tests[v].p for tests in told[v]]) < 0.01
+        assert np.median([tests[other].p for tests in told[v]]) > 0.01
+        assert np.median([tests[v].off for tests in told[v]]) > 0.1
+    assert min(test.p for tests in told[""] for test in tests.values()) > 0.001
+    assert np.median([tests["N"].noise for tests in told[""]]) == pytest.approx(0.3, rel=0.2)
+
+
 def test_without_replicates_a_wrong_form_shows_in_its_residuals():
     rng = np.random.default_rng(3)
     df = noisy_grid(rng)

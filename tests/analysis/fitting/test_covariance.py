@@ -6,10 +6,20 @@ import pytest
 from scipy.stats import t as student
 from tables import KNOWN, law_grid
 
-from aimscale.analysis import fit, forecaster, laws
+from aimscale.analysis import fit, forecaster, held_out, laws, read_tables
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import Covariance, components_of, linear_design, sandwich
-from aimscale.analysis.fitting.groups import Groups, groups_of, visible_groups
+from aimscale.analysis.fitting.covariance import (
+    Components,
+    Covariance,
+    components_of,
+    half_width,
+    linear_design,
+    sandwich,
+)
+from aimscale.analysis.forecasts.forecaster import expect
+from aimscale.analysis.table.groups import Groups, groups_of, visible_groups
+from aimscale.analysis.table.points import KnownErrors
+from aimscale.analysis.table.runs import Runs
 
 
 def line(sizes: int, runs: int, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,6 +57,28 @@ def test_the_variance_is_cr2_by_its_definition_whatever_the_weights():
     eigenvalues = np.linalg.eigvalsh(columns.T @ columns)
     _, degrees = found.of_contrasts(np.array([[0.0, 1.0, 0.0]]))
     assert degrees[0] == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
+
+
+def test_degrees_of_freedom_count_the_errors_that_points_share():
+    """T5: five budgets that share .5 % tell less of beta than as many that share nothing."""
+    rng = np.random.default_rng(2)
+    x, size, run = line(6, 2, 3)
+    w = rng.uniform(0.5, 2, 36)
+    errors, groups = (
+        Components(shared={"sizes": 0.5, "runs": 0.2}, point=0.3, degrees=9.0),
+        Groups(sizes=size, runs=run),
+    )
+    design, contrast = linear_design(x, w), np.array([0.0, 1.0])
+    found = sandwich(design, rng.standard_normal(36), size, errors, groups)
+    left = np.eye(36) - design.x @ design.weighted.T
+    s = found.adjusted @ (contrast @ design.to_params)
+    sums = np.stack([np.where(size == g, s, 0.0) for g in range(6)], axis=1)
+    p = sums.T @ left @ errors.covariance(groups, 36) @ left.T @ sums
+    assert found.of_contrasts(contrast[None])[1][0] == pytest.approx(np.trace(p) ** 2 / np.trace(p @ p))
+    alone = sandwich(design, rng.standard_normal(36), size, Components(shared={}, point=0.3, degrees=9.0), Groups())
+    assert alone.of_contrasts(contrast[None])[1][0] == pytest.approx(
+        sandwich(design, rng.standard_normal(36), size).of_contrasts(contrast[None])[1][0]
+    )
 
 
 def test_the_covariance_of_a_weighted_fit_is_that_of_its_estimates():
@@ -123,6 +155,45 @@ def test_groups_are_told_from_the_table_and_only_where_they_show():
     assert (seen.unseen, seen.few) == ((), ("budgets",))
 
 
+@pytest.mark.parametrize("jitter", [0.0, 0.001, 0.01, 0.03])
+def test_rows_of_a_size_or_a_budget_are_told_by_the_grids_own_spacing(jitter):
+    """H2: only D equal to 1e-3 and N equal to 1e-9 counted as one; a D rounded by 1 % left 36 % of betas inside."""
+    rng = np.random.default_rng(0)
+    for axes in ({"sizes": (1e5, 1e7, 7)}, {"sizes": (1e5, 1e7, 9)}):
+        df = law_grid(**axes, budgets=(1e5, 3e6, 5))
+        for _ in range(20):
+            x = {v: (df[v] * np.exp(jitter * rng.standard_normal(len(df)))).to_numpy() for v in ("N", "D")}
+            assert groups_of(df[[]], x).counts == {"sizes": axes["sizes"][2], "budgets": 5}
+    for num in (20, 35, 100):  # a D of its own for every row, by design
+        n = np.tile(np.geomspace(1e5, 1e7, 5), num // 5)
+        for _ in range(20):
+            x = {"N": n, "D": np.exp(rng.uniform(12, 15, num))}
+            assert groups_of(pd.DataFrame(index=range(num)), x).counts == {"sizes": 5}
+
+
+def test_a_held_out_size_is_all_of_its_rows_however_they_are_rounded():
+    rng = np.random.default_rng(0)
+    df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003, rng=rng)
+    df["N"] *= np.exp(0.003 * rng.standard_normal(len(df)))
+    assert held_out(fit(df, "chinchilla"), df, by="N").num_test == 5
+
+
+def test_a_user_names_what_groups_rows(tmp_path):
+    df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 5), noise=0.003).assign(series=np.repeat(list("abcaa"), 7))
+    assert fit(df).estimate.groups.counts == {"sizes": 7, "budgets": 5}
+    assert fit(Runs(df).with_groups({"budgets": "series"})).estimate.groups.counts == {"sizes": 7, "budgets": 3}
+    df["D"] *= np.exp(0.001 * np.arange(35))
+    assert "budgets" not in fit(Runs(df).with_groups({"budgets": 1e-6})).estimate.groups
+    df.to_csv(tmp_path / "theirs.csv", index=False)
+    read = read_tables(tmp_path / "theirs.csv", {"L": "val_loss"}, groups={"sizes": "series"}, where=["N>2e5"])
+    assert forecaster(read).points.groups.counts["sizes"] == 3
+    for wrong in ({"sizes": 3.0}, {"size": "series"}):
+        with pytest.raises(AnalysisError, match="sizes or budgets"):
+            Runs(df).with_groups(wrong)
+    with pytest.raises(AnalysisError, match="serie"):
+        fit(Runs(df).with_groups({"sizes": "serie"}))
+
+
 def test_too_few_sizes_are_said(grid):
     small = grid[grid["params_total"] < 4e5]
     result = fit(small.assign(run_id=small["size"]), laws.CHINCHILLA, fixed={"E": 0.2})
@@ -147,6 +218,21 @@ def test_intervals_hold_where_the_rows_of_a_budget_share_an_error():
     assert np.median(wide[25:]) < 0.7 * np.median(wide[:25])  # no wider than the rows say
 
 
+def test_no_sum_of_errors_leaves_a_narrower_interval_than_one_of_them():
+    """T5: where the errors of two of five budgets' degrees looked small, those of seven sizes lent their degrees."""
+    by = {
+        "sizes": KnownErrors(loadings=np.array([[1.0], [3.0]]), degrees=50.0),
+        "budgets": KnownErrors(loadings=np.array([[1.0], [0.1]]), degrees=2.0),
+    }
+    alone = half_width(*by["budgets"].of_contrasts(np.eye(2)))
+    plain, least = (half_width(*Covariance(by=by, least=names).of_contrasts(np.eye(2))) for names in ((), (*by,)))
+    assert plain[0] < 0.95 * alone[0]
+    assert least[0] == pytest.approx(alone[0])
+    assert least[1] == pytest.approx(plain[1])
+    estimate = fit(law_grid(noise=0.003), "chinchilla", is_tested=False).estimate
+    assert estimate.covariance.least == ("sizes", "budgets")
+
+
 def test_nothing_depends_on_a_columns_name_or_the_rows_order(grid):
     """S8: intervals were read from draws whose seed was the loss column's name."""
     plain = fit(grid, "chinchilla")
@@ -160,11 +246,11 @@ def test_what_a_forecast_fits_a_user_can_fit(grid):
     """S26: laws are weighted by compute in forecasts, and `fit` took no weights."""
     law = fit(grid, "chinchilla", weights="compute", objective="log_lsq")
     far = {"N": np.array([1e8]), "D": np.array([1e8]), "C": np.array([1e17])}
-    curve = forecaster(grid, law="chinchilla").curves["chinchilla"]
-    assert np.exp(curve.predict(far)[0]) == pytest.approx(law.predict(far)["value"].to_numpy(), rel=1e-6)
-    assert law.estimate.num_runs == pytest.approx(curve.law.num_runs)
+    of_forecast = forecaster(grid, law="chinchilla").fits["chinchilla"]
+    assert np.exp(expect(of_forecast, far)[0]) == pytest.approx(law.predict(far)["value"].to_numpy(), rel=1e-6)
+    assert law.estimate.num_runs == pytest.approx(of_forecast.estimate.num_runs)
     assert law.estimate.num_runs < len(grid) / 2
     alike = fit(grid.assign(weight=2.0), "chinchilla", weights="weight")
-    assert alike.params == pytest.approx(fit(grid, "chinchilla").params)
+    assert dict(alike.params) == pytest.approx(dict(fit(grid, "chinchilla").params))
     with pytest.raises(AnalysisError, match="weight"):
         fit(grid.assign(weight=0.0), "chinchilla", weights="weight")

@@ -28,6 +28,16 @@ def test_the_true_law_beats_the_naive_line_on_the_largest_size(grid):
     assert np.all(test.predictions["N"] == 1e7)
 
 
+def test_the_mean_error_of_a_held_out_scale_is_told_beside_what_noise_explains():
+    df = law_grid(sizes=(1e5, 1e7, 7), budgets=(1e5, 3e6, 6), noise=0.003)
+    sound = held_out(fit(df, "chinchilla"), df, by="N")
+    assert abs(sound.mean_error) < 2.5 * sound.mean_error_sd < 0.03
+    df.loc[df["N"] == 1e7, "val_loss"] *= 1.05
+    off = held_out(fit(df, "chinchilla"), df, by="N")
+    assert off.mean_error == pytest.approx(sound.mean_error + np.log(1.05), abs=0.005)
+    assert off.p < 0.01 < sound.p
+
+
 def test_the_naive_line_is_drawn_at_the_same_budget(grid):
     """A pure power of N at every D, with a level that depends on D: the naive line at the same D is exact."""
     grid["val_loss"] = 3 * grid["params_total"] ** -0.2 * grid["images_seen"] ** -0.1

@@ -6,8 +6,8 @@ import pytest
 from tables import KNOWN, law_grid
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.fitting.identification import unidentified
-from aimscale.analysis.laws.base import Columns
+from aimscale.analysis.fitting.diagnostics import unidentified
+from aimscale.analysis.laws import Columns
 
 OF_N, OF_D = {"E", "A", "alpha", "a", "b"}, {"E", "B", "beta", "a", "b"}
 
@@ -66,7 +66,7 @@ def test_exponents_of_two_values_are_never_digits(design, lost):
         assert {"alpha", "beta", "a", "b"} & result.not_identified == lost & {"alpha", "beta", "a", "b"}
         assert not any(result.intervals[name].is_known for name in lost)
         told = [flag.subject.split(", ") for flag in result.flags if flag.kind == "few_values"]
-        assert told == ([[name for name in result.params if name in lost]] if lost else [])
+        assert told == ([[name for name in result.params.index if name in lost]] if lost else [])
         for name in {"E", "alpha", "beta"} - lost:
             assert result.intervals[name].low < KNOWN[name] < result.intervals[name].high
 

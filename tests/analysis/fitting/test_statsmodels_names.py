@@ -4,10 +4,12 @@ import pickle
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
+from scipy.stats import t as student
 
-from aimscale.analysis import fit, laws
+from aimscale.analysis import at_level, contrast, correlate, fit, forecast, held_out, laws
 from aimscale.analysis.errors import AnalysisError
 
 
@@ -37,6 +39,51 @@ def test_residuals_and_likelihood_are_those_of_statsmodels(grid):
         _ = fit(grid, "power:N").aic
 
 
+def test_the_rest_of_statsmodels_names_and_any_function_of_the_parameters(grid):
+    law, log_y = fit(grid, "power:N", objective="log_lsq"), np.log(grid["val_loss"])
+    theirs = sm.OLS(log_y, sm.add_constant(np.log(grid["params_total"]))).fit()
+    np.testing.assert_allclose(law.fittedvalues, np.exp(theirs.fittedvalues))
+    assert law.bic - law.aic == pytest.approx(theirs.bic - theirs.aic)
+    joint = fit(grid, "chinchilla")
+    assert isinstance(joint.params, pd.Series)
+    assert joint.bse["alpha"] == pytest.approx(joint.cov.loc["alpha", "alpha"] ** 0.5)
+    inside = joint.predict()
+    np.testing.assert_allclose(inside["value"], joint.fittedvalues)
+    np.testing.assert_allclose(inside["se"], inside["value"] * inside["se_log"])
+    ratio = joint.interval(lambda p: np.stack([p["alpha"] / p["beta"], p["alpha"]], axis=-1))
+    assert ratio["value"].tolist() == pytest.approx(
+        [joint.params["alpha"] / joint.params["beta"], joint.params["alpha"]]
+    )
+    assert (ratio["lower"] < ratio["value"]).all()
+    predictions = held_out(joint, grid, by="N").predictions
+    drawn = held_out(joint, grid, by="N").plot().axes[0]
+    heights = {round(y, 9) for line in drawn.lines for y in np.ravel(line.get_ydata())}
+    assert {round(each, 9) for each in predictions["predicted"]} <= heights
+
+
+def test_intervals_of_another_level_are_those_of_student_everywhere(grid):
+    """A level other than 95 % was a TypeError."""
+    law = fit(grid, "chinchilla")
+    with at_level(0.68):
+        narrow = fit(grid, "chinchilla")
+        told = forecast(grid, "N=1e9,D=1e9"), contrast(grid, by="images_seen"), correlate(grid, y="images_seen")
+    assert narrow.level == 0.68
+    assert law.conf_int(0.68).equals(narrow.conf_int())
+    assert narrow.conf_int(0.95).equals(law.conf_int())
+    assert law.predict(N=1e8, D=1e8, level=0.68).equals(narrow.predict(N=1e8, D=1e8))
+    assert all("68 % interval" in row for row in narrow.cells())
+    assert all("68 %" in each.summary() and "95 % interval" not in each.summary() for each in told)
+    assert narrow.not_identified == law.not_identified
+    assert narrow.flags == law.flags
+    wide = law.conf_int(0.99)
+    assert (np.diff(wide) > np.diff(law.conf_int())).all()
+    half, reach = (np.diff(np.log(each.loc["alpha"]))[0] for each in (law.conf_int(), wide))
+    degrees = law.estimate.error_of(lambda p: np.log(p["alpha"]))[2]
+    assert reach / half == pytest.approx((student.ppf(0.995, degrees) / student.ppf(0.975, degrees))[0])
+    with pytest.raises(AnalysisError, match=r"such as 0\.9"), at_level(95):
+        pass
+
+
 @pytest.mark.parametrize("name", [name for name in laws.LAWS if name not in ("repeated_both", "link_sigmoid")])
 def test_a_fit_is_pickled_with_its_intervals(grid, name):
     table = grid.assign(U=grid["images_seen"] / 4)
@@ -52,6 +99,6 @@ def test_errors_name_what_works_and_parameters_are_a_table_of_latex(grid):
     theirs = grid.rename(columns={"val_loss": "loss"})
     with pytest.raises(AnalysisError, match=re.escape('columns={"L": "THEIRS"}')):
         fit(theirs, "chinchilla")
-    assert fit(theirs, "chinchilla", columns={"L": "loss"}).params == fit(grid, "chinchilla").params
+    assert fit(theirs, "chinchilla", columns={"L": "loss"}).params.equals(fit(grid, "chinchilla").params)
     large = fit(grid.assign(params_total=grid["params_total"] * 1e20), "kaplan")
     assert re.search(r"\\times\$\$10\^\{\d+\}\$", large.to_latex())

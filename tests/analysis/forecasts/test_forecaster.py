@@ -1,7 +1,8 @@
 """Laws weighted by how they predict a table's own larger runs, with errors that grow with distance."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,10 +10,11 @@ import pytest
 from scipy.stats import t as student
 from tables import KNOWN, law_grid
 
-from aimscale.analysis import forecast, forecaster, frontier, laws, read_table
+from aimscale.analysis import fit, forecast, forecaster, frontier, laws, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.forecaster import DOF, TERMS, Forecaster, weigh
-from aimscale.analysis.forecasts.points import Points
+from aimscale.analysis.forecasts.forecaster import DOF, TERMS, Forecaster, expect, weigh
+from aimscale.analysis.table.points import Points, usable_rows
+from aimscale.analysis.table.runs import Runs
 
 BOARD = Path(__file__).parents[2] / "board"
 TRUTH = KNOWN | {"alpha": 0.38, "beta": 0.40}
@@ -43,6 +45,9 @@ def test_errors_grow_with_distance_and_are_the_sum_of_their_parts():
     found = forecaster(table())
     rows = found.predict({"N": np.array([1e7, 3e7, 1e8, 1e9]), "D": np.array([3e6, 1e7, 3e7, 3e8])})
     assert rows["distance"].tolist() == pytest.approx([1, 10, 100, 1e4])
+    below = found.predict({"N": np.array([1e4, 1e6]), "D": np.array([1e6, 1e4])})  # the table begins at 1e5 of both
+    assert below["distance"].tolist() == pytest.approx([10, 10])
+    assert (below["misfit"] > 0).all()
     far = np.log(rows["distance"].to_numpy())
     np.testing.assert_allclose(rows["misfit"], rows["misfit"].iloc[-1] * far / far[-1])  # in step with ln distance
     assert (np.diff(np.log(rows["pi_hi"] / rows["pi_lo"])) > 0).all()
@@ -57,8 +62,8 @@ def test_inside_the_table_the_noise_of_a_run_counts_whole_and_beyond_it_overlaps
     """One run inside simulated tables whose budgets share an error lay inside 78 to 90 % of the intervals."""
     found = forecaster(table())
     inside, near, far = found.predict({"N": [1e6, 2e7, 1e9], "D": [1e6, 3e6, 3e8]}).to_dict("records")
-    noises = np.array([curve.law.components.total for curve in found.curves.values()])
-    whole = np.sqrt(found.weights[list(found.curves)] @ noises**2)
+    noises = np.array([each.estimate.components.total for each in found.fits.values()])
+    whole = np.sqrt(found.weights[list(found.fits)] @ noises**2)
     known = found.calibration.known
     assert (inside["distance"], near["distance"]) == (1, pytest.approx(2))
     assert inside["noise"] == pytest.approx(whole)
@@ -98,31 +103,33 @@ def test_a_table_of_two_designs_is_flagged_by_forecast_and_frontier_unless_a_law
     assert told == [["prefix"], [], ["prefix"]]
 
 
-@dataclass
 class Line:
-    """A curve that misses by a rate per ln distance from what it was fitted to."""
+    """A fit that misses by a rate per ln distance from what it was fitted to."""
 
-    top: float
-    rate: float
-    num_params: int = 1
+    law = laws.CHINCHILLA
+    components = SimpleNamespace(total=1e-6)
 
-    def predict(self, at):
+    def __init__(self, top: float, rate: float) -> None:
+        self.top, self.rate, self.estimate = top, rate, self
+
+    def predict_from_components(self, at):
         far = np.maximum(0, np.log(at["N"] ** 2 / self.top))
-        return np.log(2.0) + self.rate * far, np.zeros(len(far)), np.full(len(far), 1e-6)
+        return np.log(2.0) + self.rate * far, np.zeros(len(far))
 
 
 def weighed(above: float = 0.0, **rates: dict[float, float]) -> tuple[Forecaster, list[float]]:
     """Curves that miss by rates, which may depend on the cut, and the largest compute of every fit."""
     c = np.geomspace(1e12, 1e16, 40)
-    points = Points(x={"N": np.sqrt(c), "D": np.sqrt(c) * np.tile([1.0, 2.0], 20)}, y=np.full(40, 2.0), compute=c)
+    table = pd.DataFrame({"N": np.sqrt(c), "D": np.sqrt(c) * np.tile([1.0, 2.0], 20), "C": c, "y": 2.0})
+    points = replace(usable_rows(Runs(table), {name: name for name in table}), variables=("N", "D"))
     tops: list[float] = []
 
-    def fit(some: Points, _):
+    def fit(some: Points):
         tops.append(float(some.compute.max()))
         cut = min((1.0, 2.0, 4.0, 8.0, 16.0, 32.0), key=lambda times: abs(np.log(1e16 / times / tops[-1])))
-        return {name: Line(tops[-1], of.get(cut, of[0.0])) for name, of in rates.items()}
+        return {name: Line(tops[-1], of.get(cut, of[0.0])) for name, of in rates.items()}, None
 
-    return weigh(points.rows(c > above), {}, fit), tops
+    return weigh(points.take(c > above), (laws.CHINCHILLA,), fit), tops
 
 
 def test_backtests_never_see_the_rows_that_they_predict():
@@ -154,6 +161,19 @@ def test_a_law_is_better_only_with_a_margin_in_every_backtest():
     assert [found.is_better(name, "first") for name in ("same", "mixed", "best")] == [False, False, True]
 
 
+def test_two_backtests_choose_no_law_and_a_hold_out_that_helped_to_choose_says_so():
+    """H5: a law was chosen on the rows that it was then tested on; one backtest was enough."""
+    truth = {"E": 0.2, "K": 1.0, "alpha": 0.9, "beta": 0.9, "c": 0.35, "w": 1.0}
+    for top, num, chosen_here in ((1e7, 6, False), (1e6, 4, True)):  # of the second, a hold-out leaves two backtests
+        df = law_grid(truth, laws.LAWS["coupled"], sizes=(1e5, top, num), budgets=(1e5, top, 5), noise=0.0003)
+        found = forecaster(df, law="chinchilla,coupled")
+        assert found.law.name == "coupled"
+        assert replace(found, backtests=found.backtests.iloc[:2]).law.name == "chinchilla"
+        test = found.held_out(fit(df, found.law), df, by="N")
+        assert test.is_chosen_here is chosen_here
+        assert ("the law was chosen on all of these runs" in test.words()) is chosen_here
+
+
 def test_an_accuracy_of_one_is_no_stranger_and_ends_lie_between_chance_and_one():
     df = table()
     rng = np.random.default_rng(0)
@@ -172,9 +192,9 @@ def test_an_accuracy_by_way_of_the_loss_errs_with_the_loss():
     top1 = laws.LINK_SIGMOID.value({"L": df["val_loss"].to_numpy()}, sigmoid)
     df["probes"] = [[{"task": "t", "kind": "linear", "top1": float(v), "chance": 0.1}] for v in top1]
     found = forecast(df, {"N": 1e6, "D": 6e5}, law="chinchilla").forecasters["t:linear"]
-    curve, at = found.curves["chinchilla through the loss"], {"N": [1e6], "D": [6e5]}
-    log_rate, _, noise = curve.predict(at)
-    loss = laws.CHINCHILLA.value(at, TRUTH) * np.exp(np.array([-1, 1]) * curve.law.components.total)
+    of_loss, at = found.fits["chinchilla through the loss"], {"N": [1e6], "D": [6e5]}
+    log_rate, _, noise = expect(of_loss, at, found.link)
+    loss = laws.CHINCHILLA.value(at, TRUTH) * np.exp(np.array([-1, 1]) * of_loss.estimate.components.total)
     ends = laws.LINK_SIGMOID.value({"L": loss}, sigmoid)
     assert noise * np.exp(log_rate) == pytest.approx((ends[0] - ends[1]) / 2, rel=0.1)
 

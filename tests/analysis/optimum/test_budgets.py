@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aimscale.analysis.optimum.isoflop import isoflop_budgets
+from aimscale.analysis.table.groups import isoflop_budgets
 
 BOARD = Path(__file__).parents[2] / "board"
 

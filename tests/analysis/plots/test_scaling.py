@@ -14,14 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from aimscale import analysis
 from aimscale.analysis import correlate, fit
+from aimscale.analysis.display import human
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.optimum.approaches import frontier
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_contrasts, plot_loss_accuracy
-from aimscale.analysis.plots.parts import axis_label, log_axis
 from aimscale.analysis.plots.scaling import plot_approaches, plot_fit, plot_points
-from aimscale.analysis.plots.style import DOUBLE, inline_svg, new_figure, save, styled
-from aimscale.analysis.words import human
+from aimscale.analysis.plots.style import DOUBLE, axis_label, inline_svg, log_axis, new_figure, save, styled
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from commands import say
 
+from aimscale.analysis.display import human
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.page import _description, maths, write_report
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
-from aimscale.analysis.words import human
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
 SIZES = {"small": 3e4, "medium": 2e5, "large": 1e6, "huge": 4e6}
@@ -153,9 +153,17 @@ def test_the_page_asks_nobody_for_anything(page):
 def test_it_opens_with_the_findings_beside_their_figures_then_says_how_far_to_trust_them(page):
     ids = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert ids[:2] == ["loss-N", "finding-accuracy"]
-    opening = page.text[page.text.index("Left out, the largest size") : page.text.index("What was run and")]
-    questions = ["a straight line misses by", "Lower loss, better features: ", "Can it be trusted?"]
-    questions += ["What is imprecise", "The law", "Compute-optimal", "Forecast", "What to run next"]
+    opening = page.text[page.text.index("Fitted without the largest size") : page.text.index("What was run and")]
+    questions = ["a straight line with", "Lower loss, better features on ", "Can it be trusted?"]
+    questions += [
+        "How precise",
+        "How it predicts",
+        "How far off",
+        "The law",
+        "Compute-optimal",
+        "Forecast",
+        "What to run next",
+    ]
     places = [opening.index(question) for question in questions]
     assert places == sorted(places)
     assert re.search(r"(green|amber) ?Can it be trusted\?", opening)
@@ -163,7 +171,9 @@ def test_it_opens_with_the_findings_beside_their_figures_then_says_how_far_to_tr
         r"At 5.12×10¹³ FLOP: N = \S+ \[\S+, \S+\], D = \S+, by approach 3 on the \w+ law. N grows as C", opening
     )
     assert re.search(r"At N = 8M, D = 64k \(4 times beyond the table\) a loss of 0\.\d+ \[0\.\d+, 0\.\d+\]\.", opening)
-    assert re.search(r"% of the cost of a run at N = 8M, D = 64k, they narrow its forecast from ±", opening)
+    assert re.search(
+        r"a run at N = 8M, D = 64k, the expected half-width of its forecast is \S+ %, now \S+ % \(95 %\)", opening
+    )
     assert "a second seed of the cheapest size (30k parameters)" in opening
     assert not re.search(r"\de[+-]\d", page.text)
 
@@ -206,7 +216,7 @@ def test_partial_tables_say_what_is_missing(tmp_path):
     assert "What is missing" in text
     assert "no probe results" in text
     assert "3 rows not complete" in text
-    assert "Can it be trusted? No. No joint law of parameters and data could be fitted." in text
+    assert "Can it be trusted? No: no joint law of parameters and data could be fitted." in text
 
     imported = [row | {"val_loss": None} for row in sweep_rows()[:3]]
     text = Page(write_report(write_sweep(tmp_path / "imported", imported)).read_text()).text
@@ -220,7 +230,7 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     for row in rows:  # the loss does not depend on N at all
         row["val_loss"] = (0.5 + 2.0 * row["images_seen"] ** -0.5) * (1 + 1e-3 * rng.standard_normal())
     page = Page(write_report(write_sweep(tmp_path, rows)).read_text())
-    assert re.search(r"red ?Can it be trusted\? No\. .*α is not identified", page.text)
+    assert re.search(r"red ?Can it be trusted\? No: .*α is not identified", page.text)
     assert "More sizes: α is not identified by 4 of them" in page.text
     assert "α not identified, β = " in page.text
 

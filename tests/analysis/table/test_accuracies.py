@@ -6,12 +6,13 @@ import pytest
 from commands import answer, say
 from typer.testing import CliRunner
 
-from aimscale.analysis.accuracy.links import link, task_level
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.accuracies import unnamed
-from aimscale.analysis.table.read import parse_columns, probe_frame, read_table, read_tables
+from aimscale.analysis.fitting.estimate import link
+from aimscale.analysis.table.columns import parse_columns, unnamed
+from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.schema import results_table, write_table
+from aimscale.analysis.table.select import probe_frame, read_tables, task_level
 from aimscale.sweeps.cli.main import load_verb
 
 NAMES = "N=n,D=d,C=6*n*d,L=loss,run_id=run,"
@@ -39,8 +40,8 @@ def test_they_are_probes_as_ours_are(theirs, tmp_path):
         ours.append({"run_id": row["run"], "val_loss": row["loss"], "probes": probes, **scale})
     write_table(results_table(ours), tmp_path / "ours.parquet")
     frames = [
-        probe_frame(read_table(tmp_path / "ours.parquet")),
-        probe_frame(read_table(tmp_path / "theirs.csv", parse_columns([ACCURACIES]))),
+        probe_frame(read_table(tmp_path / "ours.parquet")).frame,
+        probe_frame(read_table(tmp_path / "theirs.csv", parse_columns([ACCURACIES]))).frame,
     ]
     names = ["task", "kind", "top1", "chance", "ideal"]
     pd.testing.assert_frame_equal(frames[0][names], frames[1][names])
@@ -60,7 +61,7 @@ def test_their_names_and_what_was_left_out_come_along(theirs, tmp_path):
     assert (first["x"], first["num_points"]) == ("loss", 2 * len(theirs) - dropped)
     assert first["exclusions"] == [{"kind": "where", "subject": "n>2e5", "number": dropped}]
     probed = probe_frame(read_tables(both, parse_columns([columns, "dtd:ideal=0"]), where=["n>2e5"]))
-    linked = link(probed, ideal=task_level(probed, "ideal"))  # joins a row of its own
+    linked = link(probed, ideal=task_level(probed.frame, "ideal"))  # joins a row of its own
     assert (linked.names["val_loss"], [each.number for each in linked.exclusions]) == ("loss", [dropped])
 
 
@@ -93,7 +94,7 @@ def test_what_nobody_named_is_said_once(theirs, tmp_path):
         many[f"task{i}_accuracy"] = many["pets"]
     many.to_csv(tmp_path / "theirs.csv", index=False)
     named = read_table(tmp_path / "theirs.csv", {"N": "n", "D": "d", "C": "6*n*d", "L": "loss"})
-    flags = {flag.kind: flag for flag in unnamed(named)}
+    flags = {flag.kind: flag for flag in unnamed(named.frame)}
     found = ["dtd_acc", "top1", "top5", "acc, b", "task0_accuracy"]
     assert flags["accuracies_unnamed"].subject == f"{', '.join(found)} and 3 more"
     assert '"TASK:KIND": "dtd_acc/100"' in str(flags["accuracies_unnamed"])

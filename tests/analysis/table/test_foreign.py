@@ -9,10 +9,10 @@ import pytest
 from commands import answer, say
 
 from aimscale.analysis import contrast, correlate, fit, read_table, read_tables
-from aimscale.analysis.errors import AnalysisError, in_command
-from aimscale.analysis.table.design import foreign_settings
-from aimscale.analysis.table.names import left_out_of
-from aimscale.analysis.table.read import parse_columns
+from aimscale.analysis.display import in_command
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.columns import parse_columns
+from aimscale.analysis.table.runs import Runs
 from aimscale.analysis.table.select import select
 
 NAMES = {"N": "num_params", "D": "tokens", "L": "loss"}
@@ -61,7 +61,7 @@ def test_columns_called_by_a_letter_are_known(lettered, tmp_path):
     lettered.rename(columns=str.lower).rename(columns={"l": "Loss, last"}).to_csv(tmp_path / "named.csv", index=False)
     named = read_table(tmp_path / "named.csv", parse_columns(["N=n, D=d,C=c", "val_loss=Loss, last"]))
     assert {"params_total", "images_seen", "flops_train", "val_loss"} <= set(named)
-    pd.testing.assert_frame_equal(read_table(tmp_path / "lettered.csv"), named, check_like=True)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "lettered.csv").frame, named.frame, check_like=True)
 
 
 def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_path):
@@ -73,7 +73,7 @@ def test_everything_else_equal_counts_their_sizes_and_settings(lettered, tmp_pat
     both["tags"] = both["data"].map(lambda data: [data])
     both.to_json(tmp_path / "both.jsonl", orient="records", lines=True)
     words = say("contrast", tmp_path / "both.jsonl", "--by", "data")
-    assert "equal      N, seed, D, lr\n" in words
+    assert "equal        N, seed, D, lr\n" in words
     assert "1.0200 [1.0200, 1.0200]" in words
     assert "30 pairs" in words
     assert "12 pairs" in say("contrast", tmp_path / "both.jsonl", "--by", "N")
@@ -131,7 +131,7 @@ def test_rows_that_differ_in_any_column_are_no_repeats():
     ("mistake", "in_python", "typed"),
     [
         (lambda df: fit(df.drop(columns="N"), "chinchilla"), 'columns={"N": "THEIRS"}', "--columns N=THEIRS"),
-        (lambda df: select(df, ["lr>1"]), 'where=["lr>1"]', "--where 'lr>1'"),
+        (lambda df: select(Runs(df), ["lr>1"]), 'where=["lr>1"]', "--where 'lr>1'"),
         (lambda df: correlate(df), 'columns={"TASK:KIND": "THEIRS"}', "--columns TASK:KIND=THEIRS"),
         (lambda df: contrast(df, by="lr", measures=["los"]), 'columns={"TASK:KIND": "THEIRS"}', "loss"),
     ],
@@ -167,8 +167,8 @@ def test_other_runs_of_an_equal_id_are_counted_and_repeats_of_one_run_are_not(th
         rows.to_csv(tmp_path / f"{name}.csv", index=False)
     both = read_tables([tmp_path / "one.csv", tmp_path / "other.csv"], parse_columns([COLUMNS]))
     assert len(both) == 60
-    assert [(each.kind, each.number) for each in left_out_of(both)] == [("repeat", 3)]
-    assert not left_out_of(read_tables([tmp_path / "one.csv", tmp_path / "one.csv"], parse_columns([COLUMNS])))
+    assert [(each.kind, each.number) for each in both.exclusions] == [("repeat", 3)]
+    assert not read_tables([tmp_path / "one.csv", tmp_path / "one.csv"], parse_columns([COLUMNS])).exclusions
 
 
 def test_per_cents_are_measurements_and_words_are_settings(theirs, tmp_path):
@@ -176,7 +176,7 @@ def test_per_cents_are_measurements_and_words_are_settings(theirs, tmp_path):
     theirs.assign(hella=cells, optimizer=theirs.index % 2).replace({"optimizer": {0: "adam", 1: "muon"}}).to_csv(
         tmp_path / "theirs.csv", index=False
     )
-    found = foreign_settings(read_table(tmp_path / "theirs.csv", parse_columns([COLUMNS])))
+    found = read_table(tmp_path / "theirs.csv", parse_columns([COLUMNS])).settings()
     assert {"hella", "optimizer"} & {*found} == {"optimizer"}
 
 

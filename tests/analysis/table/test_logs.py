@@ -13,7 +13,6 @@ from commands import say
 
 from aimscale.analysis import fit, probe_frame, read_table, read_tables
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.names import left_out_of
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES, TOKENS = np.geomspace(1e7, 1e9, 5), np.geomspace(1e8, 1e10, 4)
@@ -40,9 +39,8 @@ def test_folders_of_runs_are_tables_of_points(folder, columns, tmp_path):
             store.executescript((FIXTURES / folder).read_text())
             store.execute("UPDATE runs SET name = 'baseline'")  # names are nobody's identity
             store.commit()
-    frame = read_table(tmp_path if folder == "mlflow.sql" else FIXTURES / folder, columns).sort_values(
-        ["params_total", "images_seen"]
-    )
+    runs = read_table(tmp_path if folder == "mlflow.sql" else FIXTURES / folder, columns)
+    frame = runs.frame.sort_values(["params_total", "images_seen"])
     assert frame["params_total"].tolist() == [1e6] * 2 + [4e6] * 3
     assert frame["images_seen"].tolist() == [1e6, 2e6, 1e6, 2e6, 3e6]
     assert frame["status"].tolist() == ["during", "complete", "during", "during", "complete"]
@@ -90,7 +88,7 @@ def test_numbers_are_read_as_people_write_them_and_words_in_a_loss_are_counted(t
     assert frame["images_seen"].tolist() == [1e9, 3e9]
     assert frame["flops_train"].dropna().tolist() == [6 * 44e6 * 1e9]
     assert frame["val_loss"].tolist() == [3.25, 3.5]
-    (left_out,) = left_out_of(frame)
+    (left_out,) = frame.exclusions
     assert str(left_out) == "2 rows with 'diverged' in loss"
 
 
@@ -115,7 +113,7 @@ def test_the_runs_table_leaves_out_what_crashed_and_is_fitted(tmp_path: Path) ->
     assert result.params["alpha"] == pytest.approx(0.34, abs=1e-3)
     assert [(each.kind, each.number) for each in result.exclusions] == [("status", 1)]
     columns = "N=model.params,D=tokens,L=val/loss"
-    assert "20 of 21\n" in say("fit", path, "--columns", columns)
+    assert "20 of 21: 5 sizes, 4 budgets\n" in say("fit", path, "--columns", columns)
 
 
 def test_the_apis_dictionaries_are_columns(tmp_path: Path) -> None:

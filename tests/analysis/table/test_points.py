@@ -6,8 +6,9 @@ import pytest
 
 from aimscale.analysis import correlate, fit, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.optimum.frontier import points_of
-from aimscale.analysis.table.points import complete, most_passes, passes_flags, usable_rows
+from aimscale.analysis.table.points import compute_points, usable_rows
+from aimscale.analysis.table.runs import Runs
+from aimscale.analysis.table.select import most_passes, passes_flags
 
 
 @pytest.mark.parametrize("status", [None, np.nan])
@@ -15,10 +16,10 @@ def test_a_missing_status_counts_as_complete_everywhere(grid, status):
     grid["status"] = grid["status"].astype(object).where(grid.index % 2 == 0, status)
     grid["seed"] = grid.index % 2
     grid.loc[3, "status"] = "diverged"
-    assert len(complete(grid)) == len(grid) - 1
+    assert len(Runs(grid).complete()) == len(grid) - 1
     assert fit(grid, "chinchilla").num_points == len(grid) - 1
-    assert len(points_of(grid, "val_loss")) == len(grid) - 1
-    assert len(usable_rows(grid).rows) == len(grid) - 1
+    assert len(compute_points(Runs(grid), "val_loss")) == len(grid) - 1
+    assert len(usable_rows(Runs(grid)).rows) == len(grid) - 1
     assert "1 row not complete (status)" in map(str, fit(grid, "chinchilla").exclusions)
     assert correlate(pd.DataFrame({"x": [1, 2, 3, 4.0], "y": [1, 2, 3, 5.0]}), x="x", y="y").table["num_points"][0] == 4
 
@@ -28,7 +29,7 @@ def test_labels_of_rows_may_stand_twice_in_a_file_and_are_refused_in_a_frame(gri
     joined = pd.concat([grid.iloc[:10], grid.iloc[10:].set_axis(range(len(grid) - 10))])
     joined.to_parquet(tmp_path / "joined.parquet")
     again = read_table(tmp_path / "joined.parquet")
-    assert fit(again, "chinchilla").params == fit(grid, "chinchilla").params
+    assert fit(again, "chinchilla").params.equals(fit(grid, "chinchilla").params)
     with pytest.raises(AnalysisError, match=r"df\.reset_index"):
         fit(joined, "chinchilla")
     named = grid.assign(run_id=[f"run-{i}" for i in range(len(grid))]).set_index("run_id")

@@ -8,8 +8,9 @@ import pytest
 
 from aimscale.analysis import fit
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.read import probe_frame, read_table
+from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.schema import COLUMNS, results_table, write_table
+from aimscale.analysis.table.select import probe_frame
 
 PROBE = {"task": "digits", "kind": "linear", "blocks": [1, 2], "num_classes": 10, "n": 100, "top1": 0.5, "margin": 3}
 ROWS = [
@@ -23,7 +24,7 @@ def test_round_trip_keeps_types_probes_and_unknown_keys(tmp_path, suffix):
     path = tmp_path / f"results{suffix}"
     write_table(results_table(ROWS), path)
     assert list(tmp_path.iterdir()) == [path]
-    frame = read_table(path)
+    frame = read_table(path).frame
     assert list(frame.columns) == [column.name for column in COLUMNS]
     assert frame["images_seen"].dtype == np.int64
     assert frame["params_total"].dtype == np.float64
@@ -34,7 +35,7 @@ def test_round_trip_keeps_types_probes_and_unknown_keys(tmp_path, suffix):
     assert (probes["run_id"][0], probes["top1"][0], list(probes["blocks"][0])) == ("a", 0.5, [1, 2])
     assert json.loads(probes["extra"][0]) == {"margin": 3}
     write_table(results_table([ROWS[0] | {"novel": np.nan, "probes": [PROBE | {"top5": np.nan}]}]), path)
-    again = read_table(path)
+    again = read_table(path).frame
     assert (json.loads(again["extra"][0]), "NaN" in path.read_text(errors="ignore")) == ({"novel": None}, False)
 
 
@@ -87,7 +88,7 @@ def test_names_and_hashes_that_look_like_numbers_stay_texts(tmp_path):
     frame.to_csv(tmp_path / "table.tsv", index=False, sep="\t")
     frame.to_json(tmp_path / "table.jsonl", orient="records", lines=True)
     for file in tmp_path.iterdir():
-        found = read_table(file)
+        found = read_table(file).frame
         assert (
             found[["run_id", "config_hash"]].to_numpy().tolist() == frame[["run_id", "config_hash"]].to_numpy().tolist()
         )

@@ -12,8 +12,9 @@ import yaml
 
 from aimscale.analysis import AnalysisError, fit, forecaster, held_out, rates, read_table, read_tables, tuned
 from aimscale.analysis.report.study import study_tables
+from aimscale.analysis.table.runs import Runs
 from aimscale.analysis.tuning.rates import tuned_where_known
-from aimscale.analysis.tuning.result import product
+from aimscale.analysis.tuning.result import ONE_RATE, product
 
 STEPLAW = Path(__file__).with_name("steplaw.csv")
 """Runs of Step Law (Li et al. 2025, arXiv 2503.04715; CC BY 4.0, by way of ScaleBench) within 1.5 % of the best of
@@ -117,7 +118,7 @@ def test_the_law_of_two_sizes_predicts_the_best_rates_of_the_third(size: int) ->
 
 def test_errors_of_tuning_go_with_the_rows_into_every_interval() -> None:
     """What the law's errors do to the fit is found by moving the losses; the order of rows does not matter."""
-    table = tuned(simulated(np.random.default_rng(4), 3e-3, mistuned=0.25, factors=(0.25, 0.5, 1)))
+    table = tuned(simulated(np.random.default_rng(4), 3e-3, mistuned=0.25, factors=(0.25, 0.5, 1))).frame
     loadings = np.array(table["val_loss_known_errors"].tolist())[:, 1:]
     blind = fit(table.drop(columns="val_loss_known_errors"), objective="log_lsq", is_tested=False)
     known = fit(table, objective="log_lsq", is_tested=False)
@@ -146,7 +147,7 @@ def test_cautions_about_the_law_of_rates_are_none_about_the_loss() -> None:
     """Two budgets hardly tell what optima share; five tell what losses do. The page said so of the losses."""
     table = simulated(np.random.default_rng(1), 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1)).drop(columns="true")
     assert [flag.kind for flag in rates(table).flags] == ["unseen"]
-    study = study_tables((), table.rename(columns={"N": "params_total", "D": "images_seen"}))
+    study = study_tables((), Runs(table.rename(columns={"N": "params_total", "D": "images_seen"})))
     assert study.tuning.startswith("the largest size lost 2.0")
     assert not study.flags
 
@@ -162,12 +163,13 @@ def test_losses_are_corrected_only_where_every_best_setting_is_known() -> None:
     few = few[~(few["N"] == few["N"].max()) | (few.groupby("N")["lr_peak"].rank() == 1)]
     with pytest.raises(AnalysisError, match="1 of 2 cells only"):
         tuned(few)
-    kept, words, found = tuned_where_known(few)
-    assert kept is few
+    runs = Runs(few)
+    kept, words, found = tuned_where_known(runs)
+    assert kept is runs
     assert found is not None
     assert words.startswith("not known")
-    assert "if lr holds the learning rate" in tuned_where_known(table.rename(columns={"lr_peak": "lr"}))[1]
-    assert tuned_where_known(table.query("D < 2e6"))[1] == "not known: one rate a size"
+    assert "if lr holds the learning rate" in tuned_where_known(Runs(table.rename(columns={"lr_peak": "lr"})))[1]
+    assert tuned_where_known(Runs(table.query("D < 2e6")))[1] == ONE_RATE
 
 
 def test_cells_of_two_pools_are_not_one_cell() -> None:
@@ -197,7 +199,7 @@ def test_advice_names_what_a_larger_target_needs() -> None:
 def test_the_error_after_one_more_measurement_is_that_of_the_joint_information() -> None:
     estimate = rates(simulated(np.random.default_rng(0), 1e-3)).laws["lr"].estimate
     there, here = (estimate.law_at({"N": np.array([n]), "D": np.array([d])}) for n, d in ((1e9, 1e9), (3e7, 2e8)))
-    before, after = estimate.error_after(there, here, 0.1)
+    before, after = estimate.error_with_more_data(there, here, 0.1)
     wanted, shown, matrix = estimate.gradient(there)[0], estimate.gradient(here)[0], estimate.covariance.matrix
     joint = np.linalg.inv(np.linalg.inv(matrix) + np.outer(shown, shown) / 0.1**2)
     assert before == pytest.approx(np.sqrt(wanted @ matrix @ wanted))

@@ -9,9 +9,9 @@ import pytest
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.problem import LSQ, make_problem
-from aimscale.analysis.laws.base import Columns
+from aimscale.analysis.laws import Columns
 
-BOARD = Path(__file__).parents[2] / "board"
+BOARD = Path(__file__).parents[1] / "board"
 X = {"x": np.geomspace(1e3, 1e8, 40)}
 N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 7), np.geomspace(1e8, 1e11, 6)))
 U = np.array([1e8, 1e9, 1e10])[np.arange(N.size) % 3]
@@ -61,7 +61,7 @@ def test_a_penalty_is_found_where_the_mean_scale_has_no_repeats():
     written = 1.7 + 400 * N**-0.34 + 2000 * D**-0.36 + 0.002 * N / 1e8 * np.where(rare == 1e8, D / 1e8 - 1, 0)
     assert laws.PENALISED.value(x, PENALISED) == pytest.approx(written)
     result = fit(pd.DataFrame({**x, "y": written}), "penalised", y="y", objective="log_lsq")
-    assert result.params == pytest.approx(PENALISED, rel=1e-4)
+    assert dict(result.params) == pytest.approx(PENALISED, rel=1e-4)
     assert not result.flags
 
 
@@ -69,7 +69,7 @@ def test_at_one_size_the_data_half_of_the_law_of_repeats_is_fitted():
     truth = {"E": 1.7, "B": 2000.0, "beta": 0.36, "R_D": 15.0}
     law = laws.repeated(sizes=False)
     df = pd.DataFrame({"D": D, "U": U, "y": law.value({"D": D, "U": U}, truth)})
-    assert fit(df, law, y="y", objective="log_lsq").params == pytest.approx(truth, rel=1e-5)
+    assert dict(fit(df, law, y="y", objective="log_lsq").params) == pytest.approx(truth, rel=1e-5)
 
 
 def test_the_full_law_of_repeats_is_muennighoffs_and_no_valley_of_theirs_is_missed():
@@ -103,7 +103,7 @@ def test_kaplans_published_constants_come_back():
     a_n, a_d, n_c, d_c = 0.076, 0.095, 8.8e13, 5.4e13
     df = pd.DataFrame({"N": N, "D": D, "y": ((n_c / N) ** (a_n / a_d) + d_c / D) ** a_d})
     result = fit(df, laws.KAPLAN, y="y", objective="log_lsq")
-    assert result.params == pytest.approx({"aN": a_n, "aD": a_d, "Nc": n_c, "Dc": d_c}, rel=1e-6)
+    assert dict(result.params) == pytest.approx({"aN": a_n, "aD": a_d, "Nc": n_c, "Dc": d_c}, rel=1e-6)
 
 
 def test_a_law_in_x_goes_on_any_column():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aimscale.analysis.words import accuracy_of, capital
+from aimscale.analysis.display import accuracy_of, capital
 
 
 @pytest.mark.parametrize(

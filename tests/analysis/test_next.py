@@ -8,7 +8,7 @@ import pytest
 
 from aimscale.analysis import fit, laws
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.next.proposal import buy, grid_offer, next_runs
+from aimscale.analysis.next import buy, grid_offer, next_runs
 
 TARGET = {"N": [1e8], "D": [3e7]}
 

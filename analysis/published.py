@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from aimscale.analysis.display import Drawing, Result, fact_lines, text_table
+from aimscale.analysis.display import Flag, Result, by_chance, fact_lines, flag_words, text_table
 from aimscale.analysis.effects.result import POWER
-from aimscale.analysis.table.names import FOLDER, joined
-from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import probe_frame, read_table
-from aimscale.analysis.table.schema import frame_cells
-from aimscale.analysis.words import Flag, flag_words
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.read import files_of, read_table
+from aimscale.analysis.table.runs import Runs, Table, joined
+from aimscale.analysis.table.schema import FOLDER, frame_cells
+from aimscale.analysis.table.select import probe_frame
 
 DATA = Path(__file__).parent / "data"
 TASKS = (
@@ -55,7 +55,7 @@ def table6() -> pd.DataFrame:
         By our short name (`aim-7B`): method, arch, data, layers (whose outputs the probe averages: `last 6`, `best 6`,
         or `as published`), image_size, one column per task of `TASKS`, printed_mean, source, and mean (recomputed).
     """
-    out = _read("table6.csv", [*TASKS, "printed_mean"]).set_index("key")
+    out = _read("published-table6.csv", [*TASKS, "printed_mean"]).set_index("key")
     return out.assign(mean=out[list(TASKS)].mean(axis=1))
 
 
@@ -70,7 +70,7 @@ def published_frame() -> pd.DataFrame:
         flops_per_image (3 x forward, 256 tokens); val_loss (IN-1k, Figure 1); in1k_last6, in1k_best6 (Table 6),
         in1k_lora (Table 8, not frozen); source.
     """
-    out = _read("sizes.csv", ["in1k_last6", "in1k_best6", "in1k_lora"]).drop(columns="images_seen")
+    out = _read("published-sizes.csv", ["in1k_last6", "in1k_best6", "in1k_lora"]).drop(columns="images_seen")
     return out.astype({"flops_per_image": float})
 
 
@@ -82,8 +82,6 @@ def best_frozen(task: str) -> str:
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Result):
     """Runs beside the published models."""
-
-    plot = Drawing("accuracy.plot_comparison")
 
     tasks: pd.DataFrame
     """One row per shared task, run (its largest budget) and choice of blocks: size, params_total, images_seen, task,
@@ -107,8 +105,10 @@ class Comparison(Result):
         )
 
     def facts(self) -> list[tuple[str, str]]:
-        """Say what is not comparable, and how much is."""
-        return [*(("left out", line) for line in flag_words(self.left_out)), ("compared", self.headline())]
+        """Say what is not comparable, how much is, and how many gaps to baselines are significant."""
+        gaps = [*self.baselines["verdict"].isin(["above", "below"])]
+        facts = [*(("left out", line) for line in flag_words(self.left_out)), ("compared", self.headline())]
+        return [*facts, *[("significant", by_chance(gaps))] * bool(gaps)]
 
     def summary(self) -> str:
         """Write both tables for a terminal, of the baselines' the largest run's rows alone."""
@@ -124,7 +124,7 @@ class Comparison(Result):
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
-def compare(frame: pd.DataFrame) -> Comparison:
+def compare(table: Table) -> Comparison:
     """Put the runs of a results table beside the published models, and beside baselines of the table's folder.
 
     Returns:
@@ -133,22 +133,23 @@ def compare(frame: pd.DataFrame) -> Comparison:
     Example:
         >>> compare(read_table("results.parquet")).tasks
     """
-    probes = probe_frame(complete(frame))
+    runs = Runs(table)
+    probes = probe_frame(runs.complete()).frame
     shared, others = _shared(probes)
     text = "Losses: the paper's are on IN-1k at 224 px, these on the table's own images."
-    rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in usable_rows(frame).exclusions]
+    rows = [Flag(kind="rows_left_out", subject=str(each), text=f"{each}.") for each in usable_rows(runs).exclusions]
     return Comparison(
         tasks=_task_rows(shared),
-        baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(frame)),
+        baselines=beside_runs(_last_budgets(probes[probes["kind"] != ADAPTED]), read_baselines(runs)),
         left_out=(*rows, *others, Flag(kind="loss_levels", text=text)),
     )
 
 
-def read_baselines(frame: pd.DataFrame) -> pd.DataFrame:
-    """Read probes of the baselines that lie beside a frame's tables (`read_tables`); empty where there are none."""
-    folders = sorted(set(frame[FOLDER].dropna())) if FOLDER in frame else []
-    found = [read_table(file) for each in folders if (file := Path(each) / BASELINES_FILE).exists()]
-    return probe_frame(joined(found) if found else pd.DataFrame({"probes": []}))
+def read_baselines(runs: Runs) -> pd.DataFrame:
+    """Read probes of the baselines that lie beside the files of runs (`read_tables`); empty where there are none."""
+    folders = sorted(set(runs[FOLDER].dropna())) if FOLDER in runs else []
+    tables = [read_table(file) for each in folders for file in files_of(Path(each), BASELINES_FILE)]
+    return probe_frame(joined(tables) if tables else pd.DataFrame({"probes": []})).frame
 
 
 def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
@@ -186,12 +187,12 @@ def _shared(probes: pd.DataFrame) -> tuple[pd.DataFrame, list[Flag]]:
     sides = kept.get("image_size", pd.Series(dtype=float)).dropna().astype(int).sort_values()
     other_probes = probes.loc[is_known & ~is_attentive, "kind"]
     other_sides = f"Resolution: these runs see {{}} px, AIM {PAPER_SIDE} px, which is part of every gap."
-    found = (
+    cautions = (
         ("other_tasks", "Tasks that the paper does not have: {}.", probes.loc[~is_known, "task"]),
         ("other_probes", "Probes of another kind than Table 6's attentive one: {}.", other_probes),
         ("other_sides", other_sides, sides[sides != PAPER_SIDE]),
     )
-    named = [(kind, text, ", ".join(map(str, values.unique()))) for kind, text, values in found if len(values)]
+    named = [(kind, text, ", ".join(map(str, values.unique()))) for kind, text, values in cautions if len(values)]
     return kept, [Flag(kind=k, subject=names, number=PAPER_SIDE, text=text.format(names)) for k, text, names in named]
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from aimscale.analysis import fit, laws
-from aimscale.analysis.accuracy.links import link
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.estimate import link
 
 BOARD = Path(__file__).parents[2] / "board"
 EXPONENTIAL = laws.Law(

@@ -17,17 +17,15 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2
 
-from aimscale.analysis.display import Result
+from aimscale.analysis.display import Flag, Result, beyond_words, flag_words, human, percent, power_of_ten, scale_words
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import record_words
-from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, forecaster
-from aimscale.analysis.forecasts.points import AUTO
-from aimscale.analysis.laws.base import Array, Columns, Law
-from aimscale.analysis.table.points import with_compute
+from aimscale.analysis.forecasts.forecaster import AUTO, TERMS, Forecaster, forecaster
+from aimscale.analysis.laws import Array, Columns, Law
+from aimscale.analysis.table.runs import Runs, Table
 from aimscale.analysis.table.select import mixture_flags
-from aimscale.analysis.words import Flag, flag_words, human, percent, power_of_ten, scale_words
 
 PRIOR_SD = 1.0
 """Prior standard deviation of every parameter on its own scale: factor e for coefficients and exponents."""
@@ -72,23 +70,23 @@ def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float
 
     joint is the covariance (candidates + targets, candidates + targets) before any is measured.
     """
-    n, rows, left = len(prices), list[int](), joint.copy()
+    n, rows, covariance = len(prices), list[int](), joint.copy()
     while (affordable := (prices <= budget) & ~np.isin(np.arange(n), rows)).any():
-        gain = np.sum(left[:n, n:] ** 2, axis=1) / (np.diag(left)[:n] + noise**2)
+        gain = np.sum(covariance[:n, n:] ** 2, axis=1) / (np.diag(covariance)[:n] + noise**2)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
-        left -= np.outer(left[best], left[best]) / (left[best, best] + noise**2)
+        covariance -= np.outer(covariance[best], covariance[best]) / (covariance[best, best] + noise**2)
         budget -= prices[best]
         rows.append(best)
-    return np.array(rows), float(np.sqrt(max(0.0, np.trace(left[n:, n:])) / np.trace(joint[n:, n:])))
+    return np.array(rows), float(np.sqrt(max(0.0, np.trace(covariance[n:, n:])) / np.trace(joint[n:, n:])))
 
 
 def _posterior(law: Fit, candidates: Places, target: Places, noise: float) -> Array:
     """Return the covariance of the log losses at candidates and targets, given the points that were fitted."""
-    parts, found = [law.variables(each) for each in (law.data, candidates, target)], law.estimate
+    parts, estimate = [law.variables(each) for each in (law.data, candidates, target)], law.estimate
     x = Columns({v: np.concatenate([each[v] for each in parts]) for v in law.law.variables})
-    own = np.array([1.0 if p.log else abs(v) for p, v in zip(law.law.parameters, found.vector, strict=True)])
-    slopes = found.gradient(lambda params: np.log(np.maximum(law.law.value(x, params), 1e-300)))
-    slopes = slopes * own[found.problem.movable]
+    scales = np.array([1.0 if p.log else abs(v) for p, v in zip(law.law.parameters, estimate.vector, strict=True)])
+    slopes = estimate.gradient(lambda params: np.log(np.maximum(law.law.value(x, params), 1e-300)))
+    slopes = slopes * scales[estimate.problem.movable]
     places = np.stack([np.log(x[v]) for v in law.law.variables], axis=1) / DEPARTURE_RANGE
     departure = max(DEPARTURE_SD, DEPARTURE_TO_NOISE * noise)
     joint = PRIOR_SD**2 * slopes @ slopes.T + departure**2 * np.exp(-0.5 * cdist(places, places, "sqeuclidean"))
@@ -109,7 +107,7 @@ class Proposal(Result):
     forecast: float
     """Value expected there now, by all laws together."""
     interval: tuple[float, float]
-    """Interval (95 %) of one measurement there."""
+    """Interval of one measurement there."""
     rivals: tuple[float, float]
     """Lowest and highest of the laws there."""
     distance: float
@@ -135,7 +133,7 @@ class Proposal(Result):
         low, high, least, most = (human(v, 4) for v in (*self.interval, *self.rivals))
         return [
             *(("caution", each) for each in flag_words(self.flags)),
-            ("target", f"{scale_words(self.target)}, {human(self.distance)} times beyond the table"),
+            ("target", f"{scale_words(self.target)}, {beyond_words(self.distance)}"),
             ("runs", f"{len(self.table)}, for {human(self.price)} of {human(self.budget)} {self.unit}"),
             ("standard deviation", f"{before} of the forecast now, {after} with these runs"),
             ("forecast now", f"{human(self.forecast, 4)} [{low}, {high}], single laws {least} to {most}"),
@@ -155,7 +153,7 @@ class Proposal(Result):
 
 
 def next_runs(
-    df: pd.DataFrame,
+    table: Table,
     target: Mapping[str, float],
     offer: pd.DataFrame,
     *,
@@ -184,19 +182,19 @@ def next_runs(
         >>> offer = pd.DataFrame({"N": [3e5, 6e5], "D": [5e5, 3e5], "price": [1.0, 2.0]})
         >>> next_runs(table, {"N": 1e6, "D": 1e6}, offer, budget=3).table
     """
-    df = with_compute(df)
-    laws = law if isinstance(law, Forecaster) else forecaster(df, law=law, y=y)
-    known, place = fit(df, laws.law, y=y), laws.points.place
+    runs = Runs(table).with_compute()
+    laws = law if isinstance(law, Forecaster) else forecaster(runs, law=law, y=y)
+    worth_law, place = _worth_by(laws, runs, y), laws.place
     named = {v: offer[v].to_numpy(float) for v in ("N", "D", "U", "C") if v in offer}
     offer = offer.reset_index(drop=True).assign(**place(named))
-    rows, left = buy(known, offer, offer["price"].to_numpy(float), place(target), budget=budget)
+    rows, share = buy(worth_law, offer, offer["price"].to_numpy(float), place(target), budget=budget)
     ahead = laws.predict(target).iloc[0]
     before = float(np.linalg.norm(ahead[[*TERMS[1:]]]))
     text = "These runs hardly narrow the forecast; more GPU-hours buy larger ones, nearer to the target."
-    little = [Flag(kind="buys_little", text=text)] * (left > WORTHWHILE)
+    little = [Flag(kind="buys_little", text=text)] * (share > WORTHWHILE)
     return Proposal(
         table=offer.loc[rows].reset_index(drop=True).assign(**{"D/N": lambda runs: runs["D"] / runs["N"]}),
-        law=known,
+        law=worth_law,
         target={k: float(v) for k, v in target.items()},
         forecast=ahead["value"],
         interval=(ahead["pi_lo"], ahead["pi_hi"]),
@@ -205,9 +203,17 @@ def next_runs(
         budget=budget,
         unit=unit,
         sd_before=before,
-        sd_after=before * left,
-        flags=(*little, *mixture_flags(df, known.law.variables), *known.flags),
+        sd_after=before * share,
+        flags=(*little, *mixture_flags(runs, worth_law.law.variables), *worth_law.flags),
     )
+
+
+def _worth_by(laws: Forecaster, runs: Runs, y: str) -> Fit:
+    """Fit the law that the worth of runs is computed with: the heaviest one that no test rejects, where the best of
+    them is rejected."""
+    first = fit(runs, laws.law, y=y)
+    others = (fit(runs, law, y=y) for name in laws.weights.index for law in laws.laws if law.name == name)
+    return next((each for each in others if not each.is_rejected), first) if first.is_rejected else first
 
 
 def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4) -> pd.DataFrame:
@@ -218,10 +224,10 @@ def grid_offer(df: pd.DataFrame, target: Mapping[str, float], *, steps: int = 4)
     if lost := [v for v in ("N", "D") if v not in target]:
         raise AnalysisError(f"The target needs {' and '.join(lost)}, as in {','.join(f'{v}=1e9' for v in lost)}.")
     axes = {v: np.unique(df[v].to_numpy(float)) for v in ("N", "D")}
-    for v, own in axes.items():
-        kept = own if len(own) <= MANY_VALUES else np.geomspace(own[0], own[-1], MANY_VALUES)
-        beyond = np.geomspace(own[-1], target[v], steps + 2)[1:-1]
-        axes[v] = np.append(kept, beyond[beyond > own[-1]])
+    for v, values in axes.items():
+        kept = values if len(values) <= MANY_VALUES else np.geomspace(values[0], values[-1], MANY_VALUES)
+        beyond = np.geomspace(values[-1], target[v], steps + 2)[1:-1]
+        axes[v] = np.append(kept, beyond[beyond > values[-1]])
     offer = pd.MultiIndex.from_product([*axes.values()], names=[*axes]).to_frame(index=False)
     offer = offer[offer["N"] * offer["D"] < 0.999 * target["N"] * target["D"]]
     near = [np.isclose(offer[v].to_numpy(float)[:, None], df[v].to_numpy(float), rtol=SAME_RUN) for v in axes]

@@ -1,13 +1,14 @@
 """Comparison with the published models: right gaps, nothing averaged or compared that is not the same."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from commands import say
 
-from aimscale.analysis.published.comparison import beside_runs, compare
+from aimscale.analysis.published import beside_runs, compare
 from aimscale.analysis.table.schema import results_table, write_table
 
 PROBE = {"task": "dtd", "kind": "attentive", "evaluation": "a-b", "chance": 0.1}
@@ -91,7 +92,7 @@ def test_the_command_shows_our_own_baselines(tmp_path):
     baseline = {"size": "raw-pixels", "run_id": "like", "probes": table[0]["probes"]}
     write_table(results_table([baseline]), tmp_path / "baselines.parquet")
     arguments = ["compare", tmp_path]
-    say(*arguments)
+    assert re.search(r"significant +0 of \d exclude zero, where \S+ would by chance", say(*arguments))
     text = say(*arguments, "--json")
     shown = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert len(shown["tasks"]) == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,16 @@ import pandas as pd
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
-from aimscale.analysis.display import Drawing, Result
+from aimscale.analysis.display import Result, by_chance, percent
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.covariance import CONFIDENCE, satterthwaite
-from aimscale.analysis.fitting.groups import SIZE_COLUMNS, chained, groups_of
-from aimscale.analysis.laws.base import Array
+from aimscale.analysis.fitting.covariance import CONFIDENCE, current_level, level_words, satterthwaite
+from aimscale.analysis.laws import Array
+from aimscale.analysis.table.groups import SIZE_COLUMNS, chained
 from aimscale.analysis.table.measures import ACCURACIES, wanted_measures
-from aimscale.analysis.table.names import Exclusion, no_column, our_name, their_name
-from aimscale.analysis.table.points import complete, usable_rows
-from aimscale.analysis.table.read import probe_frame
-from aimscale.analysis.words import percent
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.runs import Runs, Table
+from aimscale.analysis.table.schema import Exclusion
+from aimscale.analysis.table.select import by_probe
 
 METHODS: dict[str, Callable[[Array], Array]] = {"pearson": np.asarray, "spearman": rankdata}
 """Coefficient -> what each column becomes before products are averaged."""
@@ -39,7 +39,7 @@ NOTHING_LEFT = 3e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """One coefficient of two columns, with a 95 % interval."""
+    """One coefficient of two columns, with an interval."""
 
     task: str = ""
     """Task of the accuracy, where y is one."""
@@ -59,6 +59,8 @@ class Correlation:
     """Budgets that were left out in turn as well; 0 where compute is held equal or they are too few."""
     degrees: float
     """Degrees of freedom of Student's t."""
+    level: float = field(default_factory=current_level)
+    """Level of the interval."""
     partial_on: str | None
     """Column that was held equal, if any."""
     num_groups: int | None
@@ -92,8 +94,6 @@ class Correlation:
 class Correlations(Result):
     """Correlations of two columns, or of a column and several accuracies."""
 
-    plot = Drawing("accuracy.plot_correlations")
-
     correlations: tuple[Correlation, ...]
     """One per accuracy, comparison and method: at equal compute first."""
 
@@ -116,23 +116,25 @@ class Correlations(Result):
         """Return cautions, what was correlated, how intervals were found and what was left out."""
         text = "all accuracies{} lie at chance ({}) within their binomial error"
         names = {c.task and f" of {c.task}:{c.kind}": c.chance for c in self if c.chance is not None}
-        found = [("caution", text.format(name, percent(chance, 3))) for name, chance in names.items()]
-        found.append(("correlated", self.headline().removeprefix("Correlation of ")))
+        facts = [("caution", text.format(name, percent(chance, 3))) for name, chance in names.items()]
+        facts.append(("correlated", self.headline().removeprefix("Correlation of ")))
         if len({c.partial_on for c in self}) > 1:
-            found.append(("over all rows", "both may follow compute, which alone makes them correlate"))
+            facts.append(("over all rows", "both may follow compute, which alone makes them correlate"))
         for c in self:
             over = f"{c.num_clusters} clusters by {c.cluster}" if c.cluster else f"{c.num_points} rows"
             over += f" and {c.num_budgets} budgets" * bool(c.num_budgets)
-            how = f"95 %, jackknife of Fisher's z over {over}, t with {c.degrees:.3g} degrees of freedom"
-            found.append(("intervals", how))
+            how = f"jackknife of Fisher's z over {over}, t with {c.degrees:.3g} degrees of freedom"
+            facts.append(("intervals", f"{level_words(c.level)}, {how}"))
             how = f"within {c.num_groups} groups of equal" if c.num_groups else "about a polynomial in the logarithm of"
-            found += [("held equal", f"{how} {c.partial_on}")] * bool(c.partial_on)
-            found += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
-        return list(dict.fromkeys(found))
+            facts += [("held equal", f"{how} {c.partial_on}")] * bool(c.partial_on)
+            facts += [("left out", "; ".join(map(str, c.exclusions)))] * bool(c.exclusions)
+        if len(self.correlations) > 1:
+            facts.append(("significant", by_chance([c.is_significant for c in self], self.correlations[0].level)))
+        return list(dict.fromkeys(facts))
 
 
 def correlate(
-    df: pd.DataFrame,
+    table: Table,
     *,
     x: str = "val_loss",
     y: str = "top1",
@@ -149,7 +151,7 @@ def correlate(
     more (equal D, else equal C) are clusters, too, unless compute is held equal: variances of both add.
 
     Args:
-        df: a results table, or rows of `probe_frame`.
+        table: a results table, or rows of `probe_frame`.
         x: a column, or a law's letter.
         y: a column, or accuracies: TASK:KIND, TASK, or top1 for all of the table.
         methods: pearson, spearman or both.
@@ -167,41 +169,43 @@ def correlate(
         >>> table = read_table("results.parquet")
         >>> correlate(table, y="photographs:knn", within="size").table
     """
-    x, y = our_name(df, x), our_name(df, y)
-    partial, within = (name and our_name(df, name) for name in (partial, within))
+    runs = Runs(table)
+    x, y = runs.column(x), runs.column(y)
+    partial, within = (name and runs.column(name) for name in (partial, within))
     if unknown := [m for m in methods if m not in METHODS]:
         raise AnalysisError(f"There is no correlation named {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    groups = {("", ""): df}
-    if y not in df.columns:
-        asked, probes = wanted_measures(complete(df), [y]), probe_frame(complete(df))
-        y, of_probe = asked[0].column, dict(list(probes.groupby(["task", "kind"])))
-        groups = {name: of_probe[name] for name in sorted({(m.task, m.kind) for m in asked})}
-    found = list[Correlation]()
-    for name, rows in groups.items():
-        for held in (our_name(rows, "C"), None) if _is_split(rows, x, y, partial, within) else (partial,):
-            found += [replace(c, task=name[0], kind=name[1]) for c in _correlate(rows, methods, x, y, held, within)]
-    return Correlations(correlations=tuple(found))
+    parts = {("", ""): runs}
+    if y not in runs:
+        asked, probes = wanted_measures(runs.complete(), [y]), by_probe(runs.complete())
+        y, pairs = asked[0].column, sorted({(m.task, m.kind) for m in asked})
+        parts = {pair: probes[":".join(pair)] for pair in pairs}
+    correlations = list[Correlation]()
+    for (task, kind), rows in parts.items():
+        for held in (rows.column("C"), None) if _is_split(rows, x, y, partial, within) else (partial,):
+            of_part = _correlate(rows, methods, x, y, held, within)
+            correlations += [replace(c, task=task, kind=kind) for c in of_part]
+    return Correlations(correlations=tuple(correlations))
 
 
-def _is_split(df: pd.DataFrame, x: str, y: str, *held: str | None) -> bool:
+def _is_split(runs: Runs, x: str, y: str, *held: str | None) -> bool:
     """Return whether nothing is held, and rows at three amounts of compute or more have both columns, which vary."""
-    compute = our_name(df, "C")
-    if any(held) or compute in (x, y) or not {compute, x, y} <= {*df.columns}:
+    compute = runs.column("C")
+    if any(held) or compute in (x, y) or not {compute, x, y} <= {*runs}:
         return False
-    known = usable_rows(df, {name: name for name in (x, y, compute)}, signed={x, y}).numbers
-    return len(known) >= MIN_ROWS and known[compute].nunique() > 2 and min(known[[x, y]].nunique()) > 1
+    numbers = usable_rows(runs, {name: name for name in (x, y, compute)}, signed={x, y}).numbers
+    return len(numbers) >= MIN_ROWS and numbers[compute].nunique() > 2 and min(numbers[[x, y]].nunique()) > 1
 
 
 def _correlate(
-    df: pd.DataFrame, methods: Sequence[str], x: str, y: str, partial: str | None, within: str | None
+    runs: Runs, methods: Sequence[str], x: str, y: str, partial: str | None, within: str | None
 ) -> Iterator[Correlation]:
     """Correlate by each method."""
     if len({x, y} - {partial, within}) < 2:
         raise AnalysisError(f"{x} and {y} must be two columns, and others than what is held equal.")
-    if absent := [name for name in (x, y, partial, within) if name is not None and name not in df.columns]:
-        raise no_column(df, absent[0])
-    used = usable_rows(df, {name: name for name in (x, y, partial) if name}, signed={x, y})
-    rows, numbers = used.rows, used.numbers
+    if absent := [name for name in (x, y, partial, within) if name is not None and name not in runs]:
+        raise runs.no_column(absent[0])
+    used = usable_rows(runs, {name: name for name in (x, y, partial) if name}, signed={x, y})
+    rows, numbers = used.rows.frame, used.numbers
     if len(rows) < MIN_ROWS:
         raise AnalysisError(f"Only {len(rows)} rows have both {x} and {y}; a correlation needs at least {MIN_ROWS}.")
     if constant := [name for name in (x, y) if numbers[name].nunique() < 2]:
@@ -217,11 +221,11 @@ def _correlate(
         group = _codes(rows, within)
     cluster = _cluster_column(rows, within)
     members, sides = [_codes(rows, cluster)], numbers[[x, y]].to_numpy()
-    budgets = None if partial is not None else groups_of(rows, {}).get("budgets")
+    budgets = None if partial is not None else used.rows.shared_groups({}).get("budgets")
     members += [] if budgets is None or budgets.max() + 1 < MIN_ROWS else [budgets]
     sides = sides / np.abs(sides).max(axis=0)  # squares of 1e308 are no numbers
     names = {"x": x, "y": y, "cluster": cluster, "partial_on": partial, "within": within}
-    about: dict[str, Any] = {key: name and their_name(df, name) for key, name in names.items()}
+    about: dict[str, Any] = {key: name and runs.called(name) for key, name in names.items()}
     about |= {"num_clusters": len({*members[0]}), "num_budgets": len({*members[-1]}) if len(members) > 1 else 0}
     about |= {"num_points": len(rows), "num_groups": num_groups}
     about |= {"chance": _chance_of_all(rows, y), "exclusions": used.exclusions}
@@ -308,6 +312,6 @@ def _interval(
     z = np.arctanh(np.clip(value, -most, most))
     independent = max(1, n - 3 - num_means - held.shape[1])
     fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)
-    tail = 0.5 + CONFIDENCE / 2
+    tail = 0.5 + current_level() / 2
     half = max(student.ppf(tail, degrees) * np.sqrt(variances.sum()), norm.ppf(tail) * np.sqrt(fisher))
     return value, float(min(value, np.tanh(z - half))), float(max(value, np.tanh(z + half))), degrees

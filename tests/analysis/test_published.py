@@ -3,7 +3,7 @@
 import pytest
 
 from aimscale.analysis import fit
-from aimscale.analysis.published.comparison import TASKS, best_frozen, published_frame, table6
+from aimscale.analysis.published import TASKS, best_frozen, published_frame, table6
 
 
 def test_every_printed_mean_is_the_mean_of_its_row():

@@ -1,1 +1,0 @@
-"""From loss to accuracy."""

@@ -1,1 +1,0 @@
-"""Decisions that a table allows: which law to trust, and which runs to buy next."""

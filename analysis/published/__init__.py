@@ -1,1 +1,0 @@
-"""Published results and our own baselines, beside the runs."""
