@@ -77,6 +77,20 @@ def param_count(config: ModelConfig) -> ParamCount:
     return ParamCount(preprocessor=d * (o + 3), trunk=trunk, head=head_params)
 
 
+def matrix_sizes(config: ModelConfig) -> list[int]:
+    """List the values of each matrix in the order of the model's parameters."""
+    d, o, head = config.width, config.patch_dim, config.head
+    mlp = [MLP_RATIO * head.width**2] * 2
+    block = [3 * head.width**2, head.width**2, *mlp] if head.num_heads else mlp
+    in_head = [d * o] if head.is_linear else [d * head.width, *head.depth * block, head.width * o]
+    return [d * o, *config.depth * [3 * d**2, d**2, MLP_RATIO * d**2, MLP_RATIO * d**2], *in_head]
+
+
+def largest_param(config: ModelConfig) -> int:
+    """Count the values of the largest parameter."""
+    return max(matrix_sizes(config))
+
+
 def flops_per_image(config: ModelConfig) -> FlopCount:
     """Count FLOPs by the published convention: every token passes through every layer and the whole head.
 

@@ -27,11 +27,12 @@ from aimscale.aim.weights import (
     write_weights,
 )
 from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_blocks, read_head_blocks
+from aimscale.harness.run.budgets import check_weights
 from aimscale.harness.run.config import RunConfig, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import atomic_dir, write_json, write_text
+from aimscale.harness.run.files import atomic_dir, read_file, write_json, write_text
 from aimscale.harness.run.provenance import record_start
-from aimscale.harness.run.row import budget_columns, model_of
+from aimscale.harness.run.row import budget_columns, build_model_config
 
 PUBLISHED_IMAGES_SEEN = {
     "aim-600M": 500_000 * 4096,
@@ -43,6 +44,8 @@ PUBLISHED_IMAGES_SEEN = {
 PUBLISHED_DATA = "DFN-2B+ (0.8 DFN-2B, 0.2 ImageNet-1k; not part of this project)"
 """Placeholder for the training data of an imported run."""
 
+MAX_BLOCKS = 10_000
+"""Limit on the blocks that a head reads."""
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weight file in a folder of the hub."""
 
@@ -63,12 +66,14 @@ def read_hub_config(file: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_file(path))
         if not {"img_size", "embed_dim", "num_blocks", "num_heads"} <= values.keys():
             return {}  # of something else
         blocks = values.get("probe_layers", 6)
         if isinstance(blocks, int):  # that many last ones
             blocks = range(values["num_blocks"] - blocks, values["num_blocks"])
+        if len(blocks) > MAX_BLOCKS:
+            raise ValueError(f"{len(blocks)} blocks")
         numbers = {name: int(values[name]) for name in ("img_size", "embed_dim", "num_blocks", "num_heads")}
         return numbers | {"probe_layers": [int(block) for block in blocks]}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -196,8 +201,8 @@ def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path
     if out.exists():
         raise WeightsError(f"{out} exists already; choose another folder for the export")
     config = run.load_config()
-    model = model_of(config.training)
-    state = backbone_state(read_weights(run.model_file(images_seen)), model)
+    model = build_model_config(config.training)
+    state = backbone_state(read_weights(check_weights(run, images_seen)), model)
     head_file = probe_file or run.path / RELEASED_HEAD
     blocks, num_classes = parse_blocks(model, "last"), None
     if head_file.is_file():

@@ -56,14 +56,17 @@ def parts(folder: Path, *, rehearse: bool) -> Iterator[Part]:
     yield Part(name="doctor", words=[*AIMSCALE, "doctor", *root], limit_s=60)
     # Ignore pyproject's options: plugins such as xdist may be missing.
     pytest = [sys.executable, "-m", "pytest", "-v", "-rfEs", "-o", "addopts=", "--import-mode=importlib", "-m", "cuda"]
-    yield Part(name="tests", words=[*pytest, *(["-k", "bytes or cpu"] if rehearse else []), str(TESTS)], limit_s=200)
+    num_gpus, of_ranks = 2 if rehearse else torch.cuda.device_count(), str(TESTS / "test_ranks.py")
+    some = [*(["-k", "bytes or cpu"] if rehearse else []), "--ignore", of_ranks, str(TESTS)]
+    yield Part(name="tests", words=[*pytest, *some], limit_s=200)
+    if num_gpus > 1:
+        yield Part(name="tests of 2 ranks", words=[*pytest, of_ranks], limit_s=150)
     steps = [(*each, "auto") for each in SIZES] + [(*each, "false") for each in SIZES[:-1]]
     training = [
         Part(name=f"train {size} {how}", words=AIMSCALE + _step_of(size, batch, rehearse, compile=how), limit_s=120)
         for size, batch, how in ([("w16-d2", 8, "auto")] if rehearse else steps)
     ]
     yield training[0]
-    num_gpus = 2 if rehearse else torch.cuda.device_count()
     size, batch = ("w16-d2", 4) if rehearse else SIZES[0]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_gpus)]
     for stage in (2, 1) if num_gpus > 1 else ():  # gradients are reduced during the backward pass, and after it

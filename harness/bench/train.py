@@ -10,15 +10,16 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
-from aimscale.harness.data.stream.stream import Batch, masks
+from aimscale.harness.data.stream.base import Batch, masks
 from aimscale.harness.device.execution import execution_plan
+from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation
 from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.log.record import device_memory_bytes
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.provenance import process_age_s
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import build_model_config
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
 from aimscale.harness.step.feed import count_targets
@@ -35,13 +36,14 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
         states it and, as `cost.mfu` counts it, `mfu_nominal`; `memory_bytes`, the device's or on a CPU the process's,
         beside the estimate; `startup_s`, which ends with the first step.
     """
-    model, optimiser, runtime = model_of(config.training), config.training.optimiser, config.runtime
+    model, optimiser, runtime = build_model_config(config.training), config.training.optimiser, config.runtime
     group = start_group(find_placement(), runtime.device)
     try:
-        peak = group.from_first(lambda: measure_peak(group.device, optimiser.precision))
+        peak = group.broadcast_from_rank0(lambda: measure_peak(group.device, optimiser.precision))
         device_bytes = group.min_over_ranks(group.memory_bytes())
-        is_gpu, where = group.device.type == "cuda", {"world_size": group.world_size, "device_bytes": device_bytes}
-        plan = execution_plan(config.training, runtime, **where, is_gpu=is_gpu)
+        name, is_gpu = group.broadcast_from_rank0(lambda: device_name(group.device)), group.device.type == "cuda"
+        where = {"world_size": group.world_size, "device_bytes": device_bytes}
+        plan = execution_plan(config.training, runtime, **where, is_gpu=is_gpu, is_linked=has_fast_link(name))
         options = EngineOptions(
             zero_stage=plan.zero_stage,
             activation_checkpointing=plan.activation_checkpointing,

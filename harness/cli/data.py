@@ -32,11 +32,13 @@ ClassesOption = Annotated[
 
 @app.command()
 def pack(
-    source: Annotated[
-        Path | None,
-        typer.Argument(help="Image folder (sub-folders are classes), idx file or benchmark; with --bundled, OUT."),
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="SOURCE... OUT. Source: image folder (sub-folders are classes), Parquet files or a folder of them, "
+            "idx file or benchmark. Out: new folder for the shards and their index; with --bundled, this alone."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Argument(help="New folder for the shards and their index.")] = None,
     benchmark: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +63,10 @@ def pack(
         ),
     ] = None,
     classes: ClassesOption = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="image=A,label=B", help="Columns of Parquet files, where several could be meant."),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -73,25 +79,25 @@ def pack(
     """Pack images into webdataset shards with an index."""
     from aimscale.harness.data import DataError
 
-    if benchmark and source is None:
+    if benchmark and not paths:
         from aimscale.harness.data.store.benchmarks import describe
 
         print(describe(benchmark))
-    elif source is None or (out is None and not bundled):
+    elif not paths or (len(paths) < 2 and not bundled):
         raise DataError("data pack needs a source and an output folder: aimscale data pack SOURCE OUT")
     elif bundled:
         from aimscale.harness.data.store.bundled import FOLDERS, write_bundled
 
-        if out is not None or benchmark or split or images or classes or resize or skip_bad:
-            raise DataError(f"data pack --bundled {source} takes one folder, the output, and no other option")
-        write_bundled(source)
-        print(f"wrote {len(FOLDERS)} data sets under {source}: {', '.join(FOLDERS)}")
+        if len(paths) > 1 or benchmark or split or images or classes or columns or resize or skip_bad:
+            raise DataError(f"data pack --bundled {paths[0]} takes one folder, the output, and no other option")
+        write_bundled(paths[0])
+        print(f"wrote {len(FOLDERS)} data sets under {paths[0]}: {', '.join(FOLDERS)}")
     else:
         from aimscale.harness.data.store.pack import pack_images, shuffled_order
 
-        assert out is not None
-        listing = _list(source, benchmark, split, _read_classes(classes))
+        *sources, out = paths
         with Bar() as bar:
+            listing = _list(sources, out, benchmark, split, _read_classes(classes), columns, bar)
             to = functools.partial(
                 pack_images, listing, resize=resize, skip_bad=skip_bad, max_shard_bytes=shard_mb * 1e6, progress=bar
             )
@@ -127,17 +133,51 @@ def _pack_parts(to: Callable[..., Packed], out: Path, listing: Listing, shares: 
     return packed
 
 
-def _list(source: Path, benchmark: str | None, split: str | None, classes: tuple[str, ...] | None) -> Listing:
+def _list(
+    sources: list[Path],
+    out: Path,
+    benchmark: str | None,
+    split: str | None,
+    classes: tuple[str, ...] | None,
+    columns: str | None,
+    progress: Bar,
+) -> Listing:
     """List the images of a source."""
     from aimscale.harness.data import DataError
     from aimscale.harness.data.store.benchmark_readers import list_benchmark, list_idx
-    from aimscale.harness.data.store.pack import list_folder
+    from aimscale.harness.data.store.pack import Listing, check_new, list_folder
+    from aimscale.harness.data.store.parquet import ENDING, find_parquet, read_parquet
 
+    source = sources[0]
+    parquet = {} if benchmark else {each: find_parquet(each) for each in sources}
+    if files := [file for of_source in parquet.values() for file in of_source]:
+        if classes is not None:
+            raise DataError("--classes is for idx files and data index; Parquet files name their classes")
+        check_new(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if strangers := [each for each, of_source in parquet.items() if not of_source]:
+            raise DataError(f"{strangers[0]} is no Parquet file ({ENDING}); give sources of one kind")
+        table = read_parquet(files, out.parent, _read_columns(columns), progress)
+        return Listing(source=source, images=table.images, labels=table.labels, classes=table.classes)
+    if len(sources) > 1:
+        raise DataError(f"data pack takes one source unless they are Parquet files; {sources[1]} is another one")
+    if columns is not None:
+        raise DataError("--columns is for Parquet files")
     if "images-idx3-ubyte" in source.name and not benchmark:
         return list_idx(source, classes)
     if classes is not None:
         raise DataError("--classes is for idx files and data index; folders and benchmarks have names of their own")
     return list_benchmark(benchmark, source, split) if benchmark else list_folder(source)
+
+
+def _read_columns(text: str | None) -> dict[str, str]:
+    """Parse `image=A,label=B`."""
+    from aimscale.harness.data import DataError
+
+    pairs = [part.partition("=") for part in (text or "").split(",") if part]
+    if not all(role in ("image", "label") and name for role, _, name in pairs):
+        raise DataError(f"--columns {text}: write image=COLUMN, label=COLUMN, or both with a comma")
+    return {role: name for role, _, name in pairs}
 
 
 def _tell(out: Path, packed: Packed) -> None:
@@ -157,7 +197,7 @@ def _say_next(*folders: Path | str) -> None:
     if {Path(folder).name for folder in folders} >= {"train", "validation"}:
         parent = Path(first).parent
         file = re.sub(r"[^A-Za-z0-9-]+", "-", parent.name).strip("-") or "mysweep"
-        print(f"next: aimscale plan {file}.yaml --suggest 1 --data {shlex.quote(str(parent))}")
+        print(f"next: aimscale init {file}.yaml --data {shlex.quote(str(parent))} --hours 1")
         return
     base: dict[str, Any] = {"data": {"sources": [{"path": first}]}}
     print(f"next: aimscale data info {shlex.quote(first)}")

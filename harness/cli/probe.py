@@ -48,7 +48,7 @@ def probe(
 ) -> None:
     """Train the task's probe heads on frozen features and score the chosen ones on the test split.
 
-    In this process, under torchrun, or in a Slurm job step with several tasks; refused while the run is in training.
+    In this process, under torchrun, or in a Slurm job step with several tasks; refused while the run is evaluated.
     What is done already is not done again. To probe a whole sweep, edit `probes` in its file and launch it again.
     """
     from aimscale.harness.probe.released import RELEASED, score_released

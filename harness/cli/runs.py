@@ -19,15 +19,15 @@ def train(
         Path | None, typer.Option(help="Run directory to make from CONFIG.yaml; default: the run's id.")
     ] = None,
 ) -> None:
-    """Train one run to its last budget, from wherever it stands.
+    """Train one run to its last budget, from wherever it stands; `aimscale evaluate` measures it.
 
-    Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 4 ended
-    off its forecast, 75 stopped by Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal; both saved (start it again to go on).
+    Started alone, by torchrun, or by srun. Exit codes: 0 finished, 2 a mistake in the input, 3 diverged, 75 stopped by
+    Ctrl-C, SIGTERM, SIGUSR2 or a closed terminal, and saved (start it again to go on).
     """
     from aimscale.harness.data.store.dataset_info import with_fingerprints
     from aimscale.harness.distributed.group import find_placement
     from aimscale.harness.run.config import ConfigError, load_run_config
-    from aimscale.harness.run.directory import RunDir
+    from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 
     config = None
     if run.is_dir() and out is not None:
@@ -39,9 +39,24 @@ def train(
         directory = out or Path(config.run_id)
         if find_placement().rank == 0:
             RunDir.create(directory, config)
-    from aimscale.harness.train.attempt import train as train_run
+    from aimscale.harness.train.run import train as train_run
 
-    raise typer.Exit(train_run(directory, config))
+    exit_code = train_run(directory, config)
+    if exit_code == EXIT_FINISHED and find_placement().rank == 0:
+        typer.echo(f"next: aimscale evaluate {shlex.quote(str(directory))}")
+    raise typer.Exit(exit_code)
+
+
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.", show_default=False)],
+) -> None:
+    """Measure validation loss and probes of saved budgets, while the training goes on or later.
+
+    Started alone, by torchrun, or by srun; what is done already is not done again. Exit codes as of `aimscale train`.
+    """
+    from aimscale.harness.evaluate.run import evaluate as evaluate_runs
+
+    raise typer.Exit(evaluate_runs(runs))
 
 
 @app.command("import")
@@ -100,7 +115,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a budget's backbone and a head as the hub has AIM: model.safetensors and config.json."""
-    from aimscale.harness.probe.files import probe_head
+    from aimscale.harness.results.files import probe_head
     from aimscale.harness.run.budgets import chosen_budgets
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.weights import export_weights

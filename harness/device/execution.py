@@ -2,21 +2,24 @@
 
 On several ranks ZeRO 2 is taken, 3 where that does not fit; on one rank, which shares nothing out, the lowest stage
 that trains in its precision. Activations are recomputed where nothing else fits. Then the largest micro-batch that fits
-is taken. Torch is not imported here.
+is taken. If a step then has several passes, in each of which ZeRO 2 and 3 reduce gradients, and GPUs have no fast link,
+ZeRO 1 is taken where it fits. Torch is not imported here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.errors import UserError
+from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.memory import HELD, Precision, held_bytes, peak_bytes_per_image, waiting_bytes
 from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory, is_out_of_memory
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import build_model_config
 
 USABLE_FRACTION = 0.8
 """Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. Tensors are within 5 % of the estimate
@@ -44,7 +47,7 @@ class ExecutionPlan:
     measures: bool
     """Whether there is memory to measure during training; otherwise nothing is measured."""
     half_micro_batch: int
-    """Micro-batch of the next start if memory runs out in the first step; 0: there is no second try."""
+    """Micro-batch of the next start if memory runs out before the first checkpoint; 0: there is no second try."""
     is_lowered: bool = False
     """Whether this is the second try."""
 
@@ -61,6 +64,7 @@ def execution_plan(
     world_size: int,
     device_bytes: int,
     is_gpu: bool = True,
+    is_linked: bool = True,
     measuring: int = 0,
 ) -> ExecutionPlan:
     """Choose what `runtime` leaves open by the rule above; no choice changes a result.
@@ -68,34 +72,44 @@ def execution_plan(
     Args:
         device_bytes: memory that a rank may plan for.
         is_gpu: whether the device is a GPU, where NCCL sends and not gloo.
+        is_linked: whether a fast link joins the devices of a node (`has_fast_link`).
         measuring: `measuring_bytes`; 0 where nothing is measured during training. It changes no choice of the steps.
 
     Raises:
         DoesNotFitError: nothing fits.
     """
-    config, precision = model_of(training), training.optimiser.precision
+    config, precision = build_model_config(training), training.optimiser.precision
     scored_tokens = mean_scored_tokens(config, training.objective.prefix)
     num_images, usable = images_per_rank(training.optimiser.batch_size, world_size), USABLE_FRACTION * device_bytes
-    for stage, recompute in _settings(precision, runtime, world_size):
-        where = {"zero_stage": stage, "world_size": world_size}
-        held = held_bytes(config, precision, **where, is_gpu=is_gpu)
+
+    def fit(stage: int, recompute: bool) -> tuple[int, bool, int, int, int] | None:
+        """Return these two, the micro-batch, and the bytes held and for an image; None if nothing fits."""
         per_image = peak_bytes_per_image(config, precision, recompute, scored_tokens)
-        room = int((usable - held) // per_image)
-        if runtime.micro_batch == "auto":
-            size = pass_size(num_images, min(room, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens)))
-        else:
-            size = min(runtime.micro_batch, num_images)
-        if 0 < size <= room:
-            break
-    else:
+        where: dict[str, Any] = {"zero_stage": stage, "world_size": world_size, "is_gpu": is_gpu}
+        for accumulates in (False, True):
+            held = held_bytes(config, precision, **where, accumulates=accumulates)
+            room = int((usable - held) // per_image)
+            if runtime.micro_batch == "auto":
+                size = pass_size(num_images, min(room, max(1, MAX_MICRO_BATCH_TOKENS // config.num_tokens)))
+            else:
+                size = min(runtime.micro_batch, num_images)
+            if size == num_images:
+                break
+        return (stage, recompute, size, held, per_image) if 0 < size <= room else None
+
+    found = next(filter(None, itertools.starmap(fit, _settings(precision, runtime, world_size))), None)
+    if found and found[0] > 1 and found[2] < num_images and not is_linked and runtime.zero_stage == "auto":
+        found = fit(1, found[1]) or found
+    if found is None:
         raise DoesNotFitError(
             f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this "
             "setting; use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
         )
+    stage, recompute, size, held, per_image = found
     has_room = held + measuring <= usable
     step = held + size * per_image
     if size == num_images:
-        step -= waiting_bytes(config, precision, **where, activations=size * per_image)
+        step -= waiting_bytes(config, precision, zero_stage=stage, world_size=world_size, activations=size * per_image)
     total = max(step, held + measuring if has_room else 0)
     return ExecutionPlan(
         zero_stage=stage,
@@ -118,14 +132,15 @@ def plan_start(
 ) -> ExecutionPlan:
     """Plan a start of a run, with half of the micro-batch if memory ran out in the start before, with settings
     `too_large`."""
-    plan = execution_plan(training, runtime, world_size=world_size, **memory)
+    memory |= {"world_size": world_size, "is_linked": has_fast_link(device)}
+    plan = execution_plan(training, runtime, **memory)
     if too_large is None or plan.micro_batch < (failed := too_large["micro_batch"]):
         return plan
     if too_large != plan.settings(device=device, world_size=world_size) | {"micro_batch": failed}:
         return plan
     fixed = {"zero_stage": plan.zero_stage, "activation_checkpointing": plan.activation_checkpointing}
     fixed["micro_batch"] = pass_size(images_per_rank(training.optimiser.batch_size, world_size), failed // 2)
-    lowered = execution_plan(training, runtime.model_copy(update=fixed), world_size=world_size, **memory)
+    lowered = execution_plan(training, runtime.model_copy(update=fixed), **memory)
     return dataclasses.replace(lowered, is_lowered=True, half_micro_batch=0)
 
 
@@ -135,7 +150,7 @@ def out_of_memory(error: Exception, plan: ExecutionPlan, *, device: str, world_s
     if not plan.half_micro_batch or not is_out_of_memory(error):
         return None
     return TooLargeError(
-        f"{describe_out_of_memory(error)} in the first step with a micro-batch of {plan.micro_batch}; "
+        f"{describe_out_of_memory(error)} before the first checkpoint with a micro-batch of {plan.micro_batch}; "
         f"the next start takes {plan.half_micro_batch}; start the run again",
         plan.settings(device=device, world_size=world_size),
     )

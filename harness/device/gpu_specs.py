@@ -19,25 +19,27 @@ class GpuSpec(NamedTuple):
     """Dense bf16 TFLOP/s. TF32, in which GPUs multiply float32 (`start_group`), is half of it on all of them."""
     memory_gb: float
     """Memory that its driver reports, GB, rounded down."""
+    is_linked: bool = True
+    """Whether NVLink or its like joins all GPUs of a node; a bridge joins two."""
 
 
 GPUS = {
     "A100": GpuSpec(312, 42),
     **dict.fromkeys(("A100 80GB", "A100L"), GpuSpec(312, 85)),
-    "A30": GpuSpec(165, 25),
-    "A40": GpuSpec(149.7, 48),
-    "A10": GpuSpec(125, 24),
-    "A6000": GpuSpec(154.8, 51),
-    "RTX 6000 Ada": GpuSpec(364.25, 51),
-    "H100 PCIe": GpuSpec(756.5, 85),
-    "H100 NVL": GpuSpec(835.5, 99),
+    "A30": GpuSpec(165, 25, False),
+    "A40": GpuSpec(149.7, 48, False),
+    "A10": GpuSpec(125, 24, False),
+    "A6000": GpuSpec(154.8, 51, False),
+    "RTX 6000 Ada": GpuSpec(364.25, 51, False),
+    "H100 PCIe": GpuSpec(756.5, 85, False),
+    "H100 NVL": GpuSpec(835.5, 99, False),
     "H100": GpuSpec(989.5, 85),
     "GH200": GpuSpec(989.5, 102),
     "H200 NVL": GpuSpec(835.5, 150),
     "H200": GpuSpec(989.5, 150),
-    "L40S": GpuSpec(362.05, 48),
-    "L40": GpuSpec(181.05, 48),
-    "L4": GpuSpec(121, 24),
+    "L40S": GpuSpec(362.05, 48, False),
+    "L40": GpuSpec(181.05, 48, False),
+    "L4": GpuSpec(121, 24, False),
     "B200": GpuSpec(2250, 190),
     "GB200": GpuSpec(2500, 196),
     "MI300X": GpuSpec(1307.4, 205),
@@ -117,6 +119,13 @@ def find_gpu(name: str) -> GpuSpec | None:
         return None
     found = [each for each in GPUS if words.issuperset(each.lower().split())]
     return GPUS[max(found, key=len)] if found else None
+
+
+def has_fast_link(name: str) -> bool:
+    """Return whether the GPUs of a node, by the name of one, are joined by more than PCIe; unknown ones and CPUs are
+    taken to be."""
+    spec = find_gpu(name)
+    return spec is None or (spec.is_linked and "pcie" not in name.lower())
 
 
 def nominal_flops_per_s(name: str, precision: str) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Literal, NamedTuple
 import psutil
 
 from aimscale.aim.config import MLP_RATIO, ModelConfig
-from aimscale.aim.cost import param_count
+from aimscale.aim.cost import largest_param, matrix_sizes, param_count
 
 Precision = Literal["fp32", "bf16"]
 
 ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 """Bytes of a value."""
 MAX_BUCKET_VALUES = 50_000_000
-"""Largest reduction bucket (`harness.step.deepspeed_setup`): 200 MB messages are long enough for any network."""
+"""Values of a reduction bucket where no parameter has more: 200 MB messages are long enough for any network."""
 MAX_GATHERED_VALUES = 1_000_000_000
 """Maximum values that DeepSpeed keeps gathered at ZeRO 3."""
 
@@ -37,20 +38,22 @@ class _Held(NamedTuple):
     gradients: tuple[int, int]
     """Gradients accumulated over micro-batches."""
     bucket: int
-    """Reduction buckets and a copy of one that is sent, for at most MAX_BUCKET_VALUES parameters."""
+    """Reduction buckets and a copy of one that is sent, per value of the bucket (`bucket_values`)."""
+    new: int = 0
+    """A gradient while it is computed and added, per value of the largest parameter."""
     gathered: int = 0
-    """Weights gathered at ZeRO 3, for at most MAX_GATHERED_VALUES parameters."""
+    """Weights gathered at ZeRO 3, for at most MAX_GATHERED_VALUES parameters and a matrix that is fetched below it."""
     message: tuple[int, int] = (0, 0)
     """Scratch memory of gloo on a CPU, per parameter and per value of the bucket, measured; NCCL's is fixed."""
 
 
 HELD = {
-    ("fp32", 0): _Held((12, 0), (4, 0), 0, message=(4, 0)),
-    ("fp32", 1): _Held((4, 12), (4, 0), 8),
-    ("fp32", 2): _Held((4, 12), (0, 4), 8),
+    ("fp32", 0): _Held((12, 0), (4, 0), 0, new=4, message=(4, 0)),
+    ("fp32", 1): _Held((4, 12), (4, 0), 8, new=4),
+    ("fp32", 2): _Held((4, 12), (0, 4), 8, new=4),
     ("fp32", 3): _Held((0, 20), (0, 0), 8, gathered=4, message=(0, 8)),
-    ("bf16", 1): _Held((6, 12), (0, 0), 0, message=(8, 0)),
-    ("bf16", 2): _Held((2, 12), (0, 4), 8, message=(0, 4)),
+    ("bf16", 1): _Held((6, 12), (0, 0), 0, new=6, message=(8, 0)),
+    ("bf16", 2): _Held((2, 12), (0, 4), 8, new=2, message=(0, 4)),
     ("bf16", 3): _Held((0, 18), (0, 0), 8, gathered=2, message=(0, 8)),
 }
 """Bytes per parameter by precision and ZeRO stage, as rehearsed steps hold them (tests/harness/rehearsal)."""
@@ -62,17 +65,52 @@ WORKSPACE_BYTES = 256 * 2**20
 """Bytes for kernels' workspaces and the allocator's slack."""
 
 
+def bucket_values(config: ModelConfig) -> int:
+    """Return the values of a reduction bucket, which has room for every parameter.
+
+    A larger one DeepSpeed would reduce in place, while backward passes already reuse its gradient's memory.
+    """
+    return max(largest_param(config), min(param_count(config).total, MAX_BUCKET_VALUES))
+
+
 def held_bytes(
-    config: ModelConfig, precision: Precision, *, zero_stage: int, world_size: int, is_gpu: bool = True
+    config: ModelConfig,
+    precision: Precision,
+    *,
+    zero_stage: int,
+    world_size: int,
+    is_gpu: bool = True,
+    accumulates: bool = False,
 ) -> int:
-    """Return the most bytes that one rank holds during a step, without the activations of its micro-batch."""
+    """Return the most bytes that one rank holds during a step, without the activations of its micro-batch.
+
+    Args:
+        accumulates: whether the step has several micro-batches.
+    """
     num_params, held = param_count(config).total, HELD[precision, zero_stage]
     total = sum(each[0] * num_params + each[1] * num_params // world_size for each in (held.states, held.gradients))
-    in_bucket = min(num_params, MAX_BUCKET_VALUES)
-    total += held.bucket * in_bucket + held.gathered * min(num_params, MAX_GATHERED_VALUES)
+    in_bucket, largest = bucket_values(config), largest_param(config)
+    total += held.bucket * in_bucket + held.new * largest
+    total += held.gathered * min(num_params, MAX_GATHERED_VALUES + MLP_RATIO * config.width**2)
+    if (precision, zero_stage) == ("bf16", 3) and largest > MAX_BUCKET_VALUES:
+        total -= 2 * (in_bucket - MAX_BUCKET_VALUES)  # no copy is made of a bucket that one matrix fills
+    if precision == "fp32" and zero_stage in (1, 2):
+        whole = max(whole_values(config, world_size))  # float32 gradients are copied, and added at ZeRO 2, as a whole
+        extra = whole - in_bucket if zero_stage == 1 else (1 + accumulates) * whole - num_params // world_size
+        total += 4 * max(0, extra)
     if not is_gpu and world_size > 1:
         total += held.message[0] * num_params + held.message[1] * in_bucket
     return total + WORKSPACE_BYTES
+
+
+def whole_values(config: ModelConfig, world_size: int) -> list[int]:
+    """Count the values of all matrices of which ZeRO 1 and 2 give a rank a part, for every rank."""
+    ends = list(itertools.accumulate(matrix_sizes(config)))
+    share, out = ends[-1] / world_size, [0] * world_size
+    for size, end in zip(matrix_sizes(config), ends, strict=True):
+        for rank in range(int((end - size) / share), min(world_size, math.ceil(end / share))):
+            out[rank] += size
+    return out
 
 
 def waiting_bytes(
@@ -143,8 +181,7 @@ def _head_bytes(config: ModelConfig, precision: Precision, scored: int, block: i
 
 def copy_bytes(config: ModelConfig, precision: Precision) -> int:
     """Return the bytes that a copy of the weights takes while it is made: its own, and the largest one in float32."""
-    largest = MLP_RATIO * max(config.width, config.head.width) ** 2
-    return param_count(config).total * ELEMENT_BYTES[precision] + 4 * largest
+    return param_count(config).total * ELEMENT_BYTES[precision] + 4 * largest_param(config)
 
 
 def measuring_bytes(config: ModelConfig, precision: Precision) -> int:

@@ -14,6 +14,7 @@ import torch
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.harness.device.gpu_specs import nominal_flops_per_s
+from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.run.provenance import cpu_name
 
 GEMM_SIDE = {"cpu": 512, "cuda": 8192}
@@ -66,7 +67,7 @@ def device_name(device: torch.device) -> str:
 def measure_peak(device: torch.device, precision: str) -> Peak:
     """Measure a device's peak: the best time of a square matrix product."""
     side = GEMM_SIDE[device.type]
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = DTYPES[precision]
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)
     best, stop = float("inf"), time.perf_counter() + MEASURED_S

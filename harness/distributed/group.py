@@ -8,7 +8,6 @@ import datetime
 import logging
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +17,8 @@ import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.run.directory import EXIT_CRASHED
-
-LOOPBACK = "127.0.0.1"
-
-
-class LaunchError(UserError):
-    """Environment that does not say which rank of how many this is, or lacks a device that another node may have."""
-
-    exit_code = EXIT_CRASHED
+from aimscale.harness.distributed.meeting import LOOPBACK, LaunchError, meet
+from aimscale.harness.run.timeouts import COLLECTIVE_TIMEOUT_S, PHASE_TIMEOUT_S, STEP_FACTOR, STEP_TIMEOUT_S
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +81,7 @@ def first_host(node_list: str) -> str:
 
 def gpu_index(placement: Placement, num_visible: int) -> int:
     """Return the index of this process's GPU: 0 if Slurm binds one to each task, else the local rank."""
-    if num_visible == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if num_visible == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         return 0
     if placement.local_rank >= num_visible:
         raise LaunchError(
@@ -102,12 +94,6 @@ def gpu_index(placement: Placement, num_visible: int) -> int:
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
-COLLECTIVE_TIMEOUT_S = 1800.0
-"""Time for which ranks wait for each other where one may load data or compile, s."""
-PHASE_TIMEOUT_S = 600.0
-"""Time for which they wait where one may read a model or write files: the 26 GB of aim-7B at 50 MB/s, s."""
-STEP_TIMEOUT_S, STEP_FACTOR = 100.0, 10.0
-"""Time for which they wait in a step: the larger of this and so many times the longest step before, s."""
 WRITTEN_BYTES_PER_S = 20e6
 """Rate at which a rank writes at least: 128 of them on a file server of 2.5 GB/s, bytes/s."""
 
@@ -149,7 +135,7 @@ class Group:
 
     def min_over_ranks(self, number: int) -> int:
         """Return the minimum of a number over ranks, so that all decide alike."""
-        return int(min(self.gather(number)))
+        return int(min(self.all_gather_object(number)))
 
     @property
     def ranks_per_node(self) -> int:
@@ -161,7 +147,7 @@ class Group:
     def cores(self) -> int:
         """Count this rank's cores: those that it may run on, divided among the ranks that may run on the same."""
         mine = os.uname().nodename, sorted(os.sched_getaffinity(0))
-        return max(1, int(_host_share() * len(mine[1])) // self.gather(mine).count(mine))
+        return max(1, int(_host_share() * len(mine[1])) // self.all_gather_object(mine).count(mine))
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank raised its flag."""
@@ -180,7 +166,7 @@ class Group:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def concatenate(self, values: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         """Gather tensors on the device, of one shape on every rank, along a new first axis, in order of ranks."""
         if self.world_size == 1:
             return values[None]
@@ -188,7 +174,7 @@ class Group:
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.stack(parts)
 
-    def exchange(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    def all_to_all(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """Send a flat tensor on the device to each rank, and return those that the ranks send here, of these sizes."""
         if self.world_size == 1:
             return list(parts)
@@ -197,7 +183,7 @@ class Group:
         torch.distributed.all_to_all_single(received, torch.cat(list(parts)), list(sizes), sent)
         return list(received.split(list(sizes)))
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Gather every rank's picklable value on every rank."""
         if self.world_size == 1:
             return [value]
@@ -205,7 +191,14 @@ class Group:
         torch.distributed.all_gather_object(values, value, group=self._host_group)
         return values
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast(self, value: T, rank: int) -> T:
+        """Return one rank's picklable value on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=rank, group=self._host_group)
+        return box[0]
+
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 alone and return its (picklable) result on every rank.
 
         Raises:
@@ -224,11 +217,11 @@ class Group:
         torch.distributed.broadcast_object_list(outcome, src=0, group=self._host_group)
         value, failure = outcome
         if failure is not None:
-            raise error or met_by(0, failure)
+            raise error or tag_failed_rank(0, failure)
         return cast(T, value)
 
     @contextlib.contextmanager
-    def collectives_within(self, seconds: float) -> Iterator[None]:
+    def collective_timeout(self, seconds: float) -> Iterator[None]:
         """Limit the time of exchanges that the block begins; see `limit_collectives`."""
         self.limit_collectives(seconds)
         try:
@@ -243,7 +236,7 @@ class Group:
         for group in list(c10d._world.pg_map) if self.world_size > 1 else ():
             c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self._host_group)
@@ -254,7 +247,7 @@ def _host_share() -> float:
     return float(os.environ.get("AIMSCALE_HOST_SHARE", "1"))
 
 
-def met_by(rank: int, error: E) -> E:
+def tag_failed_rank(rank: int, error: E) -> E:
     """Mark an error that this rank raises because another met it."""
     error.failed_rank = rank  # type: ignore[attr-defined]
     return error
@@ -294,31 +287,17 @@ def start_group(placement: Placement, device_name: str) -> Group:
     )
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    is_alone = placement.world_size == 1
-    if placement.address == LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # do not listen on a network
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=torch.distributed.HashStore() if is_alone else _local_store(placement),
-            rank=placement.rank,
-            world_size=placement.world_size,
-            timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-            device_id=device if device.type == "cuda" else None,
-        )
-    # Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
-    return Group(placement, device, None if is_alone else torch.distributed.new_group(backend="gloo"))
-
-
-def _local_store(placement: Placement) -> torch.distributed.TCPStore | None:
-    """Start or join the store of ranks on one host, on loopback alone, unlike torch's own; None on several hosts, or if
-    torchrun has started one."""
-    if placement.address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
-    is_first, timeout = placement.rank == 0, datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    listener = socket.create_server((LOOPBACK, placement.port)).detach() if is_first else None
-    where = (LOOPBACK, placement.port, placement.world_size)
-    return torch.distributed.TCPStore(*where, is_master=is_first, timeout=timeout, master_listen_fd=listener)
+    host_group = meet(  # host values travel over gloo, so that asking "shall we stop?" never waits for the device
+        placement.address,
+        placement.port,
+        placement.rank,
+        placement.world_size,
+        local_timeout_s=COLLECTIVE_TIMEOUT_S,
+        device=device if device.type == "cuda" else None,
+    )
+    group = Group(placement, device, host_group)
+    group.limit_collectives(COLLECTIVE_TIMEOUT_S)
+    return group
 
 
 def import_deepspeed() -> Any:

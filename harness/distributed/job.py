@@ -1,18 +1,16 @@
 """Execution of a job by one of its ranks: hold the folder, do the work, and report how it ended.
 
-A job trains a run, or evaluates or probes it; all three have a folder of the same kind. When a rank ends, or keeps the
-others waiting for too long (`Group.collectives_within`), their collectives fail, and the program that started the ranks
-(torchrun, srun) ends those that are left.
+A job trains a run, or evaluates it; both have a folder of the same kind. When a rank ends, or keeps the
+others waiting for too long (`Group.collective_timeout`), their collectives fail in gloo, while NCCL's watchdog ends the
+process (SIGABRT). The program that started the ranks (`distributed.ranks`, torchrun, srun) ends those that are left.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -21,36 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.distributed.group import (
-    PHASE_TIMEOUT_S,
-    Group,
-    LaunchError,
-    find_placement,
-    start_group,
-    stop_group,
-)
+from aimscale.harness.distributed.group import Group, LaunchError, find_placement, start_group, stop_group
 from aimscale.harness.run.directory import EXIT_FINISHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import (
-    EXIT_S,
     DivergedError,
-    OffTrackError,
     PreemptedError,
     StopFlag,
     TooLargeError,
     blames_another_rank,
     classify,
-    end_within,
+    exit_after,
     is_of_network,
     is_shared,
     stop_signals,
 )
 from aimscale.harness.run.lock import LockLost, check_writer, writing_through
-
-HEARTBEAT_S = 5.0
-"""Seconds between heartbeats in `status.json`."""
-WORD_S = 10.0
-"""Seconds that a rank which lost another waits for that one to record what happened."""
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+from aimscale.harness.run.timeouts import EXIT_TIMEOUT_S, FAILURE_NOTE_TIMEOUT_S, HEARTBEAT_S, PHASE_TIMEOUT_S
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,44 +74,79 @@ class Job:
 
         return report_progress
 
+    @contextlib.contextmanager
+    def ending_in_time(self) -> Iterator[None]:
+        """End this process `EXIT_TIMEOUT_S` after the block fails, even if the disk, the device or an exit that waits
+        for a lost rank hangs; without other ranks, the exits cancel that, as a caller may go on."""
+        try:
+            yield
+        except (PreemptedError, DivergedError):
+            raise
+        except Exception:
+            timer = exit_after(EXIT_TIMEOUT_S)
+            if self.group.world_size == 1:
+                self.exits.callback(timer.cancel)
+            raise
 
-def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int:
-    """Join the ranks, hold the folder, do the work and return the exit code (`run.directory`).
 
-    Raises:
-        LockHeld: another process executes this job; raised on all ranks.
-        Exception: what the work raised; `status.json` says why, too.
-    """
-    _die_with_torchrun()
-    _record_collectives(folder.logs)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Ranks that met, which execute one job, or several in turn."""
+
+    group: Group
+    flag: StopFlag
+    nodes: Sequence[str]
+    """As in `Job`."""
+
+
+@contextlib.contextmanager
+def join_ranks(logs: Path, device: str) -> Iterator[Ranks]:
+    """Join the ranks, and handle signals, for the block; `logs` is where NCCL's recorder writes."""
+    _record_collectives(logs)
     with contextlib.ExitStack() as stack:
         with _naming_lost_ranks():
             group = start_group(find_placement(), device)
             stack.callback(stop_group)
             flag = stack.enter_context(stop_signals())
-            nodes = group.gather(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+            nodes = group.all_gather_object(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        yield Ranks(group=group, flag=flag, nodes=nodes)
+
+
+def execute_job(folder: RunDir, device: str, work: Callable[[Job], None]) -> int:
+    """Join the ranks, and execute a job, as `execute_with` does."""
+    with join_ranks(folder.logs, device) as ranks:
+        return execute_with(ranks, folder, work)
+
+
+def execute_with(ranks: Ranks, folder: RunDir, work: Callable[[Job], None]) -> int:
+    """Hold the folder, do the work and return the exit code (`run.directory`).
+
+    Raises:
+        LockHeld: another process executes this job; raised on all ranks.
+        Exception: what the work raised; `status.json` says why, too.
+    """
+    with contextlib.ExitStack() as stack:
+        group = ranks.group
+        with _naming_lost_ranks():
             writer_folder = stack.enter_context(_hold(folder, group))
-        job = Job(folder=folder, group=group, flag=flag, nodes=nodes, exits=stack)
+        job = Job(folder=folder, group=group, flag=ranks.flag, nodes=ranks.nodes, exits=stack)
         try:
             if group.is_first:
                 folder.write_start()
                 folder.logs.mkdir(exist_ok=True)
-            work(job)
+            with job.ending_in_time():
+                work(job)
             job.update_status(state="finished", phase="", heartbeat=time.time())
         except PreemptedError:
             job.update_status(state="preempted", phase="", reason="stopped by a signal; what was done is kept")
             return EXIT_PREEMPTED
-        except (DivergedError, OffTrackError) as error:
+        except DivergedError as error:
             job.update_status(**error.ended, phase="", reason=str(error))
             if group.is_first:
                 print(f"aimscale: {error}", file=sys.stderr)
             return error.exit_code
         except Exception as error:
-            timer = end_within(EXIT_S)  # the disk may hang, or an exit that waits for a rank that is gone
-            about_another = _note_failure(job, writer_folder / "failure.json", error)
-            if group.world_size == 1:
-                timer.cancel()  # a caller may go on
-            if about_another:
+            if about_another := _note_failure(job, writer_folder / "failure.json", error):
                 raise LaunchError(about_another) from error  # where this rank met it tells nothing
             raise
     return EXIT_FINISHED
@@ -149,9 +168,9 @@ def _naming_lost_ranks() -> Iterator[None]:
 def _hold(run: RunDir, group: Group) -> Iterator[Path]:
     """Hold a run for the block: the first rank takes the lock, for all; yields the writer's folder."""
     with contextlib.ExitStack() as stack:
-        folder = group.from_first(lambda: stack.enter_context(run.hold()))
+        folder = group.broadcast_from_rank0(lambda: stack.enter_context(run.hold()))
         if not group.is_first:
-            stack.enter_context(writing_through(run.path, folder))
+            stack.enter_context(writing_through(run.root, folder))
         yield folder
 
 
@@ -160,7 +179,7 @@ def _note_failure(job: Job, note: Path, error: Exception) -> str | None:
     reports another's failure gives that one time, and returns a sentence about it."""
     reason_class, reason = classify(error)
     is_about_another = len(job.nodes) > 1 and blames_another_rank(reason)
-    deadline = time.monotonic() + WORD_S
+    deadline = time.monotonic() + FAILURE_NOTE_TIMEOUT_S
     while is_about_another and not note.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     rank = getattr(error, "failed_rank", job.group.rank)
@@ -195,10 +214,3 @@ def _record_collectives(logs: Path) -> None:
     for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
         if not os.environ.get(name, "0").isdecimal():  # torch 2.13 would stand still
             raise LaunchError(f"the environment variable {name} is no whole number; correct or unset it")
-
-
-def _die_with_torchrun() -> None:
-    """Have the kernel kill this rank when torchrun is killed: it starts ranks in sessions of their own, which a KILL to
-    its process group does not reach."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Expected losses of a run, forecast from the finished runs of its sweep, and how far the run is from them.
 
-A worker writes `expected.json` into the run directory (`sweeps.table.on_track`) and renews it as more runs finish.
-The trainer compares each validation loss with it. Torch is not imported here.
+A worker writes `expected.json` into the run directory (`sweeps.engine.forecasts`) and renews it as more runs finish.
+It compares the run with it while that trains, too (`sweeps.engine.watch`). Torch is not imported here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Deviation:
     since: int
     """Images seen at the first of these points, chosen so that the deviation is largest."""
     is_alarm: bool = False
-    """Whether it lies above the threshold of the alarm."""
+    """Whether it lies beyond the threshold of the alarm: above, or below, where the forecast is void."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,9 @@ class Expected:
     memory: float
     """Distance in ln images at which an error that points share is forgotten (to 1/e)."""
     alarm_sd: float | None = None
-    """Deviation above which an alarm is raised (null: never) ..."""
+    """Deviation to either side beyond which an alarm is raised (null: never) ..."""
     false_alarm_rate: float = 0.0
-    """... by this share of sound runs, at any of their points."""
+    """... by this share of sound runs above, and as many below, at any of their points."""
     stop_sd: float | None = None
     """Deviation from which an alarm also stops the run; null for never."""
 
@@ -115,7 +115,7 @@ class Expected:
         """Say why a run that deviates so much is to end, if it is."""
         if self.stop_sd is None or not found.is_alarm or found.sd < self.stop_sd:
             return None
-        where = f"{found.sd:+.1f} sd above its forecast since image {found.since}"
+        where = f"{found.sd:+.1f} sd above its forecast since D = {found.since}"
         return (
             f"the loss is {where} (--stop-off-track {self.stop_sd:g}); the run is saved, and `launch --retry` goes on"
         )
@@ -132,7 +132,7 @@ class Expected:
         return Deviation(
             sd=float(sd[-1, 0]),
             since=seen.points[first[-1, 0]].images_seen,
-            is_alarm=self.alarm_sd is not None and len(known) >= PERSISTENT and bool(sd[-1, 0] > self.alarm_sd),
+            is_alarm=self.alarm_sd is not None and len(known) >= PERSISTENT and bool(abs(sd[-1, 0]) > self.alarm_sd),
         )
 
 
@@ -141,4 +141,4 @@ _EXPECTED = TypeAdapter(Expected)
 
 def read_expected(run: RunDir) -> Expected | None:
     """Read the forecast of a run; None if there is none."""
-    return read_as(run.path / FILE, _EXPECTED)
+    return read_as(run.root / FILE, _EXPECTED)

@@ -50,7 +50,7 @@ class TensorBoardLogger:
     def __init__(self, run: RunDir) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.path / "tensorboard"))
+        self._writer = SummaryWriter(str(run.root / "tensorboard"))
         self.logged_until = max(_images_done(run), default=0)
         """Images done up to which earlier starts logged everything."""
 
@@ -67,7 +67,7 @@ class TensorBoardLogger:
 
 def _wandb_id(run: RunDir, config: RunConfig) -> str:
     """Return the id of this directory's run at W&B; a run that is trained again, in another one, has another id."""
-    path = run.path / "wandb-id"
+    path = run.root / "wandb-id"
     if not path.exists():
         write_text(path, f"{config.run_id}-{uuid.uuid4().hex[:8]}")
     return path.read_text()
@@ -87,14 +87,14 @@ class WandbLogger:
         refuse_missing(config)
         import wandb
 
-        sweep = run.path.parent.parent.name if run.path.parent.name == "runs" else None
+        sweep = run.root.parent.parent.name if run.root.parent.name == "runs" else None
         columns = planned_columns(config)
         about: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", "aimscale"),
             "id": _wandb_id(run, config),
             "name": config.run_id,
             "resume": "allow",
-            "dir": str(run.path),
+            "dir": str(run.root),
             "group": os.environ.get("WANDB_RUN_GROUP", sweep),
             "job_type": "train",
             "tags": [config.training.model.size, *(f"D={budget}" for budget in config.evaluation.budgets)],
@@ -113,7 +113,7 @@ class WandbLogger:
                 "WANDB_API_KEY, or keep runs on this machine with WANDB_MODE=offline"
             ) from error
         except wandb.errors.Error as error:
-            later = f"send this start later with `wandb sync` from {run.path}"
+            later = f"send this start later with `wandb sync` from {run.root}"
             _log.warning("W&B cannot be reached (%s); %s", _brief(error), later)
             wandb.teardown()  # else W&B thinks that the run is in use
         with self._surviving():
@@ -160,7 +160,9 @@ def open_loggers(run: RunDir, config: RunConfig) -> Iterator[list[Logger]]:
     """Open the loggers of `runtime.loggers` for the block; at its end `status.json` must say how the job ended."""
     with contextlib.ExitStack() as stack:
         loggers: list[Logger] = []
-        for name in dict.fromkeys(config.runtime.loggers):
+        # W&B takes a run from one process: what is evaluated beside the training is sent by the next evaluation.
+        is_beside = run.path != run.root and RunDir(run.root).is_held()
+        for name in dict.fromkeys(each for each in config.runtime.loggers if not (is_beside and each == "wandb")):
             loggers.append(TensorBoardLogger(run) if name == "tensorboard" else WandbLogger(run, config))
             stack.callback(lambda logger: logger.close(run.read_status().state), loggers[-1])
         yield loggers

@@ -25,7 +25,7 @@ _NOWHERE = Segment(start=0, stop=0, branch=None)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Tally:
+class Totals:
     """Cost and incidents of a stretch of training."""
 
     wall_s: float = 0.0
@@ -40,9 +40,9 @@ class Tally:
     num_loss_spikes: int = 0
     """Losses far above those before them."""
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: Totals) -> Totals:
         ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return Tally(**{key: ours[key] + theirs[key] for key in ours})
+        return Totals(**{key: ours[key] + theirs[key] for key in ours})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class TrainedStep:
     num_targets: int
     was_applied: bool
     """Whether it updated the weights."""
-    loss: float | None
+    loss: float | None = None
     """Mean over its targets; null if not finite."""
-    grad_norm: float | None
+    grad_norm: float | None = None
     """Norm before clipping; null if not finite."""
     is_spike: bool = False
     """Whether the loss stands out from those before it."""
@@ -80,10 +80,10 @@ class Metrics:
     """Images trained on, decay branches included."""
     consecutive_skipped: int = 0
     """Non-finite steps since the last finite one."""
-    trunk: Tally = dataclasses.field(default_factory=Tally)
-    """Tally of the trunk so far."""
-    branch: Tally = dataclasses.field(default_factory=Tally)
-    """Tally of the branch that the run is on."""
+    trunk: Totals = dataclasses.field(default_factory=Totals)
+    """Totals of the trunk so far."""
+    branch: Totals = dataclasses.field(default_factory=Totals)
+    """Totals of the branch that the run is on."""
     steps: list[TrainedStep] = dataclasses.field(default_factory=list)
     """Steps that are in no line yet."""
     recent: list[float] = dataclasses.field(default_factory=list)
@@ -94,13 +94,13 @@ class Metrics:
     """... and their number."""
 
     @property
-    def current(self) -> Tally:
-        """Tally of the trunk or the branch, wherever the run is."""
+    def current(self) -> Totals:
+        """Totals of the trunk or the branch, wherever the run is."""
         return self.trunk if self.segment.branch is None else self.branch
 
     @property
-    def total(self) -> Tally:
-        """Tally of the way from the start of the trunk to here."""
+    def total(self) -> Totals:
+        """Totals of the way from the start of the trunk to here."""
         return self.trunk if self.segment.branch is None else self.trunk + self.branch
 
     @property
@@ -115,15 +115,18 @@ class Metrics:
             self.tail_sum, self.tail_count = 0.0, 0
             self.recent.clear()  # losses at another learning rate
             if segment.branch is not None:
-                self.branch = Tally()
+                self.branch = Totals()
 
-    def add(self, step: TrainedStep) -> None:
-        """Count a step."""
+    def count(self, step: TrainedStep) -> None:
+        """Count a step, whose loss may not be known yet."""
         self.images_done += self.batch_size
         self.current.num_images += self.batch_size
         self.current.num_skipped_steps += not step.was_applied
         self.current.num_bad_samples += step.num_bad_samples
         self.consecutive_skipped = 0 if step.was_applied else self.consecutive_skipped + 1
+
+    def add(self, step: TrainedStep) -> None:
+        """Add a counted step to the next line."""
         if (loss := step.loss) is not None:
             if len(self.recent) >= SPIKE_WINDOW // 2:
                 most = np.mean(self.recent) + SPIKE_SIGMAS * np.std(self.recent)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.lock import check_writer
 from aimscale.harness.run.schedule import Segment
+from aimscale.harness.step.engine import StepOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Recorder:
         self._utilisation = functools.partial(utilisation, model_config, peak, world_size=group.world_size)
         self._batch_size = config.training.optimiser.batch_size
         self.metrics = Metrics(batch_size=self._batch_size)
+        self._unread: list[tuple[TrainedStep, StepOutcome]] = []
         self._begin_interval()
         self._recent: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=RECENT_LINES)
         """Time, images, and the longest wait for images of a rank, by line; s."""
@@ -70,14 +74,19 @@ class Recorder:
         self._counted_until, self._wall_s, self._data_wait_s, self._forward_s = time.perf_counter(), 0.0, 0.0, 0.0
         self._num_images = self._num_targets = 0  # of all ranks
 
-    def step(self, step: TrainedStep) -> None:
+    def step(self, step: TrainedStep, outcome: StepOutcome) -> None:
         """Record a step; a line is written when it is due, for which all ranks wait.
+
+        Args:
+            outcome: the step's, with the loss sum of all ranks. It stays on the device until a line or a checkpoint
+                needs it, so that the host gives the device the next step at once.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
             LockLost: another process took the run over.
         """
-        self.metrics.add(step)
+        self.metrics.count(step)
+        self._unread.append((step, outcome))
         self._num_images += self._batch_size
         self._num_targets += step.num_targets
         self._data_wait_s += step.data_wait_s
@@ -85,13 +94,23 @@ class Recorder:
         every = self._config.runtime.log_every_steps
         if step.images_seen // self._batch_size % every == 0 or step.images_seen == self.metrics.segment.stop:
             self._write_line()
-            self._group.wait()  # here and not in the next step's collectives, whose time is short
+            self._group.barrier()  # here and not in the next step's collectives, whose time is short
         skipped = self.metrics.consecutive_skipped
         if skipped > MAX_SKIPPED_STEPS:
             raise DivergedError(
                 f"{skipped} steps in a row were not finite, up to image {step.images_seen}; "
                 "lower optimiser.lr_peak or lengthen the warm-up"
             )
+
+    def _read(self) -> None:
+        """Read the losses and norms of the steps so far, all in one wait for the device."""
+        losses = [outcome.loss_sum for _, outcome in self._unread]
+        norms = [outcome.grad_norm.to(outcome.loss_sum).view(()) for _, outcome in self._unread]
+        values = torch.stack([*losses, *norms]).tolist() if losses else []
+        for (step, _), loss_sum, norm in zip(self._unread, values[: len(losses)], values[len(losses) :], strict=True):
+            loss, grad_norm = (x if math.isfinite(x) else None for x in (loss_sum / step.num_targets, norm))
+            self.metrics.add(dataclasses.replace(step, loss=loss, grad_norm=grad_norm))
+        self._unread.clear()
 
     def count_time(self) -> float:
         """Add the time since the last call to the counters; returns the interval's time so far."""
@@ -114,9 +133,10 @@ class Recorder:
 
     def _write_line(self) -> None:
         """Write a line of the steps since the last, with the times of the ranks that took longest."""
+        self._read()
         line = self.metrics.line()
         wall_s = self.count_time()
-        waits_s, forwards_s = zip(*self._group.gather((self._data_wait_s, self._forward_s)), strict=True)
+        waits_s, forwards_s = zip(*self._group.all_gather_object((self._data_wait_s, self._forward_s)), strict=True)
         num_images, num_targets = self._num_images, self._num_targets
         self._begin_interval()
         if not self._group.is_first:
@@ -163,9 +183,10 @@ class Recorder:
     def progress(self) -> dict[str, Any]:
         """Return the state of the counters, for a checkpoint."""
         self.count_time()
+        self._read()
         return self.metrics.state()
 
-    def facts(self) -> dict[str, Any]:
+    def row_columns(self) -> dict[str, Any]:
         """Return the columns of the results row of a budget that ends here."""
         self.count_time()
         took = self.metrics.total

@@ -1,4 +1,4 @@
-"""Cost of validation and probes: images through the backbone, and the FLOPs of heads and neighbours."""
+"""Cost of probes: images through the backbone, and the FLOPs of heads and neighbours."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aimscale.aim.config import ModelConfig
-from aimscale.aim.cost import (
-    TRAIN_OVER_FORWARD,
-    FlopCount,
-    executed_flops_per_image,
-    flops_per_image,
-    mean_scored_tokens,
-    num_queries,
-)
+from aimscale.aim.cost import TRAIN_OVER_FORWARD, FlopCount, num_queries
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.dataset_info import DatasetLookup
-from aimscale.harness.device.memory import ELEMENT_BYTES, measuring_bytes
+from aimscale.harness.device.memory import ELEMENT_BYTES
 from aimscale.harness.probe.features.tasks import (
     CACHE_SHARE,
     HOLDOUT_FRACTION,
@@ -28,16 +21,12 @@ from aimscale.harness.probe.features.tasks import (
     number_of_steps,
     sets_per_round,
 )
-from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
-from aimscale.harness.run.row import model_of
-from aimscale.harness.run.schedule import unchecked_schedule
+from aimscale.harness.run.config import ProbeSection
 
 PASSES = 25
 """Passes over pooled features until linear heads are solved."""
 HEADS = ("linear", "attentive", "efficient")
 """Kinds of heads that are trained on frozen features."""
-SHARE_DURING, MAX_POINTS = 0.03, 100
-"""Limits of `validation.every_images: auto`: a share of the FLOPs of training, and a number of points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,37 +38,6 @@ class ProbeCost:
     """Images through the backbone, forward; those that LoRA trains on count three times."""
     flops: float
     """FLOPs of these forward passes, of training and evaluating heads, and of the k-NN search."""
-
-
-def validation_images(section: ValidationSection, lookup: DatasetLookup) -> int:
-    """Count the forward passes of one budget's validation; 0 if the images are not here to be counted."""
-    info = lookup(section.path)
-    images = info.num_usable if info else 0
-    return section.num_prefixes * min(section.num_images or images, images)
-
-
-def validation_distance(config: RunConfig, lookup: DatasetLookup) -> int | None:
-    """Return the images between validations during training (`validation.every_images`); None for none."""
-    section, training = config.evaluation.validation, config.training
-    if section.every_images != "auto":
-        return section.every_images
-    model, schedule = model_of(training), unchecked_schedule(config)
-    scored = mean_scored_tokens(model, training.objective.prefix)
-    trained = executed_flops_per_image(model, scored).train
-    measured = validation_images(section, lookup) * flops_per_image(model).forward
-    images = max(measured / (SHARE_DURING * trained), schedule.last_point / MAX_POINTS)
-    return math.ceil(images / schedule.batch_size) * schedule.batch_size if measured else None
-
-
-def num_points(config: RunConfig, lookup: DatasetLookup) -> int:
-    """Count the validations during a run's training."""
-    return unchecked_schedule(config).num_points(validation_distance(config, lookup))
-
-
-def curve_bytes(config: RunConfig, lookup: DatasetLookup) -> int:
-    """Return the bytes on a rank, beside what training holds, while it measures during training; 0 if it never does."""
-    precision = config.training.optimiser.precision
-    return measuring_bytes(model_of(config.training), precision) if num_points(config, lookup) else 0
 
 
 def probe_cost(

@@ -27,25 +27,20 @@ from typing import Any
 import torch
 
 from aimscale.aim.weights import write_weights
+from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import ALONE, Group
-from aimscale.harness.probe.features.backbones import DTYPES, AimBackbone, Backbone, matmul_precision
+from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.probe.features.backbones import AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import SplitFeatures, batched, extract_features, own_indices
-from aimscale.harness.probe.features.images import (
-    LabelledImages,
-    ProgressCallback,
-    Task,
-    ignore_progress,
-    open_task,
-    read_without_bad,
-)
+from aimscale.harness.probe.features.images import LabelledImages, Task, open_task, read_without_bad
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets
 from aimscale.harness.probe.features.views import PublishedViews
-from aimscale.harness.probe.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.probe.heads.knn import Neighbours
 from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.probe.heads.training import TEST_BATCH, HeadTraining, predict_test_split, search_heads
+from aimscale.harness.results.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 
 Detail = dict[str, Any]
@@ -93,7 +88,7 @@ def probe_backbone(
     key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)
     found: dict[str, Detail] = {}
     if out is not None:
-        found = group.from_first(functools.partial(finished_probes, out, section.task, key))
+        found = group.broadcast_from_rank0(functools.partial(finished_probes, out, section.task, key))
     kinds = [kind for kind in section.kinds if kind not in found]
     if not kinds:
         return [as_entry(found[kind]) for kind in section.kinds]
@@ -182,7 +177,8 @@ def _heads(
     for kind in kinds:
         chosen = best(candidates, kind), best(candidates, kind, last)
         predictions = predict_test_split(tested.pooled if kind == "linear" else tested.tokens, chosen, task)
-        details.append(_detail(task, chosen, predictions, candidates))
+        solved = {"is_converged": kind not in training.unsolved} if is_pooled and kind == "linear" else {}
+        details.append(_detail(task, chosen, predictions, candidates) | solved)
         if kind == "attentive" and out is not None and task.group.is_first:
             _save_head(chosen[0], out / f"{task.section.task}-{key['evaluation']}.{kind}.safetensors")
     return details

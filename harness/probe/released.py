@@ -13,16 +13,17 @@ from safetensors import safe_open
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.weights import load_probe
+from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import ALONE, Group
-from aimscale.harness.probe.features.backbones import DTYPES, matmul_precision
+from aimscale.harness.probe.features.backbones import matmul_precision
 from aimscale.harness.probe.features.extraction import StreamedTokens, batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, open_labelled, read_without_bad
 from aimscale.harness.probe.features.tasks import ProbeError
-from aimscale.harness.probe.files import add_probes, as_entry, task_key
 from aimscale.harness.probe.heads.scores import Predictions, gather_predictions, score, to_predictions
 from aimscale.harness.probe.heads.training import TEST_BATCH
-from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.run import backbone_of
+from aimscale.harness.results.files import add_probes, as_entry, task_key
+from aimscale.harness.results.pending import update_row
 from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir

@@ -16,22 +16,23 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_model
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.distributed.group import ALONE, Group, choose_device, find_placement, start_group, stop_group
+from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
-from aimscale.harness.probe.features.images import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.tasks import ProbeError
-from aimscale.harness.probe.files import finished_entries, weights_name
-from aimscale.harness.probe.pending_evaluations import update_row
 from aimscale.harness.probe.protocol import probe_backbone
-from aimscale.harness.run.budgets import chosen_budgets
+from aimscale.harness.results.files import finished_entries, weights_name
+from aimscale.harness.results.pending import update_row
+from aimscale.harness.run.budgets import check_weights, chosen_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import memory_advice
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import build_model_config
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:
-    """Load the float32 model of a budget; WeightsError if its file is missing, damaged or another model's."""
-    return load_model(run.model_file(images_seen), model_of(config.training), device=device).eval()
+    """Load the float32 model of a budget; WeightsError if its file is missing, damaged or another model's, and
+    RunDirError if a bit of it was flipped."""
+    return load_model(check_weights(run, images_seen), build_model_config(config.training), device=device).eval()
 
 
 def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) -> list[ProbeSection]:
@@ -47,11 +48,11 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
 
 @contextlib.contextmanager
 def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
-    """Hold a run for the block, with the ranks that torchrun or Slurm started, or this process alone.
+    """Hold the evaluation of a run for the block, with the ranks that torchrun or Slurm started, or this process alone.
 
     Raises:
         LaunchError: a device that does not exist, or variables that name half of a group.
-        LockHeld: another process executes or probes the run.
+        LockHeld: another process evaluates or probes the run.
     """
     placement, config = find_placement(), run.load_config()
     with kernel_threads(config.runtime.num_threads), memory_advice(), contextlib.ExitStack() as stack:
@@ -60,9 +61,9 @@ def standalone_group(run: RunDir, device: str) -> Iterator[Group]:
             group = start_group(placement, device)
         else:
             group = Group(placement, choose_device(placement, device), None)
-        group.from_first(lambda: bool(stack.enter_context(run.hold())))
+        group.broadcast_from_rank0(lambda: bool(stack.enter_context(run.evaluation.hold())))
         yield group
-        group.wait()  # rank 0 must not close the store while others need it
+        group.barrier()  # rank 0 must not close the store while others need it
 
 
 def probe_run(
@@ -89,14 +90,14 @@ def probe_run(
     run = RunDir(run_dir)
     config = run.load_config()
     sections = wanted_tasks(config.evaluation.probes, None) if sections is None else sections
-    budgets = group.from_first(lambda: chosen_budgets(run, images_seen))
+    budgets = group.broadcast_from_rank0(lambda: chosen_budgets(run, images_seen))
     numbers = itertools.count(1)
     for budget in budgets:
         backbone: AimBackbone | None = None
         for section in sections:
             number = next(numbers)
             report_progress()
-            entries = group.from_first(functools.partial(finished_entries, run, config, budget, section))
+            entries = group.broadcast_from_rank0(functools.partial(finished_entries, run, config, budget, section))
             if entries is None:
                 # read only where there is something to do: a 7B budget is 26 GB
                 backbone = backbone or backbone_of(run, config, budget, group)

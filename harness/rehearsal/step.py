@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aimscale.aim.config import ModelConfig
-from aimscale.harness.data.stream.stream import Batch, masks
-from aimscale.harness.device.memory import Precision
+from aimscale.harness.data.stream.base import Batch, masks
+from aimscale.harness.device.memory import Precision, whole_values
 from aimscale.harness.rehearsal.fake import fake_rank
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, tensors_in
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import count_targets
-from aimscale.harness.step.saving import own_share
+from aimscale.harness.step.saving import checkpoint_shard
 
 Phase = Literal["set-up", "forward", "backward", "update", "point"]
 Part = Literal["weights", "gradients", "optimiser", "activations", "buffers"]
@@ -182,19 +182,25 @@ def rehearse(
     """
     # The first, the middle ones, each like the others, and the last.
     chosen = [*micro_batches[: MAX_MICRO_BATCHES - 1], *micro_batches[MAX_MICRO_BATCHES - 1 :][-1:]]
-    rank, tracker = fullest_rank(options.zero_stage, world_size), StepTracker()
+    rank, tracker = fullest_rank(model, precision, options.zero_stage, world_size), StepTracker()
     with fake_rank(rank, world_size, on_gpu=on_gpu) as group, tracker:
         engine = Engine(model, OptimiserSection(precision=precision), options, group)
         track_step(tracker, engine, [example_batch(model, each, prefix) for each in chosen])
-        checkpoint_bytes = sum(values.nbytes for values in own_share(engine).values())
+        checkpoint_bytes = sum(values.nbytes for values in checkpoint_shard(engine).values())
         track_copy(tracker, engine)
         collectives = tracker.collectives(max(1, len(micro_batches) - 2))
         return Rehearsal(phases=tracker.memory(), collectives=collectives, checkpoint_bytes=checkpoint_bytes)
 
 
-def fullest_rank(zero_stage: int, world_size: int) -> int:
-    """Return the rank whose peak is highest: up to ZeRO 2 the last one, whose gradients come first, while all
-    activations are there; at ZeRO 3 all are alike, and the first sets their order."""
+def fullest_rank(model: ModelConfig, precision: Precision, zero_stage: int, world_size: int) -> int:
+    """Return the rank whose peak is highest.
+
+    At ZeRO 3 all are alike, and the first sets their order. Below, the last rank's gradients come first, while all
+    activations are there; only float32 gradients, copied as whole matrices at ZeRO 1 and 2, may weigh more elsewhere.
+    """
+    if precision == "fp32" and zero_stage in (1, 2):
+        sizes = whole_values(model, world_size)
+        return max(range(world_size), key=lambda rank: (sizes[rank], rank))
     return 0 if zero_stage == 3 else world_size - 1
 
 
@@ -250,3 +256,16 @@ def example_batch(config: ModelConfig, num_images: int, prefix: str) -> Batch:
         prefix_lengths=torch.from_numpy(prefix_lengths),
         positions=torch.from_numpy(positions),
     )
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors inside nested lists and dictionaries, gradients included."""
+    if isinstance(value, Tensor):
+        yield value
+        if value.is_leaf and value.grad is not None:
+            yield value.grad
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)

@@ -300,4 +300,7 @@ def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None
 
 def load_run_config(path: Path) -> RunConfig:
     """Read `config.yaml`."""
-    return parse(RunConfig, read_yaml(path), str(path))
+    values = read_yaml(path)
+    if isinstance(values, dict) and "program" in values:
+        raise ConfigError(f"{path} is of a run that another program trains (`trainer`); aimscale has no model of it")
+    return parse(RunConfig, values, str(path))

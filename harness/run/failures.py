@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import linecache
 import os
 import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_OFF_TRACK, ReasonClass
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, ReasonClass
 from aimscale.harness.run.lock import LockLost
+from aimscale.harness.run.timeouts import EXIT_TIMEOUT_S
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """Signals that stop a run: Slurm's end of a job, its warning before a time limit or a preemption, a closed terminal,
@@ -29,11 +28,14 @@ LOST_PEER = (
     *("Timed out waiting", "timed out in blocking wait"),
 )
 """Words of gloo and NCCL when the process at the other end died, or kept this one waiting for too long."""
+WATCHDOG = (
+    *("Watchdog caught collective operation timeout", "watchdog thread terminated with exception"),
+    "DistBackendError",
+)
+"""Words in the log of a rank that NCCL's watchdog ended (SIGABRT), without an exception in Python."""
 LOST_RANK = "another rank is gone or stands still"
 """Start of the reason of a rank that lost another."""
 
-EXIT_S = 60.0
-"""Seconds after which a process that failed ends even if its exit hangs."""
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EXDEV, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.EFBIG),
@@ -43,14 +45,6 @@ DISK_ERRORS = {
 
 class PreemptedError(Exception):
     """Stop requested by a signal; the run has saved."""
-
-
-class OffTrackError(UserError):
-    """Loss far above its forecast, where that ends a run; the run has saved."""
-
-    exit_code = EXIT_OFF_TRACK
-    ended: ClassVar[dict[str, str]] = {"state": "off-track"}
-    """How `status.json` says that the run ended."""
 
 
 class DivergedError(UserError):
@@ -74,7 +68,7 @@ class StandstillError(UserError):
 
 
 class TooLargeError(NoMemoryError):
-    """Micro-batch for which memory ran out in the first step of a start; the next start takes half of it."""
+    """Micro-batch for which memory ran out before the first checkpoint of a start; the next takes half of it."""
 
     def __init__(self, sentence: str, executed: dict[str, Any]) -> None:
         """Store how the step was executed, see `Status.too_large`."""
@@ -173,26 +167,6 @@ def limit_sentence(error: BaseException) -> str | None:
     return f"{text or 'out of memory'}; a limit of this shell or container is too low (`ulimit -a`, cgroup): raise it"
 
 
-def environment_sentence(error: BaseException) -> str | None:
-    """Name the environment variable whose value a library refused; None for other errors.
-
-    The error names the variable, or quotes its value and was raised where it is read.
-    """
-    text, lines = " ".join(str(error).split())[:200], list[str]()
-    if isinstance(error, Warning) and "PYTHONWARNINGS" in os.environ:
-        return f"a warning is an error here, as the environment variable PYTHONWARNINGS says ({text}); unset it"
-    if not isinstance(error, ValueError | OverflowError | AssertionError):
-        return None
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        lines += linecache.getlines(frame.f_code.co_filename)[max(0, number - 10) : number]
-    named = set(re.findall(r"[A-Z]+_[A-Z_]+", str(error)))
-    read = set(re.findall(r"[\"']([A-Z][A-Z0-9_]+)[\"']", "".join(lines)))
-    for name, value in os.environ.items():
-        if name in named or (name in read and (repr(value) in text or isinstance(error, OverflowError))):
-            return f"the environment variable {name} has a value that cannot be used ({text}); correct or unset it"
-    return None
-
-
 def classify(error: BaseException) -> tuple[ReasonClass, str]:
     """Return the kind of a failure and one sentence about it."""
     text = " ".join(str(error).split())
@@ -210,8 +184,6 @@ def classify(error: BaseException) -> tuple[ReasonClass, str]:
         return "node", f"{LOST_RANK}, and its own entry in logs/ may say why ({sentence})"
     if isinstance(error, LockLost) or is_of_network(error):
         return "node", sentence
-    if refused := environment_sentence(error):
-        return "config", refused
     return "code", sentence
 
 
@@ -237,7 +209,7 @@ def _device_of(path: Path) -> int | None:
     return None if there is None else there.stat().st_dev
 
 
-def end_within(seconds: float) -> threading.Timer:
+def exit_after(seconds: float) -> threading.Timer:
     """End this process after a time, even if its exit hangs; cancel the timer to let it go on."""
     timer = threading.Timer(seconds, os._exit, [EXIT_CRASHED])
     timer.daemon = True
@@ -250,20 +222,18 @@ def blames_another_rank(sentence: str) -> bool:
     return sentence.startswith(LOST_RANK) or re.search(r"\brank \d+ failed", sentence) is not None
 
 
-def run_worker(work: Callable[[Path], int], usage: str) -> NoReturn:
-    """Run `work` on the folder that is the only argument, and end the process, the entry point of what launchers start:
+def run_worker(work: Callable[[list[Path]], int], usage: str, max_paths: float = float("inf")) -> NoReturn:
+    """Run `work` on the folders that are the arguments, and end the process, the entry point of what launchers start:
     mistakes, lost locks and failing disks in one sentence, everything else with a traceback."""
-    if len(sys.argv) != 2:
+    if not 1 <= len(sys.argv) - 1 <= max_paths:
         sys.exit(f"usage: python -m {usage}")
     try:
-        code = work(Path(sys.argv[1]))
+        code = work([Path(each) for each in sys.argv[1:]])
         sys.exit(code)
     except Exception as error:
-        end_within(EXIT_S)
-        sentence: object = environment_sentence(error)
-        if isinstance(error, UserError | LockLost | OSError):
-            sentence = disk_sentence(error) if isinstance(error, OSError) else error
-        if sentence is None:
+        exit_after(EXIT_TIMEOUT_S)
+        sentence = disk_sentence(error) if isinstance(error, OSError) else error
+        if sentence is None or not isinstance(error, UserError | LockLost | OSError):
             raise
         print(f"aimscale: {sentence}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else EXIT_CRASHED)

@@ -6,10 +6,13 @@ Those into a run that this process holds are prepared in its writer's folder (`h
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +20,13 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.lock import check_writer, writer_folder
+from aimscale.harness.run.lock import PASSING_ERRORS, check_writer, writer_folder
 
 T = TypeVar("T")
+CHECKSUM = "checksum"
+"""Key of a JSON object that holds the CRC-32 of the others."""
+MAX_BYTES = 10**9
+"""Limit on the bytes of a file that is read into memory."""
 
 
 def cache_folder() -> Path:
@@ -42,7 +49,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield partial
         if durable:
-            _fsync(partial)
+            flush(partial)
         # Open it first: a process that waits for this file may then rename the folder.
         with _opened(path.parent) as folder:
             partial.replace(path)
@@ -69,10 +76,51 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file; UserError if it is a pipe, a socket or a device, which may never end."""
+    """Read a file; UserError if it is a pipe, a socket or a device, which may never end, or too large."""
+    try:
+        with _opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:  # a file server is asked once
+            if stat.S_ISREG((found := os.fstat(descriptor)).st_mode) or stat.S_ISDIR(found.st_mode):
+                if found.st_size > MAX_BYTES:
+                    raise UserError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a smaller file in its place")
+                return b"".join(iter(lambda: os.read(descriptor, max(1, found.st_size)), b""))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # that of a socket
+            raise
+    raise UserError(f"{path} is a pipe, a socket or a device; give a file in its place")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether an error, or its cause, is one that a file server gives for a while: another look may succeed."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    return isinstance(cause, OSError) and cause.errno in PASSING_ERRORS
+
+
+def check_file(path: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Raise UserError for what is there, but is a pipe, a socket, a device, or a file with more bytes."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a pipe, a socket or a device; give a file in its place")
-    return path.read_bytes()
+    if path.is_file() and path.stat().st_size > max_bytes:
+        raise UserError(f"{path} has more than {max_bytes:.0e} bytes; give a smaller file in its place")
+
+
+def file_crc32(path: Path) -> int:
+    """Compute the CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Give a JSON object the checksum of its other keys, by which readers find a bit that was flipped."""
+    rest = {key: each for key, each in value.items() if key != CHECKSUM}
+    return rest | {CHECKSUM: zlib.crc32(json.dumps(rest, sort_keys=True).encode())}
+
+
+def is_intact(value: dict[str, Any]) -> bool:
+    """Test a JSON object against its checksum; one without, as earlier releases wrote them, counts as intact."""
+    return CHECKSUM not in value or sealed(value)[CHECKSUM] == value[CHECKSUM]
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -91,6 +139,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}); restore it, or move it away") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (a JSON {type(value).__name__}, no object); restore it, or move it away")
+    if not is_intact(value):
+        raise UserError(f"{path} is damaged (its checksum is another); restore it, or move it away")
     return value
 
 
@@ -144,7 +194,7 @@ def publish_dir(partial: Path, final: Path) -> None:
         remove_dir(final)
     check_writer(final)
     partial.rename(final)
-    _fsync(final.parent)
+    flush(final.parent)
 
 
 def remove_dir(path: Path) -> None:
@@ -157,16 +207,16 @@ def remove_dir(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or the renames inside a folder, to disk."""
     with _opened(path) as descriptor:
         os.fsync(descriptor)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Yield a descriptor of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, flags)
     try:
         yield descriptor
     finally:

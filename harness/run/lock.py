@@ -1,12 +1,12 @@
 """Locks on files, held for a process's life, and the one writer of a run.
 
 The kernel, or the file server, drops a lock when its process is gone. A run has two: `lock`, held by the first rank of
-its trainer, and `claim`, held by the worker that started it. Nothing is renewed and no clock is read: the holder is
-alive, even if it stands still.
+its trainer, and `claim`, held by the worker that started it; `evaluation/` has the same two of the program that
+evaluates the run. Nothing is renewed and no clock is read: the holder is alive, even if it stands still.
 
-The holder of `lock` is the run's writer. It prepares all files in a folder named by its token, `.writer-<token>`, and
-renames them from there. Whoever takes the run over moves that folder first, so a holder that lost its lock, cut off
-from the file server, fails at its next write.
+The holder of a `lock` is a writer. It prepares all files in a folder beside the lock that is named by its token,
+`.writer-<token>`, and renames them from there. Whoever takes the work over moves that folder first, so a holder that
+lost its lock, cut off from the file server, fails at its next write.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from aimscale.aim.errors import UserError
+from aimscale.harness.run.timeouts import PATIENCE_S, TELL_S, WAIT_S
 
 _log = logging.getLogger(__name__)
 
-PATIENCE_S = 1.0
-"""Seconds for which a lock is tried: `is_held` takes it for microseconds, which must not look like another holder."""
-TELL_S, WAIT_S = 10.0, 3600.0
-"""Seconds after which a wait for another process is told, and given up."""
+PASSING_ERRORS = {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EKEYEXPIRED, errno.EACCES}
+"""Error numbers that a file server gives for a while: of a handle or a ticket that expired, or a lost connection."""
 _descriptors: set[int] = set()
 """Descriptors of the locks that this process holds."""
 _writer_folders: dict[Path, Path] = {}
@@ -101,6 +100,11 @@ class Lock:
         self._descriptor = -1
 
 
+def held_descriptors() -> tuple[int, ...]:
+    """Return the descriptors of the locks that this process holds: a child that is given them keeps the locks, too."""
+    return tuple(_descriptors)
+
+
 def _leave_to_parent() -> None:
     """Close the parent's locks in a forked child, which must neither keep nor release them."""
     while _descriptors:
@@ -131,14 +135,17 @@ def hold_lock(path: Path, **facts: Any) -> Iterator[Holder]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a live process holds the lock; a file that cannot be opened is held by nobody.
+    """Return whether a live process holds the lock; a file that is missing or no file is held by nobody.
 
     Raises:
         UserError: the file system has no locks.
+        OSError: one of `PASSING_ERRORS`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except OSError as error:
+        if error.errno in PASSING_ERRORS:
+            raise
         return False
     try:
         return not _locked(descriptor, fcntl.LOCK_SH)
@@ -184,17 +191,21 @@ def _refusal(path: Path, error: OSError) -> UserError:
 
 
 @contextlib.contextmanager
-def become_writer(run: Path, token: str) -> Iterator[Path]:
-    """Become the only writer of a run for the block: from its start on, no earlier holder of the lock can write.
+def become_writer(run: Path, token: str, beside: Path | None = None) -> Iterator[Path]:
+    """Become a writer of a run for the block: from its start on, no earlier holder of the same lock can write.
 
     Yields the writer's folder. It is removed at the end; after an error it stays until the next holder comes, since
     other ranks may still read there what happened.
+
+    Args:
+        beside: folder of the lock, if that is not the run's.
     """
-    folder, pid = run.absolute() / f".writer-{token}", os.getpid()
+    folder, pid = (beside or run).absolute() / f".writer-{token}", os.getpid()
     folder.mkdir()
     for earlier in {*folder.parent.glob(".writer-*")} - {folder}:
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            shutil.rmtree(earlier.rename(folder / earlier.name))
+            moved = earlier.rename(folder / earlier.name)
+            shutil.rmtree(moved) if moved.is_dir() and not moved.is_symlink() else moved.unlink()
     with writing_through(run, folder):
         yield folder
     if os.getpid() == pid:  # a forked child also leaves this block, but must not remove the folder

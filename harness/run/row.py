@@ -17,13 +17,13 @@ from aimscale.harness.run.provenance import git_commit
 ROW_VERSION = 1
 
 
-def model_of(training: TrainingConfig) -> ModelConfig:
+def build_model_config(training: TrainingConfig) -> ModelConfig:
     """Return the model that a run trains."""
-    return cached_model(training.model, training.objective)
+    return cached_model_config(training.model, training.objective)
 
 
 @functools.cache
-def cached_model(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
+def cached_model_config(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
     """Build the model of these parts of a configuration; cached, since planners ask for few models often."""
     return model_config(**dict(section), **objective.model_dump(exclude={"prefix"}))
 
@@ -31,7 +31,7 @@ def cached_model(section: ModelSection, objective: ObjectiveSection) -> ModelCon
 def configured_columns(config: RunConfig) -> dict[str, Any]:
     """Return the columns known before anything runs; `unique_images` is null if a run takes the whole pool."""
     training = config.training
-    model = model_of(training)
+    model = build_model_config(training)
     params = param_count(model)
     return {
         "run_id": config.run_id,
@@ -69,7 +69,7 @@ def budget_columns(config: RunConfig, budget: int) -> dict[str, Any]:
         "git_commit": f"{commit}{'+dirty' if is_dirty else ''}" if commit else None,
         "images_seen": budget,
         "flops_train": columns["flops_per_image"] * budget,
-        "flops_6nd": 6 * columns["params_total"] * model_of(config.training).num_tokens * budget,
+        "flops_6nd": 6 * columns["params_total"] * build_model_config(config.training).num_tokens * budget,
     }
 
 

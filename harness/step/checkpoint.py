@@ -28,12 +28,11 @@ from torch import Tensor
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.run.files import atomic_write, remove_dir
-from aimscale.harness.step.engine import Engine, Fragment, fragment_of, part_of
+from aimscale.harness.run.files import CHECKSUM, atomic_write, file_crc32, read_object, remove_dir
+from aimscale.harness.step.engine import Engine, Fragment, flat_slice, param_slice
+from aimscale.harness.step.feed import run_on_all_ranks
 
 _log = logging.getLogger(__name__)
-
-_CHUNK = 1 << 24
 
 
 class CheckpointError(UserError):
@@ -55,15 +54,6 @@ class Manifest:
     """Counters of the run, see `harness.train.loop`."""
     files: dict[str, dict[str, int]]
     """File name -> size in bytes and CRC-32."""
-
-
-def file_crc32(path: Path) -> int:
-    """Compute the CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def write_safetensors(
@@ -116,8 +106,8 @@ def read_parts(path: Path) -> list[Manifest]:
 
 def _manifest_in(path: Path) -> Manifest | None:
     """Read a manifest; None if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Manifest(**json.loads(path.read_text()))
+    with contextlib.suppress(UserError, TypeError):
+        return Manifest(**{name: value for name, value in (read_object(path) or {}).items() if name != CHECKSUM})
     return None
 
 
@@ -130,13 +120,17 @@ def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     return sorted(complete, key=lambda pair: pair[1].progress["images_done"])
 
 
-def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
+def load_checkpoint(path: Path, engine: Engine, group: Group, manifest: Manifest | None = None) -> Manifest:
     """Restore an engine from a checkpoint, whatever ranks and ZeRO stage wrote it; all ranks call this together.
+
+    Args:
+        manifest: its manifest, the same on all ranks; read by the first rank by default.
 
     Raises:
         CheckpointError: a file is damaged (on all ranks).
+        OSError: a file cannot be read; on the other ranks, a PeerFailedError.
     """
-    manifest = _checked_manifest(path, group)
+    manifest = _checked_manifest(path, manifest or group.broadcast_from_rank0(lambda: read_manifest(path)), group)
     for owner in engine.optimiser_tensors():
         engine.adam_state(owner)["step"].fill_(manifest.adam_step)
     with contextlib.ExitStack() as stack:
@@ -147,21 +141,17 @@ def load_checkpoint(path: Path, engine: Engine, group: Group) -> Manifest:
                 low, high = max(first, start), min(first + len(target), start + values.get_shape()[0])
                 if low < high:
                     target[low - first : high - first].copy_(values[low - start : high - start])
-    engine.publish_masters()
-    group.wait()
+    engine.sync_weights_from_fp32()
+    group.barrier()
     return manifest
 
 
-def _checked_manifest(path: Path, group: Group) -> Manifest:
-    """Read the manifest of a checkpoint and verify its files' checksums; ranks share the reading."""
-    manifest = read_manifest(path)
-    names = sorted(manifest.files) if manifest else []
-    own = [
-        name
-        for name in names[group.rank :: group.world_size]
-        if manifest and file_crc32(path / name) != manifest.files[name]["crc32"]
-    ]
-    damaged = [name for part in group.gather(own) for name in part]
+def _checked_manifest(path: Path, manifest: Manifest | None, group: Group) -> Manifest:
+    """Verify the checksums of a checkpoint's files, of which each rank reads some, and return its manifest."""
+    crcs = {name: entry["crc32"] for name, entry in sorted(manifest.files.items())} if manifest else {}
+    mine = [*crcs][group.rank :: group.world_size]
+    own = run_on_all_ranks(group, lambda: [name for name in mine if file_crc32(path / name) != crcs[name]])
+    damaged = [name for part in group.all_gather_object(own) for name in part]
     if manifest is None or damaged:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({', '.join(damaged) or 'incomplete'}); restore it, or delete checkpoints/ "
@@ -192,11 +182,11 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collect
         CheckpointError: all of them are damaged; starting over is the caller's decision.
     """
     damaged: dict[Path, CheckpointError] = {}
-    for path, manifest in reversed(group.from_first(lambda: complete_checkpoints(folder))):
+    for path, manifest in reversed(group.broadcast_from_rank0(lambda: complete_checkpoints(folder))):
         if manifest.branch is not None and manifest.branch not in branches:
             continue
         try:
-            load_checkpoint(path, engine, group)
+            load_checkpoint(path, engine, group, manifest)
         except CheckpointError as error:
             damaged[path] = error
             continue
@@ -229,27 +219,29 @@ def _whole_weights(engine: Engine, group: Group) -> Iterator[tuple[Fragment, Ten
     fragments = engine.fragments()
     if group.world_size == 1 or engine.options.zero_stage == 0:
         for fragment in fragments:
-            yield fragment, fragment_of(fragment.flat, fragment)
+            yield fragment, flat_slice(fragment.flat, fragment)
         return
     buffer = torch.empty(max(fragment.shape.numel() for fragment in fragments), device=group.device)
     for fragment in fragments:
         whole = buffer[: fragment.shape.numel()].zero_()
         if fragment.numel:
-            part_of(whole, fragment).copy_(fragment_of(fragment.flat, fragment))
+            param_slice(whole, fragment).copy_(flat_slice(fragment.flat, fragment))
         torch.distributed.all_reduce(whole.view(torch.int32))
         yield fragment, whole
 
 
-def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> None:
+def save_weights(path: Path, engine: Engine, group: Group, metadata: dict[str, str] | None = None) -> int:
     """Write the float32 weights alone, under the model's own names, to one file; all ranks call this, and rank 0
-    gathers and writes."""
+    gathers and writes, and returns the file's CRC-32."""
+    crc = 0
     shapes = {fragment.name: tuple(fragment.shape) for fragment in engine.fragments()}
     # a tensor that numpy has seen cannot free its memory
     gathered = (whole.to("cpu", copy=True) for _, whole in _whole_weights(engine, group))
     if group.is_first:
         with atomic_write(path) as partial:
-            write_safetensors(partial, shapes, gathered, metadata)
+            crc = write_safetensors(partial, shapes, gathered, metadata)
     else:
         for _ in _whole_weights(engine, group):
             pass
-    group.wait()
+    group.barrier()
+    return crc

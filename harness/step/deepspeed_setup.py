@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aimscale.aim.config import ModelConfig
 from aimscale.aim.model import AIM
-from aimscale.harness.device.memory import MAX_BUCKET_VALUES
+from aimscale.harness.device.memory import bucket_values
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 
@@ -64,11 +65,9 @@ def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions
 
 
 def deepspeed_config(
-    section: OptimiserSection, options: EngineOptions, num_values: int, group: Group
+    model: ModelConfig, section: OptimiserSection, options: EngineOptions, group: Group
 ) -> dict[str, Any]:
-    """Build DeepSpeed's configuration; `num_values` is the model's number of parameters."""
-    # Stages 1 to 3 allocate whole buckets.
-    bucket = max(1, min(MAX_BUCKET_VALUES, num_values))
+    """Build DeepSpeed's configuration."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # unused: sizes may differ, `Engine.step` scales sums
         "gradient_accumulation_steps": 1,  # unused too: `Engine.step` marks the boundary
@@ -80,7 +79,7 @@ def deepspeed_config(
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": options.zero_stage,
-            "reduce_bucket_size": bucket,
+            "reduce_bucket_size": bucket_values(model),
             # Stages 1 and 2 reduce a bucket on all ranks either way. With reduce_scatter they divide by the number of
             # ranks first, in bf16, which rounds unless that is a power of two.
             "reduce_scatter": options.zero_stage == 3,

@@ -22,7 +22,7 @@ from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.cost import param_count
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions, deepspeed_config, make_optimiser, place_partitioned
@@ -89,7 +89,7 @@ class DeviceClock:
         return event
 
     def total_s(self) -> float:
-        """Return the time of all blocks, s; waits for the last one's work."""
+        """Return the time of all blocks, s; waits for the last one's work, and for no later work."""
         if not self._is_cuda:
             return sum(stop - start for start, stop in self._spans)
         self._spans[-1][1].synchronize()
@@ -130,7 +130,7 @@ class Engine:
                 f"{config.name} has {num_params} parameters, and aim.cost.param_count counts {counted}; laws would be "
                 "fitted to a wrong N; correct the formula"
             )
-        settings = deepspeed_config(optimiser, options, num_params, group)
+        settings = deepspeed_config(config, optimiser, options, group)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics
             if options.zero_stage == 3:
                 place_partitioned(deepspeed, model, settings, group.device)
@@ -148,8 +148,8 @@ class Engine:
             for fragment in self.fragments():
                 if fragment.numel:
                     drawn = model.initial_value(fragment.name, seed)
-                    fragment_of(fragment.flat, fragment).copy_(part_of(drawn, fragment))
-            self.publish_masters()
+                    flat_slice(fragment.flat, fragment).copy_(param_slice(drawn, fragment))
+            self.sync_weights_from_fp32()
         except AttributeError as error:
             raise DeepSpeedError(
                 f"DeepSpeed {deepspeed.__version__} lacks what ZeRO stage {options.zero_stage} needs here ({error}); "
@@ -182,16 +182,12 @@ class Engine:
             loss_sum=loss_sum,
             grad_norm=norm if isinstance(norm, Tensor) else torch.tensor(float(norm)),
             was_applied=self._engine.was_step_applied(),
-            forward_s=clock.total_s(),
+            forward_s=clock.total_s(),  # behind it the images' memory may be used again
         )
 
     def close(self) -> None:
-        """Free weights, gradients, masters and moments; the engine is unusable afterwards."""
-        parameters = list(self.module.parameters())
-        held = [parameters, [vars(p) for p in parameters], vars(self._optimizer), list(self.adamw.state.values())]
+        """Remove DeepSpeed's hooks; the engine is unusable afterwards."""
         self._engine.destroy()
-        for tensor in tensors_in(held):  # DeepSpeed's hooks keep some of these alive
-            tensor.untyped_storage().resize_(0)
         del self._engine, self._optimizer, self.module
 
     def fragments(self) -> list[Fragment]:
@@ -262,9 +258,9 @@ class Engine:
         for fragment in fragments:
             for kind in ("param", *ADAM_MOMENTS) if fragment.numel else ():
                 flat = fragment.flat if kind == "param" else self.adam_state(fragment.flat)[kind]
-                yield f"{kind}/{fragment.name}", fragment.param_start, fragment_of(flat, fragment)
+                yield f"{kind}/{fragment.name}", fragment.param_start, flat_slice(flat, fragment)
 
-    def publish_masters(self) -> None:
+    def sync_weights_from_fp32(self) -> None:
         """Copy the master weights into the weights of the forward pass, on all ranks."""
         if self.options.zero_stage == 3:
             optimizer = self._optimizer
@@ -288,24 +284,11 @@ def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_st
     return False
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors inside nested lists and dictionaries, gradients included."""
-    if isinstance(value, Tensor):
-        yield value
-        if value.is_leaf and value.grad is not None:
-            yield value.grad
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-
-
-def fragment_of(flat: Tensor, fragment: Fragment) -> Tensor:
+def flat_slice(flat: Tensor, fragment: Fragment) -> Tensor:
     """Return the part's values inside one of the optimiser's flat tensors, 1-D."""
     return flat.detach().view(-1).narrow(0, fragment.flat_start, fragment.numel)
 
 
-def part_of(whole: Tensor, fragment: Fragment) -> Tensor:
+def param_slice(whole: Tensor, fragment: Fragment) -> Tensor:
     """Return the part's values inside the whole parameter, 1-D."""
     return whole.reshape(-1).narrow(0, fragment.param_start, fragment.numel)

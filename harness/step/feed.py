@@ -15,8 +15,8 @@ from typing import NoReturn, TypeVar
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import refuse_bad
-from aimscale.harness.data.stream.stream import Batch
-from aimscale.harness.distributed.group import Group, met_by
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.distributed.group import Group, tag_failed_rank
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ def next_step(
         num_bad + num_bad_now,
         num_images,
         max_bad_fraction,
-        lambda: [*itertools.chain(*group.gather(bad))][-1],
+        lambda: [*itertools.chain(*group.all_gather_object(bad))][-1],
     )
     return Step(
         micro_batches=micro_batches,
@@ -136,11 +136,11 @@ def run_on_all_ranks(group: Group, action: Callable[[], T]) -> T:
 def _raise_on_all_ranks(group: Group, error: Exception | None) -> NoReturn:
     """Raise this rank's error, or else the first other rank's."""
     kind = type(error) if isinstance(error, UserError) else type(error).__name__
-    reports = group.gather(None if error is None else (kind, str(error)))
+    reports = group.all_gather_object(None if error is None else (kind, str(error)))
     if error is not None:
         raise error
     rank = next(rank for rank, report in enumerate(reports) if report is not None)
     kind, sentence = reports[rank]
     if isinstance(kind, str):
         raise PeerFailedError(f"rank {rank} failed: {kind}: {sentence}")
-    raise met_by(rank, kind(sentence))
+    raise tag_failed_rank(rank, kind(sentence))

@@ -20,16 +20,18 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from aimscale.harness.distributed.group import Group, write_timeout_s
-from aimscale.harness.run.files import new_partial_dir, partial_dir, publish_dir, remove_dir, write_json
-from aimscale.harness.run.lock import check_writer
-from aimscale.harness.step.checkpoint import (
-    CheckpointError,
-    Manifest,
+from aimscale.harness.run.files import (
     file_crc32,
-    read_manifest,
-    read_parts,
-    write_safetensors,
+    new_partial_dir,
+    partial_dir,
+    publish_dir,
+    remove_dir,
+    sealed,
+    write_json,
 )
+from aimscale.harness.run.lock import check_writer
+from aimscale.harness.run.timeouts import LAST_SAVE_TIMEOUT_S
+from aimscale.harness.step.checkpoint import CheckpointError, Manifest, read_manifest, read_parts, write_safetensors
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.feed import run_on_all_ranks
 
@@ -37,8 +39,6 @@ T = TypeVar("T")
 
 POLL_S = 0.5
 """Seconds between the first rank's checks for the other ranks' parts."""
-LEAVE_S = 10.0
-"""Seconds that a run which ends waits for a checkpoint under way."""
 _CHUNK_VALUES = 1 << 24  # 64 MiB
 
 
@@ -62,7 +62,7 @@ class CheckpointWriter:
         self._pending: _PendingCheckpoint | None = None
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        num_values = sum(values.numel() for values in own_share(self._engine).values())
+        num_values = sum(values.numel() for values in checkpoint_shard(self._engine).values())
         self._limit_s = write_timeout_s(2 * 4 * num_values)  # it is written, and read back
 
     def save(
@@ -84,17 +84,17 @@ class CheckpointWriter:
             keep: checkpoints that stay; the others go once this one is complete.
         """
         self.finish()
-        with self._group.collectives_within(self._limit_s):
+        with self._group.collective_timeout(self._limit_s):
             keep = {final, *keep}
-            if self._group.from_first(lambda: _is_complete(final, keep)):
+            if self._group.broadcast_from_rank0(lambda: _is_complete(final, keep)):
                 return
             about = {"run_id": run_id, "images_seen": images_seen, "branch": branch, "progress": progress}
             self._pending = self._begin(final, about, keep)
-            self._group.wait()  # here and not in the next step's collectives, whose time is short
+            self._group.barrier()  # here and not in the next step's collectives, whose time is short
 
     def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
         """Copy this rank's share of the state, and start to write it; see `save`."""
-        share = own_share(self._engine)
+        share = checkpoint_shard(self._engine)
         pieces = [piece.to("cpu", copy=True) for values in share.values() for piece in values.split(_CHUNK_VALUES)]
         manifest = Manifest(
             **about, adam_step=int(self._engine.adam_state(self._engine.optimiser_tensors()[0])["step"]), files={}
@@ -126,10 +126,10 @@ class CheckpointWriter:
         """
         if saving := self._pending:
             # a rank that waits for its own disk may take as long, and then says so
-            with self._group.collectives_within(2 * self._limit_s):
+            with self._group.collective_timeout(2 * self._limit_s):
                 try:
                     run_on_all_ranks(self._group, lambda: self._result(saving.part, saving.final))
-                    self._group.from_first(lambda: self._result(saving.published, saving.final))
+                    self._group.broadcast_from_rank0(lambda: self._result(saving.published, saving.final))
                 except Exception:
                     self._stop.set()
                     raise
@@ -146,7 +146,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Give the checkpoint under way a little time, then abandon it."""
-        is_over = not self._pending or concurrent.futures.wait([self._pending.published], LEAVE_S).done
+        is_over = not self._pending or concurrent.futures.wait([self._pending.published], LAST_SAVE_TIMEOUT_S).done
         self._stop.set()
         self._background.shutdown(wait=bool(is_over))
         if self._pending and self._group.is_first:
@@ -169,7 +169,7 @@ class CheckpointWriter:
             yield piece
 
 
-def own_share(engine: Engine) -> dict[str, Tensor]:
+def checkpoint_shard(engine: Engine) -> dict[str, Tensor]:
     """Return the tensors that this rank writes, flat, by key: its own, or a share of what all ranks hold."""
     fragments = engine.fragments()
     if engine.options.zero_stage == 0:
@@ -211,7 +211,7 @@ def _naming_checkpoint(final: Path) -> Iterator[None]:
 def _publish_parts(partial: Path, final: Path, parts: Sequence[Manifest]) -> None:
     """Publish a checkpoint from the manifests of its parts, in the order of ranks."""
     files = {name: entry for part in parts for name, entry in part.files.items()}
-    write_json(partial / "manifest.json", dataclasses.asdict(dataclasses.replace(parts[0], files=files)))
+    write_json(partial / "manifest.json", sealed(dataclasses.asdict(dataclasses.replace(parts[0], files=files))))
     if not read_manifest(partial):
         check_writer(final)
         raise CheckpointError(f"checkpoint {final} was not written wholly; start the run again")
@@ -229,5 +229,5 @@ def _write_part(path: Path, lengths: dict[str, int], pieces: Iterable[Tensor], m
             raise OSError(f"{path.name} does not read back as it was written")
         entry = {"size": path.stat().st_size, "crc32": crc}
         manifest = dataclasses.replace(manifest, files={path.name: entry})
-    write_json(path.with_suffix(".json"), dataclasses.asdict(manifest))  # and the folder with it
+    write_json(path.with_suffix(".json"), sealed(dataclasses.asdict(manifest)))  # and the folder with it
     return manifest

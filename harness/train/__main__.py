@@ -2,7 +2,7 @@
 
 from aimscale.harness.log.console import log_to_console
 from aimscale.harness.run.failures import run_worker
-from aimscale.harness.train.attempt import train
+from aimscale.harness.train.run import train
 
 log_to_console()
-run_worker(train, "aimscale.harness.train RUN_DIR")
+run_worker(lambda paths: train(paths[0]), "aimscale.harness.train RUN_DIR", max_paths=1)

@@ -15,23 +15,23 @@ from typing import Any
 import torch
 
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.distributed.group import COLLECTIVE_TIMEOUT_S
+from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.job import Job
-from aimscale.harness.log.expected import Deviation, Expected, read_expected
+from aimscale.harness.log.expected import read_expected
 from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
 from aimscale.harness.log.record import append_line
-from aimscale.harness.probe.cost import validation_distance
-from aimscale.harness.probe.features.backbones import DTYPES
-from aimscale.harness.probe.files import validation_settings
+from aimscale.harness.results.files import validation_settings
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import DivergedError, OffTrackError
+from aimscale.harness.run.failures import DivergedError
+from aimscale.harness.run.files import sealed
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.schedule import unchecked_schedule
+from aimscale.harness.run.timeouts import COLLECTIVE_TIMEOUT_S
 from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.train.evaluate import open_held_out
-from aimscale.harness.train.validation import HeldOut, validate
+from aimscale.harness.validation.cost import validation_distance
+from aimscale.harness.validation.losses import HeldOut, open_held_out, validate
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class LearningCurve:
         """Find out at which positions to measure; `loggers` are the first rank's."""
         self._run, self._config, self._job, self._schedule = run, config, job, unchecked_schedule(config)
         self._engine, self._loggers = engine, loggers
-        self._distance = job.group.from_first(lambda: validation_distance(config, find_info))
+        self._distance = job.group.broadcast_from_rank0(lambda: validation_distance(config, find_info))
         self._held_out: HeldOut | None = None
 
     def is_at(self, images_seen: int) -> bool:
@@ -61,37 +61,30 @@ class LearningCurve:
         Raises:
             UserError: data that cannot be used.
             DivergedError: the loss is not finite.
-            OffTrackError: the run is so far above its forecast that it is to end; the line is written.
             PreemptedError: a signal asked to stop; nothing was written.
         """
-        started, group, why = time.monotonic(), self._job.group, None
-        if not group.from_first(lambda: self._is_missing(images_seen)):
+        started, group = time.monotonic(), self._job.group
+        if not group.broadcast_from_rank0(lambda: self._is_missing(images_seen)):
             return
         self._job.update_status(durable=False, phase=f"measure at {images_seen:,}", heartbeat=time.time())
         line = {"images_seen": images_seen, "lr": lr} | self._loss(images_seen)
         if group.device.type == "cuda":
             torch.cuda.empty_cache()  # training needs this memory again
         if group.is_first:
-            why = self._record(line | {"validation": self._settings, "measured_s": time.monotonic() - started})
-        why = group.from_first(lambda: why)
+            self._record(line | {"validation": self._settings, "measured_s": time.monotonic() - started})
+        group.barrier()
         group.limit_collectives(COLLECTIVE_TIMEOUT_S)
-        if why:
-            raise OffTrackError(why)
 
-    def _record(self, line: dict[str, Any]) -> str | None:
-        """Append a line, tell the loggers, and return why the run is to end, if it is."""
-        images_seen, why = line["images_seen"], None
-        append_line(self._run.curve, line)
+    def _record(self, line: dict[str, Any]) -> None:
+        """Append a line, and tell the loggers."""
+        images_seen = line["images_seen"]
+        append_line(self._run.curve, sealed(line))
         scalars = row_scalars(line, during=True)
         if expected := read_expected(self._run):
             scalars |= expected_scalars(expected.points, images_seen, "train/val_loss")
-            if deviation := self._deviation(expected):
-                scalars["train/val_loss_deviation"] = deviation.sd
-                why = expected.reason_to_stop(deviation)
         for logger in self._loggers:
             logger.log_values(images_seen, scalars)
         _log.info("%10d images  validation loss %.4f", images_seen, line["val_loss"])
-        return why
 
     @property
     def _settings(self) -> str:
@@ -102,16 +95,6 @@ class LearningCurve:
         """Return whether no line at this position holds the loss by the present settings."""
         there = {point["images_seen"]: point.get("validation") for point in self._run.read_curve()}
         return not is_measurement(there.get(images_seen), self._settings)
-
-    def _deviation(self, expected: Expected) -> Deviation | None:
-        """Compare the losses so far with their forecast, and tell it in `status.json`."""
-        points = [point for point in self._run.read_curve() if point.get("validation") == self._settings]
-        found = expected.deviation({point["images_seen"]: point["val_loss"] for point in points})
-        is_alarm = found is not None and found.is_alarm
-        self._job.update_status(
-            durable=False, deviation=found and found.sd, deviates_since=found.since if found and is_alarm else None
-        )
-        return found
 
     def _loss(self, images_seen: int) -> dict[str, float | None]:
         """Measure the validation columns of a row."""

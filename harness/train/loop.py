@@ -1,4 +1,4 @@
-"""Training of one run from its directory to its last budget, as a single process, by torchrun, or in Slurm.
+"""Training of one run from its directory to its last budget.
 
 The walk over the segments (`harness.run.schedule`): up the trunk to a budget's branch point, save, decay, save the
 weights, return to the trunk, go on. The run directory holds everything that is needed to resume the walk anywhere.
@@ -11,15 +11,13 @@ import dataclasses
 import gc
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import Batch, open_stream
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.loader import free_shared_bytes, train_batches
+from aimscale.harness.data.stream.stream import open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
@@ -27,23 +25,23 @@ from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.metrics import TrainedStep
 from aimscale.harness.log.record import Recorder
-from aimscale.harness.probe.cost import curve_bytes
-from aimscale.harness.probe.pending_evaluations import update_row
+from aimscale.harness.results.pending import record_trained
 from aimscale.harness.run.budgets import ABOUT, saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import OffTrackError, PreemptedError
+from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir
+from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.provenance import process_age_s, record_start
-from aimscale.harness.run.row import ROW_VERSION, budget_columns, model_of
+from aimscale.harness.run.row import ROW_VERSION, budget_columns, build_model_config
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, should_compile
+from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
 from aimscale.harness.step.feed import RankRequest, Step, next_step, run_on_all_ranks
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
+from aimscale.harness.validation.cost import curve_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -57,18 +55,19 @@ class Trainer:
         training, runtime = config.training, config.runtime
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
-        model_config = model_of(training)
+        model_config = build_model_config(training)
         self.stream = run_on_all_ranks(
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         self.num_workers = runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores())
-        self.peak = group.from_first(lambda: measure_peak(group.device, training.optimiser.precision))
-        measuring = group.from_first(lambda: curve_bytes(config, find_info))
+        self.device = group.broadcast_from_rank0(lambda: device_name(group.device))
+        self.peak = group.broadcast_from_rank0(lambda: measure_peak(group.device, training.optimiser.precision))
+        measuring = group.broadcast_from_rank0(lambda: curve_bytes(config, find_info))
         self.plan = plan_start(
             training,
             runtime,
-            group.from_first(lambda: run.read_status().too_large),
-            device=device_name(group.device),
+            group.broadcast_from_rank0(lambda: run.read_status().too_large),
+            device=self.device,
             world_size=group.world_size,
             device_bytes=group.min_over_ranks(group.memory_bytes()),
             is_gpu=group.device.type == "cuda",
@@ -92,8 +91,9 @@ class Trainer:
         self.curve = LearningCurve(run, config, job, self.engine, loggers)
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
+        self.has_saved = False
 
-    def walk(self) -> None:
+    def run_segments(self) -> None:
         """Train from the current state of the run to its last budget."""
         gc.disable()  # `_train` collects: ranks that do at different steps would wait for each other
         gc.freeze()  # so that it looks through new objects alone: all that was imported would take 70 ms each time
@@ -127,6 +127,8 @@ class Trainer:
             micro_batch=self.plan.micro_batch,
             num_workers=self.num_workers,
             pin_memory=self.group.device.type == "cuda",
+            # measured before any rank takes its share
+            shared_bytes=self.group.min_over_ranks(free_shared_bytes()) // self.group.ranks_per_node,
         )
         with contextlib.closing(batches):
             while position < segment.stop:
@@ -135,13 +137,13 @@ class Trainer:
                     step = self._next_step(batches)
                     if step.must_stop:
                         raise PreemptedError
-                except (PreemptedError, OffTrackError):
+                except PreemptedError:
                     self._save(position, segment.branch)
                     self.writer.finish()
                     raise
-                taken = self._step(step, position, segment.branch)
+                taken, outcome = self._step(step, position, segment.branch)
                 position = taken.images_seen
-                self.recorder.step(taken)
+                self.recorder.step(taken, outcome)
                 self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()
@@ -155,43 +157,40 @@ class Trainer:
             self.group,
             batches,
             self._request,
-            num_tokens=model_of(training).num_tokens,
+            num_tokens=build_model_config(training).num_tokens,
             max_bad_fraction=training.data.max_bad_fraction,
             num_images=so_far.num_images + self.batch_size,
             num_bad=so_far.num_bad_samples,
         )
 
-    def _step(self, step: Step, position: int, branch: int | None) -> TrainedStep:
-        """Take the step at a position.
+    def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, StepOutcome]:
+        """Take the step at a position; its outcome has the loss sum of all ranks.
 
         Raises:
-            TooLargeError: memory ran out in the first one, for the first time.
+            TooLargeError: memory ran out before this start's first checkpoint, for the first time.
         """
         lr, started = self.schedule.lr(position, branch), time.monotonic()
         try:
-            with self.group.collectives_within(step_timeout_s(self.longest_step_s)):  # the first one may compile
+            with self.group.collective_timeout(step_timeout_s(self.longest_step_s)):  # the first one may compile
                 outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
-                loss = self.group.sum_tensor(outcome.loss_sum.double()).item() / step.num_targets
+                loss_sum = self.group.sum_tensor(outcome.loss_sum.double())
         except Exception as error:
-            device, world_size = device_name(self.group.device), self.group.world_size
-            too_large = out_of_memory(error, self.plan, device=device, world_size=world_size)
-            if self.longest_step_s or too_large is None:
+            too_large = out_of_memory(error, self.plan, device=self.device, world_size=self.group.world_size)
+            if self.has_saved or too_large is None:
                 raise
             raise too_large from error
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - started)
         step.micro_batches.clear()
-        norm = outcome.grad_norm.item()
-        return TrainedStep(
+        taken = TrainedStep(
             images_seen=position + self.batch_size,
             lr=lr,
             num_targets=step.num_targets,
             was_applied=outcome.was_applied,
-            loss=loss if math.isfinite(loss) else None,
-            grad_norm=norm if math.isfinite(norm) else None,
             num_bad_samples=step.num_bad_samples,
             data_wait_s=step.wait_s,
             forward_s=outcome.forward_s,
         )
+        return taken, dataclasses.replace(outcome, loss_sum=loss_sum)
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""
@@ -214,9 +213,9 @@ class Trainer:
     def _resume(self) -> list[Segment]:
         """Load the furthest saved point, and plan the segments that remain."""
         run, group, schedule = self.run, self.group, self.schedule
-        saved = list(group.from_first(lambda: saved_budgets(run)))
+        saved = list(group.broadcast_from_rank0(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():
-            update_row(run, self.config, budget)
+            record_trained(run, budget)
         left = [budget for budget in schedule.budgets if budget not in saved]
         manifest = load_newest(run.checkpoints, self.engine, group, branches=left)
         if manifest is None:
@@ -239,14 +238,15 @@ class Trainer:
             keep=keep,
         )
         self.saved_at = time.monotonic()
+        self.has_saved = True
 
     def _save_budget(self, budget: int) -> None:
         """Save the weights at the end of a decay, and with them everything in their row that training knows."""
         self.writer.finish()
         unique_images = self.stream.unique_images or None
-        row = budget_columns(self.config, budget) | self.recorder.facts()
+        row = budget_columns(self.config, budget) | self.recorder.row_columns()
         row |= {
-            "device": device_name(self.group.device),
+            "device": self.device,
             "data_fingerprint": self.stream.fingerprint,
             "unique_images": unique_images,
             "zero_stage": self.plan.zero_stage,
@@ -257,10 +257,12 @@ class Trainer:
         about = {"version": ROW_VERSION, "run_id": self.config.run_id, "target": training.objective.target}
         about |= {"model": training.model.model_dump(mode="json"), "row": row}
         metadata = {"format": "pt", ABOUT: json.dumps(about, allow_nan=False)}
-        with self.group.collectives_within(write_timeout_s(4 * row["params_total"])):
-            save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
         if self.group.is_first:
-            update_row(self.run, self.config, budget)
+            self.run.record_curve()
+        with self.group.collective_timeout(write_timeout_s(4 * row["params_total"])):
+            crc = save_weights(self.run.model_file(budget), self.engine, self.group, metadata)
+        if self.group.is_first:
+            record_trained(self.run, budget, **{WEIGHTS_CRC32: crc})
 
     def _keep_end_of_trunk(self) -> None:
         """Remove all checkpoints of a finished run but the one that a longer budget would start from."""
@@ -273,23 +275,19 @@ class Trainer:
             self.run.checkpoints.rmdir()
 
     def close(self) -> None:
-        """Free the memory of weights, gradients and optimiser states."""
+        """End the writer of checkpoints, and the engine."""
         gc.unfreeze()
         gc.enable()
         self.writer.close()
         self.engine.close()
-        del self.engine, self.writer, self.curve
-        gc.collect()
-        if self.group.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _announce(self) -> None:
         """Record and print how this start executes the run."""
         startup_s = process_age_s()
         if not self.group.is_first:
             return
-        plan, device = self.plan, device_name(self.group.device)
-        about = {"device": device, "world_size": self.group.world_size, **dataclasses.asdict(plan)}
+        plan = self.plan
+        about = {"device": self.device, "world_size": self.group.world_size, **dataclasses.asdict(plan)}
         record_start(self.run, about | {"peak": dataclasses.asdict(self.peak), "startup_s": startup_s})
         done, planned = self.recorder.metrics.images_done, self.schedule.images_planned()
         self.run.write_status(images_planned=planned, images_done=done, heartbeat=time.time())

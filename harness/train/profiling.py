@@ -45,6 +45,6 @@ def profiled_steps(folder: Path, num_steps: int | None, group: Group) -> Iterato
             if profile.step_num < last:
                 profile.step()
                 if profile.step_num == last:
-                    group.wait()  # here and not in the next step's collectives, whose time is short
+                    group.barrier()  # here and not in the next step's collectives, whose time is short
 
         yield after_step

@@ -4,7 +4,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from variants import VARIANTS
 
 from aimscale.aim.config import ModelConfig, known_sizes, model_config
-from aimscale.aim.cost import executed_flops_per_image, flops_per_image, mean_scored_tokens, param_count
+from aimscale.aim.cost import (
+    executed_flops_per_image,
+    flops_per_image,
+    largest_param,
+    matrix_sizes,
+    mean_scored_tokens,
+    param_count,
+)
 from aimscale.aim.model import AIM
 
 PRINTED_TRUNKS = {"aim-600M": 679_627_776, "aim-1B": 1_208_160_256, "aim-3B": 2_718_210_048, "aim-7B": 6_442_983_424}
@@ -13,6 +20,8 @@ CASES = [
     *((size, {"head_rule": "released" if size.startswith("aim") else "proportional"}) for size in known_sizes()),
     ("rung-32", {"head_rule": "released", "ln_residual": True}),
     (SMALL, {"head_depth": 0, "channels": 1}),
+    (SMALL, {"head_depth": 0, "head_width": 256}),
+    (SMALL, {"image_size": 64, "patch_size": 16}),
     (SMALL, {"head_kind": "transformer", "head_depth": 2}),
     *((SMALL, variant) for variant in VARIANTS),
 ]
@@ -31,6 +40,8 @@ def test_parameters_equal_the_modules(size: str, options: dict) -> None:
     assert count.trunk == _numel(model.trunk)
     assert count.head == _numel(model.pixel_head) + (_numel(model.mask) if model.mask else 0)
     assert count.total == _numel(model)
+    assert matrix_sizes(config) == [each.numel() for each in model.parameters() if each.dim() > 1]
+    assert largest_param(config) == max(each.numel() for each in model.parameters())
 
 
 # every size obeys one formula, and counting operators takes seconds for a large one
@@ -56,7 +67,7 @@ def test_flops_equal_pytorchs_counter(size: str, options: dict) -> None:
 
 def _on_meta(size: str, options: dict) -> tuple[ModelConfig, AIM]:
     geometry = {} if size.startswith("aim") else {"image_size": 32, "patch_size": 4}
-    config = model_config(size, **geometry, **options)
+    config = model_config(size, **{**geometry, **options})
     with torch.device("meta"):
         return config, AIM(config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,22 @@ def test_import_gives_a_finished_run_with_a_row_and_export_gives_the_values_back
         assert all(torch.equal(held_state[name], state[name]) for name in state)
 
 
+class MakesFolder:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
 def test_wrong_files_are_refused_and_leave_nothing(released: Any, tmp_path: Path) -> None:
     path, state = released
     save_file({k: v for k, v in state.items() if "blocks.1.mlp.fc2" not in k}, tmp_path / "short.safetensors")
     torch.save({"w": Path("x")}, tmp_path / "pickle.pth")
+    torch.save({"w": MakesFolder(tmp_path / "made")}, tmp_path / "evil.pth")
+    (tmp_path / "old.bin").write_bytes(pickle.dumps(MakesFolder(tmp_path / "made")))
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pth")
     torch.save({k: v * torch.nan if "blocks.1.mlp.fc2" in k else v for k, v in state.items()}, tmp_path / "nan.pth")
     before = sorted(tmp_path.iterdir())
@@ -74,6 +87,8 @@ def test_wrong_files_are_refused_and_leave_nothing(released: Any, tmp_path: Path
         (["import", path, tmp_path / "r", "--num-heads", "3"], "--images-seen"),
         (["import", path, tmp_path / "r", "--images-seen", "8"], "add --num-heads"),
         (["import", tmp_path / "pickle.pth", tmp_path / "r"], "not a plain PyTorch state dict"),
+        (["import", tmp_path / "evil.pth", tmp_path / "r"], "not a plain PyTorch state dict"),
+        (["import", tmp_path / "old.bin", tmp_path / "r"], "not a plain PyTorch state dict"),
         (["import", tmp_path / "none.pth", tmp_path / "r"], "no weight file"),
         (["export", tmp_path, tmp_path / "o"], "no run directory"),
         (["import", tmp_path / "other.pth", tmp_path / "r", *few.split()], "other.pth"),

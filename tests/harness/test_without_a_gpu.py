@@ -21,7 +21,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream import augment
-from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.distributed.group import ALONE, Group, find_placement
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions, make_optimiser

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from aimscale.aim.errors import some
 from aimscale.harness.data import DataError
 from aimscale.harness.run.config import UNINDEXED, RunConfig
+from aimscale.harness.run.files import read_file
 
 FORMAT_VERSION = 2
 INDEX_FILE = "index.parquet"
@@ -70,6 +72,10 @@ class DatasetInfo:
             values: dict[str, Any] = dict(json.loads(text))
             if (version := values["version"]) != FORMAT_VERSION:
                 raise ValueError(f"version {version}; this program reads {FORMAT_VERSION}")
+            if not re.fullmatch("[0-9a-f]{16}", values["fingerprint"]):  # it names a folder
+                raise ValueError(f"fingerprint {values['fingerprint']!r:.80}")
+            if not isinstance(values.get("shards_at"), str | None):
+                raise ValueError("shards_at is no text")
             names = values.pop("classes")
             return cls(**values, classes=None if names is None else tuple(names))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -92,6 +98,13 @@ def require_usable(path: str, info: DatasetInfo, max_bad_fraction: float) -> Non
             f"{path}: {info.num_bad} of {info.num_samples} images cannot be decoded (`aimscale data info` names "
             f"some); repair them or raise data.max_bad_fraction ({max_bad_fraction:g})"
         )
+
+
+def require_images(path: str, info: DatasetInfo, num_images: int | None, max_bad_fraction: float) -> None:
+    """Raise DataError if a data set has fewer images that decode than are asked for, none, or too many that do not."""
+    require_usable(path, info, max_bad_fraction)
+    if num_images is not None and info.num_usable < num_images:
+        raise DataError(f"{path} has {info.num_usable} usable images, {num_images} were asked for; lower num_images")
 
 
 def read_info(path: str) -> DatasetInfo:
@@ -120,7 +133,7 @@ def read_info(path: str) -> DatasetInfo:
 @functools.lru_cache(1024)
 def _read_file(where: str, *stat: int) -> DatasetInfo:
     """Read the file `where`, once for each state of it: a look at a thousand runs asks for it thousands of times."""
-    return DatasetInfo.from_json(Path(where).read_bytes(), where)
+    return DatasetInfo.from_json(read_file(Path(where)), where)
 
 
 def find_info(path: str) -> DatasetInfo | None:

@@ -12,18 +12,20 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.dataset_info import INDEX_FILE, DatasetInfo, image_checksum, read_info
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.remote import is_url, join, open_file
 from aimscale.harness.data.store.shards import ByteRange, Reader, cached_files, open_reader
+from aimscale.harness.run.files import check_file
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_KEPT_BYTES = 256 * 2**20
 """Limit on the decoded pixels of small images that a process keeps, over all data sets."""
@@ -33,6 +35,8 @@ COLUMNS = {
     "label": np.dtype("<i4"),
 }
 """Columns of samples, see `Index`, and their types."""
+MAX_COLUMN_BYTES = 10**12
+"""Limit on the bytes of a column, which is mapped and not read."""
 _FILES = tuple(f"{name}.npy" for name in (*COLUMNS, "shards", "bad", "bad_before"))
 
 
@@ -54,7 +58,11 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         def mapped(name: str) -> npt.NDArray[Any]:
-            return np.asarray(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r"))
+            check_file(path := folder / f"{name}.npy", MAX_COLUMN_BYTES)
+            try:
+                return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+            except Exception as error:  # numpy's reader of the header raises tokenize.TokenError and more
+                raise OSError(f"{path.name}: {type(error).__name__} {error}") from error
 
         self._folder = folder
         self.samples, self.checksum, self.shards = mapped("samples"), mapped("checksum"), mapped("shards")
@@ -216,6 +224,10 @@ class ShardDataset:
             uint8 (number that decoded, channels, height, width), and the reasons of those that did not, by their place
             in `samples`.
         """
+        import torch  # a plan opens data sets, on machines that have neither torch nor a decoder of images
+
+        from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+
         cache, problems = self._pixel_cache(channels), dict[int, str]()
         fresh = np.arange(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples])
         decoded: list[torch.Tensor] = []
@@ -243,6 +255,8 @@ class ShardDataset:
             room = MAX_KEPT_BYTES - sum(cache.pixels.nbytes for cache in _PIXEL_CACHES.values())
             if not self.info.one_size or math.prod(shape) > room:
                 return None
+            import torch
+
             made = _PixelCache(torch.empty(shape, dtype=torch.uint8), np.zeros(len(self), dtype=bool))
             _PIXEL_CACHES.setdefault(key, made)
         return _PIXEL_CACHES[key]

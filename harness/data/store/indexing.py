@@ -115,10 +115,15 @@ def _label(path: str, key: str, members: Members) -> int | None:
     value: Any = None
     try:
         if "cls" in members:
-            value = int(members["cls"][1])
+            text = members["cls"][1].strip()
+            if not text.removeprefix(b"-").isdigit():  # int() also takes 1_0
+                raise ValueError(repr(text[:40]))
+            value = int(text)
         elif "json" in members:
             record = json.loads(members["json"][1])
-            value = next((record[name] for name in _LABEL_KEYS if type(record.get(name)) is int), None)
+            value = next((record[name] for name in _LABEL_KEYS if isinstance(record.get(name), int | float)), None)
+            if isinstance(value, bool | float):
+                raise ValueError(repr(value))
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"the label of sample '{key}' of {path} is no class number ({error}); repair it") from error
     if value is not None and not 0 <= value <= MAX_LABEL:

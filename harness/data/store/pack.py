@@ -36,6 +36,7 @@ from aimscale.harness.data.store.decoding import (
     resize_shorter_side,
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
+from aimscale.harness.data.store.parquet import EncodedImage, EncodedImages
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.run.files import atomic_dir
 
@@ -45,6 +46,9 @@ _MAX_SHARD_SAMPLES = 100_000
 _LOSSLESS_SIDE = 128  # resized images up to this side are stored as PNG: JPEG's blocks would dominate them
 _CHUNK = 64  # images that a process prepares at a time
 _WORTH_PROCESSES = 5000  # images, from which on processes are worth their start
+
+
+Images = Sequence[str] | EncodedImages | npt.NDArray[np.uint8]
 
 
 class PackedImage(NamedTuple):
@@ -66,11 +70,11 @@ class Listing:
 
     source: Path
     """Origin of the images, for messages."""
-    images: Sequence[str] | npt.NDArray[np.uint8]
-    """Image files, as text, since a million Path objects take ten times longer to reach a process; or pixels, (n, H, W)
-    or (n, H, W, C), numpy's or a mapped file's."""
+    images: Images
+    """Image files, as text, since a million Path objects take ten times longer to reach a process; encoded images; or
+    pixels, (n, H, W) or (n, H, W, C), numpy's or a mapped file's."""
     labels: Sequence[int] | None = None
-    """Class numbers; None if there are no classes."""
+    """Class numbers, -1 for none; None if there are no classes."""
     classes: tuple[str, ...] | None = None
     """Class names by label."""
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -94,11 +98,16 @@ class Packed(NamedTuple):
     """Images whose transparent pixels are read as white."""
 
 
+def check_new(out: Path) -> None:
+    """Raise DataError if there is something at a path to write to."""
+    if out.exists():
+        raise DataError(f"{out} exists already; choose another folder or remove it")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to fill, which is renamed to `out` at the end of the block and removed after an error."""
-    if out.exists():
-        raise DataError(f"{out} exists already; choose another folder or remove it")
+    check_new(out)
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(atomic_dir(out))
@@ -197,7 +206,7 @@ def pack_images(
     """
     order = shuffled_order(len(listing.images)) if order is None else order
     if num_workers is None:
-        is_many = len(order) >= _WORTH_PROCESSES and isinstance(listing.images, list)
+        is_many = len(order) >= _WORTH_PROCESSES and isinstance(listing.images, list | EncodedImages)
         num_workers = len(os.sched_getaffinity(0)) if is_many else 1
     skipped: list[str] = []
     num_transparent = 0
@@ -282,13 +291,17 @@ def _packed(listing: Listing, number: int, position: int, resize: int | None) ->
         image = resize_shorter_side(image[None], resize)[0]
         extension, data = encode(image)
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)  # a dot would end the key
-    label = None if listing.labels is None else int(listing.labels[number])
+    label = -1 if listing.labels is None else int(listing.labels[number])
     height, width = image.shape[-2:]
-    return PackedImage(f"{position:09d}-{stem}", extension.lower(), data, label, (height, width), on_white)
+    return PackedImage(
+        f"{position:09d}-{stem}", extension.lower(), data, None if label < 0 else label, (height, width), on_white
+    )
 
 
-def _read(image: str | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
+def _read(image: str | EncodedImage | npt.NDArray[np.uint8], number: int) -> tuple[str, bytes]:
     """Read (file name, bytes) of an image file, or encode an array to one."""
+    if isinstance(image, EncodedImage):
+        return image
     if isinstance(image, np.ndarray):
         pixels = np.array(image if image.ndim == 3 else image[..., None])
         extension, data = encode(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -333,10 +346,12 @@ def split_images(listing: Listing, shares: Mapping[str, int]) -> Split:
     return Split(parts, len(order) - len(equal), absent)
 
 
-def _contents(images: Sequence[str] | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+def _contents(images: Images) -> npt.NDArray[np.uint64]:
     """Return a number for each image (n,) that equal ones share; only files of equal size are read."""
     if isinstance(images, np.ndarray):
         return np.array([image_checksum(image.tobytes()) for image in images], np.uint64)
+    if isinstance(images, EncodedImages):
+        return np.array([image_checksum(images[i].data) for i in range(len(images))], np.uint64)
     sizes = [os.stat(path).st_size if os.path.exists(path) else -1 for path in images]
     count = Counter(sizes)
     keys = (

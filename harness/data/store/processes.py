@@ -19,16 +19,13 @@ from typing import Any, TypeVar
 import psutil
 
 from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError, StandstillError
+from aimscale.harness.run.timeouts import STOPPED_S, TASK_TIMEOUT_S
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 POLL_S = 5.0
 """Seconds between looks at the processes that are waited for."""
-STOPPED_S = 60.0
-"""Seconds for which a process may be stopped by a signal."""
-RESULT_S = 3600.0
-"""Seconds for which a result is waited for: a shard of 20 GB, scanned at 6 MB/s."""
 
 _PRELOAD = ("aimscale.harness.data.stream.loader",)
 
@@ -69,7 +66,7 @@ def map_in_processes(
     *,
     num_ahead: int = 3,
     prepare: Callable[[Task], None] | None = None,
-    limit_s: float = RESULT_S,
+    limit_s: float = TASK_TIMEOUT_S,
 ) -> Generator[Result]:
     """Apply a function to tasks in other processes, which take turns; yields the results in order.
 

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import fsspec
-
 from aimscale.harness.data import DataError
+from aimscale.harness.run.files import MAX_BYTES
+from aimscale.harness.run.timeouts import STALLED_S
 
 T = TypeVar("T")
 NUM_TRIES = 6  # of a remote read: pauses of about 6 s in all
 FIRST_PAUSE_S = 0.2  # before the second try; doubles
-STALLED_S = 60.0  # without an answer for so long, a read is tried again; botocore's own limit
+PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "memory")
+"""Protocols of fsspec that read bytes and no more: others build a path of code, archives or further URLs."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # optional dependencies of this package, by protocol
 _CHUNK_BYTES = 4 * 2**20  # of a download
 
@@ -38,7 +39,9 @@ def read_bytes(url: str) -> bytes:
 
     def read() -> bytes:
         with open_file(url) as file:
-            return file.read()
+            if len(data := file.read(MAX_BYTES + 1)) > MAX_BYTES:
+                raise DataError(f"{url} has more than {MAX_BYTES:.0e} bytes; give another file")
+            return data
 
     return with_retries(read)
 
@@ -75,11 +78,15 @@ def download(url: str, to: Path) -> int:
 def filesystem_of(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URL, one per process, and the path within it."""
     protocol, options = url.partition("://")[0], dict[str, Any]()
+    if protocol not in PROTOCOLS or "::" in url:
+        raise DataError(f"{url:.200} is no address that is read; give one of {', '.join(PROTOCOLS)}, without '::'")
     if protocol in ("http", "https"):
         import aiohttp
 
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(sock_connect=STALLED_S, sock_read=STALLED_S)}
     try:
+        import fsspec.core  # not installed where sweeps are only planned
+
         filesystem, inner = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)

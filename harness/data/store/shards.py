@@ -23,7 +23,8 @@ from typing import Any
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.remote import download, is_url, join
 from aimscale.harness.run.files import atomic_write, cache_folder
-from aimscale.harness.run.lock import WAIT_S, is_held, locked
+from aimscale.harness.run.lock import is_held, locked
+from aimscale.harness.run.timeouts import WAIT_S
 
 CACHE_FOLDER = "aimscale-shards"
 """Name of the cache within the folder that a user names."""

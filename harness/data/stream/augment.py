@@ -138,16 +138,17 @@ def jitter_colours(images: torch.Tensor, key: int, positions: I64) -> None:
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Normalise uint8 (..., C, H, W) to float32 by ImageNet's statistics; one channel by their averages."""
     mean, std = _moments(images.device, images.shape[-3])
-    return images.float().sub_(255 * mean).div_(255 * std)
+    return images.float().sub_(mean).div_(std)
 
 
 @functools.cache
 def _moments(device: torch.device, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of pixels in 0..1, (C, 1, 1) each, copied to a device once."""
-    mean, std = torch.tensor(IMAGE_MEAN, device=device), torch.tensor(IMAGE_STD, device=device)
+    """Return mean and standard deviation of bytes, (C, 1, 1) each: computed on the CPU, so that every device has the
+    same, and copied once."""
+    mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
     if channels == 1:
         mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-    return mean[:, None, None], std[:, None, None]
+    return (255 * mean[:, None, None]).to(device), (255 * std[:, None, None]).to(device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from typing import TYPE_CHECKING
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +18,19 @@ import torch
 from aimscale.aim.errors import some
 from aimscale.harness.data import DataError, refuse_bad
 from aimscale.harness.data.random_access import make_key, random_uniform
-from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.stream.augment import SMALL_SIDE
-from aimscale.harness.data.stream.stream import masks
+from aimscale.harness.data.stream.base import masks
 
 _log = logging.getLogger(__name__)
 
+MAX_DECODERS = 8
+"""Maximum number of threads that decode the next images while a model works, if there are as many cores."""
+Chunk = TypeVar("Chunk")
+
 if TYPE_CHECKING:
     from aimscale.aim.config import ModelConfig
-    from aimscale.harness.data.store.dataset_info import DatasetInfo
     from aimscale.harness.distributed.group import Group
     from aimscale.harness.run.config import ModelSection
 
@@ -78,7 +85,7 @@ class EvalImages:
         Args:
             samples: images that the ranks have read together.
         """
-        for found in group.gather(self._bad):
+        for found in group.all_gather_object(self._bad):
             self._bad |= found
         names = [self._bad[number] for number in sorted(self._bad)]
         number = len(np.union1d(samples, [*self._bad]))  # with those that were left out before
@@ -89,6 +96,24 @@ class EvalImages:
         if group.is_first and len(names) > self._num_named:
             _log.warning("left out of %s, cannot be decoded: %s", self.dataset.path, some(names))
         self._num_named = len(names)
+
+
+def decoded_ahead(
+    images: Callable[[Chunk], torch.Tensor], chunks: Iterable[Chunk]
+) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    """Yield each chunk with its images, in order, decoded by threads ahead of the caller; an error is raised at its
+    chunk."""
+    num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(num_threads, "decode")
+    try:
+        under_way = ((chunk, pool.submit(images, chunk)) for chunk in chunks)
+        pending = deque(itertools.islice(under_way, num_threads))
+        while pending:
+            pending.extend(itertools.islice(under_way, 1))
+            chunk, future = pending.popleft()
+            yield chunk, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def validation_prefixes(num_images: int, num_prefixes: int, model: ModelConfig) -> torch.Tensor:
@@ -108,10 +133,3 @@ def prefix_lengths(num_images: int, num_prefixes: int, num_tokens: int) -> torch
     draw = random_uniform(make_key("validation prefix"), row * 4096 + column)
     lengths = 1 + np.floor((column + draw) / num_prefixes * (num_tokens - 1)).astype(np.int64)
     return torch.from_numpy(np.minimum(lengths, num_tokens - 1))
-
-
-def require_images(path: str, info: DatasetInfo, num_images: int | None, max_bad_fraction: float) -> None:
-    """Raise DataError if a data set has fewer images that decode than are asked for, none, or too many that do not."""
-    require_usable(path, info, max_bad_fraction)
-    if num_images is not None and info.num_usable < num_images:
-        raise DataError(f"{path} has {info.num_usable} usable images, {num_images} were asked for; lower num_images")

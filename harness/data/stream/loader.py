@@ -21,16 +21,21 @@ import torch
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.processes import map_in_processes
-from aimscale.harness.data.stream.stream import Batch, Stream
+from aimscale.harness.data.stream.base import Batch, Stream
+from aimscale.harness.run.timeouts import BATCH_TIMEOUT_S
 
 _log = logging.getLogger(__name__)
 
-ANSWER_S = 900.0
-"""Seconds for which a micro-batch is waited for, half of what other ranks wait: a shard of 500 MB at .6 MB/s."""
 _MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
 _MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB
 _MAX_NAMED = 10  # undecodable samples that a loader names in the log
 _SHARED_MEMORY = "/dev/shm"
+
+
+def free_shared_bytes() -> int:
+    """Return the size of the shared memory of this host that is free."""
+    free = os.statvfs(_SHARED_MEMORY)
+    return free.f_bavail * free.f_frsize
 
 
 def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size: int) -> list[range]:
@@ -67,6 +72,7 @@ def train_batches(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    shared_bytes: int | None = None,
 ) -> Generator[list[Batch]]:
     """Yield this rank's micro-batches of each optimiser step, from position `start` (images seen) up to `stop`.
 
@@ -77,10 +83,11 @@ def train_batches(
         micro_batch: maximum images per item of the list.
         num_workers: loader processes; 0 loads in this one.
         pin_memory: page-lock the ring (needs CUDA), so that a GPU copies from it while it computes.
+        shared_bytes: shared memory for this rank's ring with workers; by default, all that is free.
 
     Raises:
         DataError: a shard cannot be read, or sixteen replacements of an undecodable sample are undecodable too.
-        WorkerDiedError, StandstillError: a worker was killed; was stopped, or did not answer for `ANSWER_S`.
+        WorkerDiedError, StandstillError: a worker was killed; was stopped, or did not answer for `BATCH_TIMEOUT_S`.
     """
 
     def split(first: int) -> list[range]:
@@ -88,7 +95,7 @@ def train_batches(
         return split_step(first, last, micro_batch=micro_batch, rank=rank, world_size=world_size)
 
     starts = range(start, stop, batch_size)
-    ring = _Ring(stream, micro_batch, len(split(start)), num_workers)
+    ring = _Ring(stream, micro_batch, len(split(start)), num_workers, shared_bytes)
     parts = (part for first in starts for part in split(first))
     with contextlib.closing(ring.load(parts)) as batches, _page_locked(ring.slots, pin_memory):
         for first in starts:
@@ -102,7 +109,7 @@ Task = tuple[int, range]
 class _Ring:
     """Memory of the micro-batches that are being loaded, and of the current and the next step."""
 
-    def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int) -> None:
+    def __init__(self, stream: Stream, micro_batch: int, num_micro: int, num_workers: int, room: int | None) -> None:
         self._stream, self._num_workers = stream, num_workers
         slot_bytes, workers = max(1, stream.num_bytes(micro_batch)), max(1, num_workers)
         most = _MAX_BYTES // slot_bytes
@@ -113,12 +120,12 @@ class _Ring:
         self._free = collections.deque(range(num_slots))
         self._num_named = 0
         if num_workers:
-            room = os.statvfs(_SHARED_MEMORY)
-            if self.slots.nbytes > room.f_bavail * room.f_frsize:
+            room = free_shared_bytes() if room is None else room
+            if self.slots.nbytes > room:
                 raise DataError(
-                    f"loader processes need {self.slots.nbytes / 1e6:,.0f} MB in {_SHARED_MEMORY}, which has "
-                    f"{room.f_bavail * room.f_frsize / 1e6:,.0f}; give the container more (docker run --shm-size), or "
-                    "lower runtime.num_workers or runtime.micro_batch"
+                    f"loader processes need {self.slots.nbytes / 1e6:,.0f} MB in {_SHARED_MEMORY} for each rank, which "
+                    f"has {room / 1e6:,.0f}; give the container more (docker run --shm-size), or lower "
+                    "runtime.num_workers or runtime.micro_batch"
                 )
             self.slots.share_memory_()
 
@@ -141,7 +148,7 @@ class _Ring:
         read_ahead = functools.partial(_read_ahead, self._stream)
         if self._num_workers:
             yield from map_in_processes(
-                fill, tasks, self._num_workers, num_ahead=self._num_ahead, prepare=read_ahead, limit_s=ANSWER_S
+                fill, tasks, self._num_workers, num_ahead=self._num_ahead, prepare=read_ahead, limit_s=BATCH_TIMEOUT_S
             )
             return
         for task in tasks:
@@ -182,7 +189,14 @@ def _fill(stream: Stream, slots: torch.Tensor, task: Task) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
     """Register memory with CUDA for the block; if that fails, copies are slower and nothing else changes."""
-    is_locked = is_wanted and int(torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)) == 0
+    problem = int(torch.cuda.cudart().cudaHostRegister(slots.data_ptr(), slots.nbytes, 0)) if is_wanted else 0
+    is_locked = is_wanted and not problem
+    if problem:
+        _log.warning(
+            "CUDA does not page-lock %d MB (error %d); copies to the GPU are slower", slots.nbytes >> 20, problem
+        )
+        with contextlib.suppress(RuntimeError):  # CUDA remembers the error, and the next kernel would raise it
+            torch.ones(1, device="cuda")
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableIm
 from aimscale.harness.data.store.remote import is_url, open_file
 from aimscale.harness.data.store.tars import expand_braces, read_samples
 from aimscale.harness.data.stream.augment import crop_resize_into
-from aimscale.harness.data.stream.stream import MAX_REPLACEMENTS, Stream, content_digest
+from aimscale.harness.data.stream.base import MAX_REPLACEMENTS, Stream, content_digest
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 
 

@@ -24,9 +24,6 @@ from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.run.config import ModelSection, RunConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""A task's `precision` -> type in which the backbone computes and features are kept."""
-
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:

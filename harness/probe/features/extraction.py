@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.backbones import DTYPES, Backbone
-from aimscale.harness.probe.features.images import LabelledImages, ProgressCallback, ignore_progress
+from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.probe.features.backbones import Backbone
+from aimscale.harness.probe.features.images import LabelledImages
 from aimscale.harness.probe.features.moments import NOT_FINITE, Moments
 from aimscale.harness.probe.features.tasks import CACHE_SHARE, ProbeError
 
@@ -114,7 +116,7 @@ class PooledFeatures(_Kept):
     num_tokens = 1
 
     def __init__(self, values: Tensor, centre: Tensor, group: Group):
-        """Keep them in `values` (n, L, d) on the host, about `centre`, float32 (L, d) on the device."""
+        """Keep them in `values` (n, L, d), on the host or the device, about `centre`, float32 (L, d) on the device."""
         self.group = group
         self.num_blocks, self.width = centre.shape
         self._values, self._centre = values, centre
@@ -138,7 +140,7 @@ class PooledFeatures(_Kept):
 Features = StreamedTokens | CachedTokens | PooledFeatures
 
 HOST_SHARE = 0.4
-"""Share of a rank's free host memory for the pooled features of a split."""
+"""Share of a rank's free host memory for the pooled features of a split that its device has no room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +182,19 @@ def extract_features(
     most = -(-len(images) // group.world_size)  # images per rank: all ranks take as many turns
     dtype = DTYPES[precision]
     num_bytes = most * centre.numel() * dtype.itemsize
-    if num_bytes > HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
+    cache_bytes = CACHE_SHARE * group.min_over_ranks(group.memory_bytes())
+    is_on_host = num_bytes > cache_bytes
+    if is_on_host and num_bytes > HOST_SHARE * group.min_over_ranks(group.host_memory_bytes()):
         raise ProbeError(
             f"pooled features need {num_bytes / 1e9:.3g} GB on a rank, more than {HOST_SHARE:.0%} of its free host "
             "memory; use more ranks"
         )
     # written at once, so that later allocations of any process see that the host has less memory
-    pooled = PooledFeatures(torch.empty(len(own), *centre.shape, dtype=dtype).zero_(), centre, group)
+    values = torch.empty(len(own), *centre.shape, dtype=dtype, device="cpu" if is_on_host else centre.device).zero_()
+    pooled = PooledFeatures(values, centre, group)
     kept = None
     if for_tokens and images.views is None:  # views change by epoch
-        fits = most * stream.image_bytes <= CACHE_SHARE * group.min_over_ranks(group.memory_bytes())
-        kept = stream.empty(most)[:, : len(own)] if fits else None
+        kept = stream.empty(most)[:, : len(own)] if most * stream.image_bytes <= cache_bytes else None
     sums = [Moments.around(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
     is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
     chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]

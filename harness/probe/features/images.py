@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,36 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.data.store.dataset_info import require_usable
-from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.store.overlap import count_shared
+from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.data.stream.held_out import EvalImages
+from aimscale.harness.data.stream.held_out import EvalImages, decoded_ahead
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, ProbeError, check_benchmark
+from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, class_names, open_split, open_splits
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig
-
-ProgressCallback = Callable[..., None]
-"""Callback that all ranks call together, often: (what, done, total, unit). It shows progress, if there is a `what`, and
-raises to stop the work."""
-
-
-def ignore_progress(*_: object) -> None:
-    """Ignore progress, and stop nothing."""
-
-
-def numbered_progress(report_progress: ProgressCallback, number: int, count: int) -> ProgressCallback:
-    """Prefix the names of one of several pieces of work with `number/count`."""
-    if count == 1:
-        return report_progress
-    return lambda what="", *standing: report_progress(what and f"{number}/{count} {what}", *standing)
-
-
-MAX_SHARED = 0.01
-"""Maximum share of the test images that may be training images too: some benchmarks have a few in both splits."""
-MAX_DECODERS = 8
-"""Maximum number of threads that decode the next images while the backbone works, if there are as many cores."""
 
 
 @dataclass(frozen=True)
@@ -84,24 +58,7 @@ class LabelledImages:
         return decoded_ahead(functools.partial(self.images, epoch=epoch), chunks)
 
 
-Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
-
-
-def decoded_ahead(images: Callable[[Chunk], Tensor], chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Tensor]]:
-    """Yield each chunk with its images, in order, decoded by threads ahead of the caller; an error is raised at its
-    chunk."""
-    num_threads = min(MAX_DECODERS, len(os.sched_getaffinity(0)))
-    pool = ThreadPoolExecutor(num_threads, "decode")
-    try:
-        under_way = ((chunk, pool.submit(images, chunk)) for chunk in chunks)
-        pending = deque(itertools.islice(under_way, num_threads))
-        while pending:
-            pending.extend(itertools.islice(under_way, 1))
-            chunk, future = pending.popleft()
-            yield chunk, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,54 +122,33 @@ def open_labelled(
     path: str, section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> LabelledImages:
     """Open one split of a task; it is refused if its share of undecodable images is above `max_bad_fraction`."""
-    dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
-    require_usable(path, dataset.info, max_bad_fraction)
-    if dataset.labels is None:
-        raise ProbeError(
-            f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
-        )
-    rows = dataset.usable()
-    labels = torch.as_tensor(dataset.require_labels()[rows])
-    classes = dataset.classes or tuple(str(label) for label in range(dataset.num_classes))
-    source = EvalImages(dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction)
-    return LabelledImages(source, rows, labels, classes)
+    dataset = open_split(path, section, runtime, max_bad_fraction)
+    return _preprocessed(dataset, class_names(dataset), section, model_section, max_bad_fraction)
 
 
 def open_task(
     section: ProbeSection, model_section: ModelSection, runtime: RuntimeConfig, max_bad_fraction: float
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Open the training and test split of a task.
+    """Open the training and test split of a task, see `open_splits`; both number the classes alike."""
+    train, test = open_splits(section, runtime, max_bad_fraction)
+    classes = class_names(train)
+    shared = classes, section, model_section, max_bad_fraction
+    return _preprocessed(train, *shared), _preprocessed(test, *shared)
 
-    Raises:
-        DataError: a split has no images that decode, or too many that do not.
-        ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images
-            among the training images, or the task bears a benchmark's name and is not that benchmark.
-    """
-    train = open_labelled(section.train, section, model_section, runtime, max_bad_fraction)
-    test = open_labelled(section.test, section, model_section, runtime, max_bad_fraction)
-    strange = sorted(set(test.classes) - set(train.classes))
-    if strange:
-        raise ProbeError(
-            f"task '{section.task}': the classes of {section.train} and {section.test} differ: the first has no "
-            f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}; pack both with the same class folders"
-        )
-    if train.classes != test.classes:  # in another order, or some have no test image
-        number = torch.tensor([train.classes.index(name) for name in test.classes])
-        test = replace(test, labels=number[test.labels], classes=train.classes)
-    if len(train.classes) < 2:
-        raise ProbeError(f"task '{section.task}': {section.train} has one class only; a probe needs two or more")
-    if len(train) < 2 * len(train.classes):
-        raise ProbeError(
-            f"task '{section.task}': {len(train)} training images for {len(train.classes)} classes in {section.train} "
-            "are too few to hold some out; give at least two a class"
-        )
-    check_benchmark(section.task, num_classes=len(train.classes), num_train=len(train), num_test=len(test))
-    if (shared := count_shared(train.dataset, test.dataset)) > MAX_SHARED * len(test):
-        raise ProbeError(
-            f"task '{section.task}': {shared} of the {len(test)} images of {section.test} are images of "
-            f"{section.train} too, so the score would count images seen in training; give the test images of its own"
-        )
-    return train, test
+
+def _preprocessed(
+    dataset: ShardDataset,
+    classes: tuple[str, ...],
+    section: ProbeSection,
+    model_section: ModelSection,
+    max_bad_fraction: float,
+) -> LabelledImages:
+    """Prepare the images of a data set that decode, with the numbers that its classes have among `classes`."""
+    rows = dataset.usable()
+    number = np.array([classes.index(name) for name in class_names(dataset)])
+    labels = torch.as_tensor(number[dataset.require_labels()[rows]])
+    source = EvalImages(dataset, model_section, centre_crop=section.centre_crop, max_bad_fraction=max_bad_fraction)
+    return LabelledImages(source, rows, labels, classes)
 
 
 def holdout_split(labels: Tensor, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

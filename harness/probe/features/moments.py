@@ -49,7 +49,7 @@ def owned_averages(outputs: Tensor, rank_of: np.ndarray, owned: Sequence[Sequenc
     parts = [part.flatten().view(torch.uint8) for part in found.split([len(sets) for sets in owned])]
     own, image_bytes = len(owned[group.rank]), found.shape[2:].numel() * found.element_size()
     counts = np.bincount(rank_of, minlength=group.world_size).tolist()
-    received = group.exchange(parts, [own * count * image_bytes for count in counts])
+    received = group.all_to_all(parts, [own * count * image_bytes for count in counts])
     by_rank = [
         part.view(found.dtype).view(own, count, *found.shape[2:]) for part, count in zip(received, counts, strict=True)
     ]

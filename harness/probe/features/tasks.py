@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from aimscale.aim.cost import num_queries
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
-from aimscale.harness.run.config import ProbeSection
+from aimscale.harness.data.store.dataset_info import require_usable
+from aimscale.harness.data.store.index import ShardDataset, open_dataset
+from aimscale.harness.data.store.overlap import count_shared
+from aimscale.harness.run.config import ProbeSection, RuntimeConfig
+
+MAX_SHARED = 0.01
+"""Maximum share of the test images that may be training images too: some benchmarks have a few in both splits."""
 
 
 class ProbeError(UserError):
@@ -36,11 +42,63 @@ def check_benchmark(task: str, *, num_classes: int, num_train: int, num_test: in
             )
 
 
+def class_names(dataset: ShardDataset) -> tuple[str, ...]:
+    """Return the names of a data set's classes, by number."""
+    return dataset.classes or tuple(str(label) for label in range(dataset.num_classes))
+
+
+def open_split(path: str, section: ProbeSection, runtime: RuntimeConfig, max_bad_fraction: float) -> ShardDataset:
+    """Open the data set of one split; it is refused without labels, or with too large a share of undecodable images."""
+    dataset = open_dataset(path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+    require_usable(path, dataset.info, max_bad_fraction)
+    if dataset.labels is None:
+        raise ProbeError(
+            f"task '{section.task}': {path} has no labels, so nothing can be probed; pack it from one folder per class"
+        )
+    dataset.require_labels()
+    return dataset
+
+
+def open_splits(
+    section: ProbeSection, runtime: RuntimeConfig, max_bad_fraction: float
+) -> tuple[ShardDataset, ShardDataset]:
+    """Open the data sets of a task's training and test split.
+
+    Raises:
+        DataError: a split has no images that decode, or too many that do not.
+        ProbeError: no labels, test classes that the training split lacks, too few images to hold some out, test images
+            among the training images, or the task bears a benchmark's name and is not that benchmark.
+    """
+    train = open_split(section.train, section, runtime, max_bad_fraction)
+    test = open_split(section.test, section, runtime, max_bad_fraction)
+    classes, num_train, num_test = class_names(train), len(train.usable()), len(test.usable())
+    strange = sorted(set(class_names(test)) - set(classes))
+    if strange:
+        raise ProbeError(
+            f"task '{section.task}': the classes of {section.train} and {section.test} differ: the first has no "
+            f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}; pack both with the same class folders"
+        )
+    if len(classes) < 2:
+        raise ProbeError(f"task '{section.task}': {section.train} has one class only; a probe needs two or more")
+    if num_train < 2 * len(classes):
+        raise ProbeError(
+            f"task '{section.task}': {num_train} training images for {len(classes)} classes in {section.train} "
+            "are too few to hold some out; give at least two a class"
+        )
+    check_benchmark(section.task, num_classes=len(classes), num_train=num_train, num_test=num_test)
+    if (shared := count_shared(train, test)) > MAX_SHARED * num_test:
+        raise ProbeError(
+            f"task '{section.task}': {shared} of the {num_test} images of {section.test} are images of "
+            f"{section.train} too, so the score would count images seen in training; give the test images of its own"
+        )
+    return train, test
+
+
 BlockSet = tuple[int, ...]
 """Blocks, counted from 0, whose outputs are averaged."""
 
 CACHE_SHARE = 0.1
-"""Share of the memory that a rank may plan for, for tokens that are kept."""
+"""Share of the memory that a rank may plan for, for tokens, or pooled features, that are kept on its device."""
 HEADS_SHARE = 0.5
 """Share of a rank's memory for heads that train together; further block sets train in further rounds."""
 BYTES_PER_HEAD_PARAM = 16

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, own_indices
+from aimscale.harness.probe.features.extraction import PooledFeatures, SplitFeatures, batched, own_indices
 from aimscale.harness.probe.features.images import Task
 from aimscale.harness.probe.features.moments import averages
 from aimscale.harness.probe.features.tasks import BlockSet
@@ -31,6 +31,8 @@ QUERIES = 1024
 """Number of queries of all ranks at a time."""
 BANK_BLOCK = 8192
 """Number of a rank's images that are compared at a time; also of images whose blocks are averaged at a time."""
+BANKS_SHARE = 0.2
+"""Share of a rank's memory for the vectors of several block sets, which are averaged in one pass over all features."""
 
 
 def neighbour_votes(
@@ -49,7 +51,7 @@ def neighbour_votes(
         The slice of the queries, and votes (len(ks), slice length, K).
     """
     step = max(1, QUERIES // group.world_size)
-    for start in range(0, max(group.gather(len(queries))), step):
+    for start in range(0, max(group.all_gather_object(len(queries))), step):
         own = queries[start : start + step]
         padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange equally many
         cosine, named = (near[: len(own)] for near in _nearest(bank, labels, padded, max(ks), group))
@@ -65,7 +67,7 @@ def neighbour_votes(
 
 def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
     """Return cosines and labels (m, k) of the k images of all ranks nearest to this rank's queries (m, d)."""
-    everyone = group.concatenate(queries).flatten(0, 1)
+    everyone = group.all_gather(queries).flatten(0, 1)
     cosine = everyone.new_full((len(everyone), k), -torch.inf)
     named = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
     for part, of_part in zip(bank.split(BANK_BLOCK), labels.split(BANK_BLOCK), strict=True):
@@ -74,7 +76,7 @@ def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group
     if group.world_size == 1:
         return cosine, named
     first = group.rank * len(queries)
-    cosines, of_all = (list(group.concatenate(each)[:, first : first + len(queries)]) for each in (cosine, named))
+    cosines, of_all = (list(group.all_gather(each)[:, first : first + len(queries)]) for each in (cosine, named))
     return _first(cosines, of_all, k)
 
 
@@ -97,10 +99,11 @@ class Neighbours:
         """Measure the hold-out accuracy of every block set and k, with the fit part as the bank."""
         held = own_indices(self.task.held.tolist(), self.task.group)
         ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
-        found = []
-        for number, blocks in enumerate(sets, start=1):
+        found: list[Candidate] = []
+        all_votes = self._votes(sets, self.task.fit, self.features.pooled, held, ks)
+        for number, (blocks, of_set) in enumerate(zip(sets, all_votes, strict=True), start=1):
             right = [0] * len(ks)
-            for rows, votes in self._votes(blocks, self.task.fit, self.features.pooled, held, ks):
+            for rows, votes in of_set:
                 named = votes.argmax(2).cpu() == self.task.train.labels[held][rows]
                 right = [total + int(count) for total, count in zip(right, named.sum(1), strict=True)]
             found += [
@@ -119,21 +122,36 @@ class Neighbours:
         own = own_indices(range(len(images)), self.task.group)
         parts = [
             to_predictions(votes[0], images.labels[own][rows])
-            for rows, votes in self._votes(chosen.blocks, self.task.everything, pooled, own, ks)
+            for of_set in self._votes([chosen.blocks], self.task.everything, pooled, own, ks)
+            for rows, votes in of_set
         ]
         return gather_predictions(own, parts, len(images), self.task.group)
 
     def _votes(
-        self, blocks: BlockSet, bank: np.ndarray, pooled: PooledFeatures, queries: Sequence[int], ks: tuple[int, ...]
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the votes of training images for this rank's queries."""
+        self,
+        sets: Sequence[BlockSet],
+        bank: np.ndarray,
+        pooled: PooledFeatures,
+        queries: Sequence[int],
+        ks: Sequence[int],
+    ) -> Iterator[Iterator[tuple[slice, Tensor]]]:
+        """Yield for each block set the votes of training images for this rank's queries."""
+        task, own = self.task, own_indices(bank.tolist(), self.task.group)
+        set_bytes = 4 * pooled.width * max(1, len(own) + len(queries))
+        num_sets = max(1, int(BANKS_SHARE * task.group.memory_bytes() / set_bytes))
+        for numbers in batched(range(len(sets)), num_sets):
+            some = [sets[number] for number in numbers]
+            banks, of_queries = self._units(self.features.pooled, own, some), self._units(pooled, queries, some)
+            for vectors, asked in zip(banks, of_queries, strict=True):
+                labels = task.train.labels[own].to(vectors.device)
+                yield neighbour_votes(vectors, labels, asked, tuple(ks), task.num_classes, task.group)
 
-        def units(of: PooledFeatures, images: Sequence[int]) -> Tensor:
-            rows = torch.as_tensor(images, dtype=torch.int64) // self.task.group.world_size
-            vectors = torch.cat([averages(of.rows(part), [blocks])[0] for part in rows.split(BANK_BLOCK)])
-            return functional.normalize(vectors, dim=1)
-
-        own = own_indices(bank.tolist(), self.task.group)
-        vectors = units(self.features.pooled, own)
-        labels = self.task.train.labels[own].to(vectors.device)
-        return neighbour_votes(vectors, labels, units(pooled, queries), ks, self.task.num_classes, self.task.group)
+    def _units(self, of: PooledFeatures, images: Sequence[int], sets: Sequence[BlockSet]) -> list[Tensor]:
+        """Average features over each block set, in one pass over them, to unit vectors (n, d)."""
+        rows = torch.as_tensor(images, dtype=torch.int64) // self.task.group.world_size
+        units: list[list[Tensor]] = [[] for _ in sets]
+        for part in rows.split(BANK_BLOCK):
+            vectors = of.rows(part)
+            for parts, blocks in zip(units, sets, strict=True):  # each by itself: a joint product would round otherwise
+                parts.append(functional.normalize(averages(vectors, [blocks])[0], dim=1))
+        return [torch.cat(parts) for parts in units]

@@ -84,7 +84,7 @@ def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_ima
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
     whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
-    for images, found in group.gather((own, mine)):
+    for images, found in group.all_gather_object((own, mine)):
         if images:
             whole.predicted[images], whole.in_top5[images] = (torch.cat(each) for each in zip(*found, strict=True))
     return whole

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +80,8 @@ class HeadTraining:
     """Features of the training split."""
     source: Features
     """Those of them that the heads read."""
+    unsolved: list[str] = field(default_factory=list)
+    """Kinds of heads that were solved and did not reach their optimum."""
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +189,8 @@ class HeadTraining:
                 tokens = self._select(averaged, this, stack)
                 vectors = (tokens[:, :, 0] - stack.mean[:, None]) * stack.rstd[:, None]
                 covariance += vectors.mT @ vectors / len(images)
-        solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done))))
+        if not solve(stack, covariance, losses, lambda is_done: not any(self.task.group.sum_counts(int(not is_done)))):
+            self.unsolved.append(stack.kind)
 
     @torch.no_grad()
     def measure(self, this: Round) -> list[Candidate]:
@@ -213,7 +216,7 @@ class HeadTraining:
             for (blocks, values), *of_set in zip(stack.grid.items(), *total.tolist(), strict=True)
             for value, top1, loss in zip(values, *of_set, strict=True)
         ]
-        everyone = [each for part in self.task.group.gather(mine) for each in part]
+        everyone = [each for part in self.task.group.all_gather_object(mine) for each in part]
         return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
 
     def _averages(
@@ -282,7 +285,8 @@ def _with_heads(
     # a stack for each, so that no head's rounding depends on another
     trained = training.train([(each.kind, {each.blocks: [each.value]}) for each in chosen], with_holdout=True)
     mine = {(stack.kind, blocks): stack.to("cpu") for stack in trained.stacks for blocks in stack.grid}
-    parts = training.task.group.gather(mine)
+    # One rank's heads at a time: if they were gathered, every rank would hold the largest part once for each rank.
+    parts = (training.task.group.broadcast(mine, rank) for rank, sets in enumerate(trained.owned) if sets)
     everyone = {key: head.to(training.device) for part in parts for key, head in part.items()}
     return [replace(each, head=everyone[each.kind, each.blocks]) if each in chosen else each for each in candidates]
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import aimscale.harness.bench.train
 import aimscale.harness.device.execution
-import aimscale.harness.train.attempt
+import aimscale.harness.train.run
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench
-from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.step.engine import Engine, StepOutcome
@@ -51,11 +51,12 @@ def test_train_from_a_configuration_and_again_from_its_directory(
     named = load_run_config(run.config).run_id  # with the fingerprints of its data, which the configuration did not say
     assert named != config.run_id
     assert f"{named}: 0 of 64 images done, ZeRO 0, micro-batch 8, 1 rank(s)" in out.read_text()
-    said = out.read_text()
+    assert f"next: aimscale evaluate {run.path}" in out.read_text()
     assert run.read_status().state == "finished"
     assert in_processes(invoke, load_verb("train"), [str(run.path)], out) == [0]
+    assert in_processes(invoke, load_verb("evaluate"), [str(run.path)], out) == [0]
     (row,) = run.read_rows()
-    assert f"budget 64: validation loss {row['val_loss']:.4f} +- " in said
+    assert f"budget 64: validation loss {row['val_loss']:.4f} +- " in out.read_text()
     (tmp_path / "other.yaml").write_text(tiny_config(budgets=[64], seed=1).to_yaml())
     refused = CliRunner().invoke(load_verb("train"), [str(tmp_path / "other.yaml"), "--out", str(run.path)])
     assert isinstance(refused.exception, RunDirError)

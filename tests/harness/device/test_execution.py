@@ -18,6 +18,7 @@ from aimscale.harness.device.execution import (
     pass_size,
     plan_start,
 )
+from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.memory import measuring_bytes
 from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 
@@ -102,6 +103,38 @@ def test_what_is_given_is_obeyed_and_the_rest_fits() -> None:
 def test_one_rank_shares_nothing_out(precision: str, ranks: int, stage: int) -> None:
     small = execute("w64-d4", ranks, precision=precision, batch=256, gb=4)
     assert (small.zero_stage, small.micro_batch, small.activation_checkpointing) == (stage, 256 // ranks, False)
+
+
+@pytest.mark.parametrize(
+    ("size", "gb", "given", "stages"),
+    [
+        ("aim-600M", 48, {}, (2, 1)),
+        ("aim-600M", 48, {"batch": 256}, (2, 2)),  # one pass reduces once, and while it computes
+        ("aim-600M", 48, {"zero_stage": 2}, (2, 2)),
+        ("aim-7B", 48, {}, (2, 2)),  # 6 bytes of every parameter do not fit
+        ("aim-1B", 48, {"precision": "fp32"}, (2, 1)),
+    ],
+)
+def test_gpus_without_a_fast_link_reduce_gradients_once_a_step(
+    size: str, gb: float, given: dict[str, Any], stages: tuple[int, int]
+) -> None:
+    linked, apart = (execute(size, 8, gb=gb, is_linked=is_linked, **given) for is_linked in (True, False))
+    assert (linked.zero_stage, apart.zero_stage) == stages
+    assert apart.memory_bytes <= 0.8 * gb * GB
+    assert execute(size, 1, gb=4 * gb, is_linked=False).zero_stage == execute(size, 1, gb=4 * gb).zero_stage
+
+
+def test_a_gpus_name_tells_its_link() -> None:
+    linked = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "GB200", "h200", "a card of 2030", "AMD EPYC")
+    apart = ("NVIDIA A40", "NVIDIA A100 80GB PCIe", "NVIDIA H100 PCIe", "NVIDIA L40S", "a40", "NVIDIA RTX 6000 Ada")
+    assert [has_fast_link(name) for name in linked + apart] == [True] * len(linked) + [False] * len(apart)
+    training = TrainingConfig.model_validate(
+        {"model": {"size": "aim-600M"}, "data": {"sources": [{"path": "none"}]}}
+        | {"optimiser": {"batch_size": 4096, "precision": "bf16"}}
+    )
+    for device, stage in (("NVIDIA A40", 1), ("NVIDIA H100 80GB HBM3", 2)):
+        plan = plan_start(training, RuntimeConfig(), None, device=device, world_size=8, device_bytes=48 * GB)
+        assert plan.zero_stage == stage
 
 
 def test_memory_counts_every_token_whose_prediction_is_scored() -> None:

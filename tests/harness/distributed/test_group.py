@@ -106,7 +106,7 @@ def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.Monke
     placed = find_placement(slurm | {"SLURM_LOCALID": "1"})
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert (gpu_index(placed, 1), gpu_index(placed, 8)) == (0, 1)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="1"):
         gpu_index(placed, 1)
 
@@ -132,7 +132,7 @@ def test_deepspeed_is_told_the_card_and_not_the_number_of_the_task(card: None, m
     for name in ("TORCHELASTIC_RUN_ID", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
     placement = Placement(rank=7, world_size=8, local_rank=3, address="n1", port=1)
     assert start_group(placement, "cuda").device == torch.device("cuda", 0)
     assert (os.environ["LOCAL_RANK"], os.environ["RANK"]) == ("0", "7")

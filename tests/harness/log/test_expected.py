@@ -54,16 +54,19 @@ def test_a_run_off_from_the_start_is_seen_by_the_forecast_alone() -> None:
     assert found.since == AT[0]
 
 
-def test_one_point_raises_no_alarm_and_better_ones_neither() -> None:
+def test_one_point_raises_no_alarm_and_a_run_far_below_its_forecast_does_but_never_stops() -> None:
+    """A run 11 sd below its forecast was "on track"."""
     off = np.zeros(20)
     off[-1] = 1.0
     found = expected().deviation(losses(off))
     assert found is not None
     assert not found.is_alarm
-    better = expected(sd=0.01).deviation(losses(np.full(9, -0.06)))
+    asked = Expected(**{**vars(expected(sd=0.01)), "stop_sd": 2.0})
+    better = asked.deviation(losses(np.full(9, -0.06)))
     assert better is not None
     assert better.sd < -4
-    assert not better.is_alarm
+    assert better.is_alarm
+    assert asked.reason_to_stop(better) is None
 
 
 def test_points_beyond_the_forecast_have_no_deviation() -> None:

@@ -22,16 +22,16 @@ def metrics(branch: int | None = None) -> Metrics:
 
 def add(log: Metrics, step: int, loss: float) -> None:
     known = loss if math.isfinite(loss) else None
-    log.add(
-        TrainedStep(
-            images_seen=8 * step,
-            lr=0.1,
-            num_targets=10,
-            was_applied=known is not None,
-            loss=known,
-            grad_norm=None if known is None else 2 * known,
-        )
+    taken = TrainedStep(
+        images_seen=8 * step,
+        lr=0.1,
+        num_targets=10,
+        was_applied=known is not None,
+        loss=known,
+        grad_norm=None if known is None else 2 * known,
     )
+    log.count(taken)
+    log.add(taken)
 
 
 def test_a_line_is_whole_behind_what_a_kill_left_of_another(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from trainers import start_ranks
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.harness.probe.pending_evaluations import update_row
+from aimscale.harness.results.pending import update_row
 from aimscale.harness.run.config import run_config
-from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def in_row(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_run_that_is_held_is_neither_probed_nor_given_baselines(run: RunDir) -> None:
     before = run.read_rows()
-    with run.hold():  # as its trainer, or another probe, does
+    with run.evaluation.hold():  # as the program that evaluates it, or another probe, does
         for words in (["probe", run.path], ["baseline", "raw-pixels", "--like", run.path]):
             assert str(run.path) in refused(*words, "--device", "cpu", "--kind", "knn")
     assert not (run.path / "probes").exists()
@@ -77,9 +79,9 @@ def test_what_was_found_on_other_weights_is_not_theirs(run: RunDir, caplog: pyte
     other = AIM(model_config("rung-24", image_size=8, patch_size=2))
     other.init_weights(1)
     write_weights(other.state_dict(), run.model_file(64))
-    run.record_row(row)
+    run.record_row(row | {WEIGHTS_CRC32: 1})
     update_row(run, config, 64)
-    assert run.read_rows() == [row]
+    assert run.read_rows() == [row | {WEIGHTS_CRC32: 1}]
     next(run.probes_dir(64).glob("digits-*.json")).write_text('{"probes": [3]}')
     update_row(run, config, 64)  # a damaged file is named, and is none
     assert "damaged" in caplog.text
@@ -131,12 +133,14 @@ main()
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.0])
 def test_two_ranks_get_the_numbers_of_one(run: RunDir, share: float) -> None:
-    alone = answer("probe", run.path, "--device", "cpu")
+    words = ["probe", str(run.path), "--device", "cpu", "--json"]
+    # a process of its own, as each rank is: what other tests leave in this one must not tell here
+    alone = json.loads(subprocess.run([sys.executable, "-m", "aimscale", *words], check=True, stdout=PIPE).stdout)
     shutil.rmtree(run.path / "probes")
     # without a cache also one block set in each round, and few images at a time
     rounds = "pass" if share else "tasks.HEADS_SHARE = 1e-12; training.WORKING_GB = 1e-4"
     program = LEAVES_GROUP.replace("main()", f"extraction.CACHE_SHARE = {share}; {rounds}; main()")
-    command = [sys.executable, "-c", program, "probe", str(run.path), "--device", "cpu", "--json"]
+    command = [sys.executable, "-c", program, *words]
     processes = start_ranks(command, 2)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]

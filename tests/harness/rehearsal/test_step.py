@@ -21,7 +21,7 @@ from aimscale.harness.rehearsal.step import StepTracker, example_batch, fullest_
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.saving import CheckpointWriter, own_share
+from aimscale.harness.step.saving import CheckpointWriter, checkpoint_shard
 
 CONFIG = model_config("w96-d3", image_size=32, patch_size=4)
 MICRO_BATCHES = [4, 4, 4]
@@ -50,7 +50,7 @@ def observe(precision: str, stage: int, recomputes: bool, *, group: Any, out: Pa
     with tracker:
         engine = Engine(CONFIG, OptimiserSection(precision=precision), options, group)
         track_step(tracker, engine, [example_batch(CONFIG, each, "paired") for each in MICRO_BATCHES])
-        checkpoint = sum(values.nbytes for values in own_share(engine).values())
+        checkpoint = sum(values.nbytes for values in checkpoint_shard(engine).values())
         track_copy(tracker, engine)
     if out is not None:
         checkpoint = checkpoint_bytes(engine, group, out)
@@ -70,7 +70,7 @@ def checkpoint_bytes(engine: Engine, group: Group, folder: Path) -> int:
 
 
 def observe_fake(world_size: int, *setting: Any) -> dict[str, Any]:
-    with fake_rank(fullest_rank(setting[1], world_size), world_size, on_gpu=False) as group:
+    with fake_rank(fullest_rank(CONFIG, setting[0], setting[1], world_size), world_size, on_gpu=False) as group:
         return observe(*setting, group=group)
 
 
@@ -88,9 +88,9 @@ def main(out: Path, settings: list[Any]) -> None:
         observe(*setting, group=group, out=out.parent / f"checkpoint-{number}")
         for number, setting in enumerate(settings)
     ]
-    gathered = group.gather(found)
+    gathered = group.all_gather_object(found)
     if group.is_first:
-        ranks = [fullest_rank(stage, group.world_size) for _, stage, _ in settings]
+        ranks = [fullest_rank(CONFIG, precision, stage, group.world_size) for precision, stage, _ in settings]
         out.write_text(json.dumps([gathered[rank][number] for number, rank in enumerate(ranks)]))
     stop_group()
 

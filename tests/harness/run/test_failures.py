@@ -16,7 +16,7 @@ from aimscale.aim.config import ModelConfigError
 from aimscale.harness.data import DataError
 from aimscale.harness.run import failures
 from aimscale.harness.run.failures import (
-    EXIT_S,
+    EXIT_TIMEOUT_S,
     STOP_SIGNALS,
     NoMemoryError,
     StandstillError,
@@ -54,23 +54,6 @@ def test_every_failure_has_a_class_and_one_sentence(error: BaseException, reason
     assert found == reason_class
     assert words in sentence
     assert "\n" not in sentence
-
-
-def test_a_variable_of_the_environment_that_a_library_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "never")
-    with pytest.raises(ValueError, match="never") as caught:
-        int(os.environ["SOURCE_DATE_EPOCH"])
-    found, sentence = classify(caught.value)
-    assert (found, "SOURCE_DATE_EPOCH" in sentence, "'never'" in sentence) == ("config", True, True)
-    with pytest.raises(ValueError, match="ever") as caught:
-        int("ever")  # a fault of ours, beside SOURCE_DATE_EPOCH
-    assert classify(caught.value)[0] == "code"
-    monkeypatch.setenv("TORCH_LOGS", "x")
-    assert classify(ValueError('Invalid settings: x,\ntry TORCH_LOGS="help"'))[0] == "config"
-    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
-    assert classify(FutureWarning("soon gone"))[0] == "code"
-    monkeypatch.setenv("PYTHONWARNINGS", "error")
-    assert classify(FutureWarning("soon gone"))[0] == "config"
 
 
 def test_stop_signals_raise_a_flag_and_give_back_the_handlers_of_before(request: pytest.FixtureRequest) -> None:
@@ -123,18 +106,18 @@ def test_what_all_nodes_share_is_no_fault_of_the_node_that_met_it(tmp_path: Path
 def test_a_worker_says_what_is_wrong_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
 ) -> None:
-    def work(path: Path) -> int:
+    def work(paths: list[Path]) -> int:
         raise error
 
     timers: list[float] = []
-    monkeypatch.setattr(failures, "end_within", timers.append)
+    monkeypatch.setattr(failures, "exit_after", timers.append)
     monkeypatch.setattr(sys, "argv", ["worker", "run"])
     with pytest.raises(SystemExit) as ended:
         run_worker(work, "worker RUN_DIR")
     assert ended.value.code == code
     said = disk_sentence(error) if isinstance(error, OSError) else str(error)
     assert capsys.readouterr().err == f"aimscale: {said}\n"
-    assert timers == [EXIT_S], "an exit that hangs must end, too"
+    assert timers == [EXIT_TIMEOUT_S], "an exit that hangs must end, too"
     monkeypatch.setattr(sys, "argv", ["worker"])
     with pytest.raises(SystemExit, match="usage: python -m worker RUN_DIR"):
         run_worker(work, "worker RUN_DIR")

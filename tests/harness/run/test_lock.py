@@ -161,6 +161,19 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path, na
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+def test_a_link_or_file_named_as_a_writers_folder_goes_and_its_target_stays(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    run.path.mkdir()
+    (run.path / ".writer-X").symlink_to(tmp_path / "mine")
+    (run.path / ".writer-Y").write_text("")
+    (run.path / ".writer-Z").symlink_to(tmp_path / "nowhere")
+    with run.hold() as folder:
+        assert list(run.path.glob(".writer-*")) == [folder]
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
+
+
 def test_the_folder_of_a_run_that_was_moved_does_not_come_back(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "sweep" / "runs" / "a")
     run.path.mkdir(parents=True)

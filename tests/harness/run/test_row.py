@@ -9,7 +9,7 @@ import pytest
 
 from aimscale.aim.config import ModelConfig
 from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig
-from aimscale.harness.run.row import configured_columns, model_of
+from aimscale.harness.run.row import build_model_config, configured_columns
 
 Config = Callable[..., RunConfig]
 
@@ -34,5 +34,5 @@ def test_what_a_run_says_of_its_model_reaches_the_model(tiny_config: Config) -> 
     config = tiny_config(
         model={"size": "w16-d2", "image_size": 16, "patch_size": 4, "norm_eps": 1e-3}, objective=objective
     )
-    model = model_of(config.training)
+    model = build_model_config(config.training)
     assert (model.norm_eps, model.target, model.masked) == (1e-3, "raw", 0.5)

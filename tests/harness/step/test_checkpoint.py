@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -14,13 +15,14 @@ import torch
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step import saving
-from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint, save_weights
+from aimscale.harness.step import checkpoint, saving
+from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
+from aimscale.harness.step.feed import PeerFailedError
 from aimscale.harness.step.saving import CheckpointWriter
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -147,7 +149,7 @@ def save_and_train_on(group: Group, folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no space"):
         writer.finish()
     writer.close()
-    group.wait()
+    group.barrier()
     assert {path.name for path in folder.iterdir()} == {"1", "same"}
 
 
@@ -155,6 +157,30 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_ends_where_that_fail
     tmp_path: Path, in_group: Ranks
 ) -> None:
     in_group(save_and_train_on, tmp_path, world_size=2)
+
+
+def load_where_one_sees_less(group: Group, folder: Path) -> None:
+    """The second rank's file system shows no manifest, as a cache of NFS may, and then not the files, either."""
+    engine = make_engine(group, 2)
+    for images_seen in (8, 16):
+        save(folder / str(images_seen), engine, group, images_seen)
+        train(engine, group, images_seen, images_seen + 1)
+    if group.rank == 1:
+        checkpoint._manifest_in = lambda path: None
+    manifest = load_newest(folder, engine, group, branches=[])
+    assert manifest is not None
+    assert group.all_gather_object(manifest.images_seen) == [16, 16]
+    if group.rank == 1:
+        checkpoint.file_crc32 = lambda path: os.stat(path.with_name("gone")).st_size
+    with pytest.raises((OSError, PeerFailedError), match="No such file"):
+        load_newest(folder, engine, group, branches=[])
+    group.barrier()
+    assert {path.name for path in folder.iterdir()} == {"8", "16"}, "what one rank cannot see is not damaged"
+
+
+@pytest.mark.timeout(120)
+def test_no_rank_goes_on_from_another_checkpoint_alone(tmp_path: Path, in_group: Ranks) -> None:
+    in_group(load_where_one_sees_less, tmp_path, world_size=2)
 
 
 def fill_the_disk(group: Group, folder: Path) -> None:

@@ -22,7 +22,8 @@ import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import processes
-from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.distributed import job
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run import failures
@@ -30,7 +31,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import run_worker
 from aimscale.harness.step.feed import PeerFailedError, RankRequest, next_step
-from aimscale.harness.train.attempt import train
+from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]
 Spoil = Callable[..., Path]
@@ -145,11 +146,11 @@ def hang_in_a_save(rank: int, path: Path) -> None:
         return write(file, *args)
 
     aimscale.harness.step.saving._write_part = hang
-    aimscale.harness.step.saving.LEAVE_S = 1.0
+    aimscale.harness.step.saving.LAST_SAVE_TIMEOUT_S = 1.0
     aimscale.harness.distributed.group.PHASE_TIMEOUT_S = 3.0
-    failures.EXIT_S = job.EXIT_S = 5.0
+    failures.EXIT_TIMEOUT_S = job.EXIT_TIMEOUT_S = 5.0
     sys.argv = ["train", str(path)]
-    run_worker(train, "train")
+    run_worker(lambda paths: train(paths[0]), "train")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,18 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
-from trainers import before_call, rows, stop_after, train_in, weights
+from trainers import before_call, evaluate_in, rows, stop_after, train_alone_in, train_in, weights
 
 import aimscale.harness.cli.runs
 import aimscale.harness.log.record
 import aimscale.harness.step.engine
 import aimscale.harness.step.saving
 from aimscale.aim.cost import flops_per_image, param_count
+from aimscale.harness.distributed import job
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
-from aimscale.harness.run.row import model_of
-from aimscale.harness.train.attempt import train
+from aimscale.harness.run.row import build_model_config
+from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
@@ -106,9 +108,11 @@ STAGES = {
     "replace */writing-checkpoints-*-decay-*/manifest.json", "rename checkpoints/*-decay-*",
     "rename */removing-checkpoints-*-decay-*", "rmdir */removing-checkpoints-*-decay-*",
     "replace budgets/*/model.safetensors", "replace budgets/*/digest.json",
-    "replace results.json", "replace validation/*.npz", "replace complete.json", "rmdir *",
+    "replace results.json", "rmdir *",
+    "rename evaluation/*/*", "rmdir evaluation/*/*", "replace evaluation/status.json", "replace validation/*.npz",
+    "replace evaluation/results.json", "replace complete.json", "rmdir evaluation/*",
 }  # fmt: skip
-"""Changes in a run directory, from taking the lock to giving it back."""
+"""Changes in a run directory, from taking the lock of training to giving back that of evaluation."""
 
 
 def train_until_new_stage(rank: int, path: Path, met: Path) -> None:
@@ -188,7 +192,10 @@ def train_beside_many_objects(rank: int, path: Path, sizes: Path) -> None:
         return 0
 
     gc.collect = collect  # type: ignore[assignment]
-    train_in(rank, path)
+    try:
+        train_in(rank, path)
+    finally:
+        collect()
 
 
 def test_collections_look_through_new_objects_alone(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
@@ -376,15 +383,15 @@ def test_bad_steps_are_skipped_counted_and_stop_a_run_when_too_many(
     assert "3 steps in a row were not finite, up to image 40" in str(status.reason)
 
 
-def train_in_little_memory(rank: int, path: Path, most: int, victim: int) -> None:
-    """Train where one rank's allocator refuses what a pass over more than `most` images takes.
+def train_in_little_memory(rank: int, path: Path, most: int, victim: int, num_good: int = 0) -> None:
+    """Train where one rank's allocator refuses what a pass over more than `most` images takes, after so many passes.
 
     No GPU is here: what it refuses is far more than any machine has, so that the error is the allocator's own.
     """
-    real = aimscale.harness.step.engine.AIM.forward
+    real, earlier = aimscale.harness.step.engine.AIM.forward, iter(range(num_good))
 
     def forward(self: Any, images: torch.Tensor, given: torch.Tensor) -> Any:
-        if rank == victim and len(images) > most:
+        if rank == victim and len(images) > most and next(earlier, None) is None:
             torch.empty(len(images) << 50, dtype=torch.uint8)
         return real(self, images, given)
 
@@ -419,6 +426,22 @@ def test_memory_that_runs_out_in_the_first_step_halves_the_micro_batch_once(
         assert "runtime.micro_batch" in str(short.read_status().reason)
 
 
+def test_memory_that_runs_out_later_halves_the_micro_batch_until_a_checkpoint_is_saved(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config({"checkpoint_every_images": 24}, budgets=[64])
+    early, late = (RunDir.create(tmp_path / name, config) for name in ("early", "late"))
+    for run, num_good in ((early, 2), (late, 3)):
+        assert in_processes(train_in_little_memory, run.path, 4, 0, num_good) == [1]
+        assert (run.read_status().state, run.read_status().reason_class) == ("failed", "oom")
+    executed = early.read_status().too_large
+    assert executed is not None
+    assert executed["micro_batch"] == 8
+    assert late.read_status().too_large is None, "it goes on from its checkpoint"
+    assert in_processes(train_in_little_memory, early.path, 4, 0, 0) == [0]
+    assert [each["micro_batch"] for each in early.read_starts()] == [8, 4]
+
+
 def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
     tmp_path: Path, tiny_data: Path, tiny_config: Config, in_processes: Run
 ) -> None:
@@ -431,16 +454,17 @@ def test_cosine_in_bf16_on_two_ranks_writes_a_full_row(
         optimiser={"batch_size": 8, "precision": "bf16"},
     )
     run = RunDir.create(tmp_path / "run", config)
-    assert in_processes(train_in, run.path, world_size=2) == [0, 0]
+    assert in_processes(train_alone_in, run.path, world_size=2) == [0, 0]
+    assert in_processes(evaluate_in, run.path, world_size=2) == [0, 0]
     (row,) = run.read_rows()
     expected = {"zero_stage": 2, "world_size": 2, "unique_images": 64, "epochs": 1.0, "val_num_images": 16}
     assert {key: row[key] for key in expected} == expected
-    model = model_of(config.training)
+    model = build_model_config(config.training)
     assert row["flops_train"] == flops_per_image(model).train * 64
     assert row["flops_6nd"] == 6 * param_count(model).total * 64 * 16
     assert [(probe["task"], probe["kind"], probe["n"]) for probe in row["probes"]] == [("two", "linear", 24)]
     assert json.loads(next(run.probes_dir(64).glob("two-*.json")).read_text())["world_size"] == 2  # shared by the ranks
-    assert len(list((run.path / "tensorboard").glob("events*"))) == 1
+    assert len(list((run.path / "tensorboard").glob("events*"))) == 2, "one of each program"
     assert 0 < row["val_loss"] < 5
     assert 0 < row["val_loss_se"] < 1
     assert all(tensor.dtype == torch.float32 for tensor in load_file(run.model_file(64)).values())
@@ -458,6 +482,47 @@ def test_traces_of_some_steps_are_written_and_change_nothing(
         "ProfilerStep#7",
     }
     assert results(run.path) == results(whole(64).path)
+
+
+def train_with_room(rank: int, path: Path, room: int) -> None:
+    """Train where so many bytes of shared memory are free; keep the size of what this rank shares with its workers."""
+    share = torch.Tensor.share_memory_
+
+    def share_and_note(tensor: torch.Tensor) -> torch.Tensor:
+        path.with_name(f"ring-{rank}").write_text(str(tensor.nbytes))
+        return share(tensor)
+
+    torch.Tensor.share_memory_ = share_and_note  # type: ignore[method-assign]
+    os.statvfs = lambda _: types.SimpleNamespace(f_bavail=room, f_frsize=1)  # type: ignore[assignment, return-value]
+    train_in(rank, path)
+
+
+def test_ranks_of_a_node_share_its_shared_memory(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    """Else the last ones die of SIGBUS, without a word."""
+    config = tiny_config({"num_workers": 1}, budgets=[16], schedule={"warmup_images": 8})
+    run = RunDir.create(tmp_path / "run", config)
+    assert in_processes(train_with_room, run.path, 1 << 30, world_size=2) == [0, 0]
+    room = sum(int((tmp_path / f"ring-{rank}").read_text()) for rank in range(2))
+    for short, ends in ((1, [2, 2]), (0, [0, 0])):
+        run = RunDir.create(tmp_path / f"short-{short}", config)
+        assert in_processes(train_with_room, run.path, room - short, world_size=2) == ends
+    assert "/dev/shm" in str(RunDir(tmp_path / "short-1").read_status().reason)
+
+
+def fail_on_a_device_that_hangs(rank: int, path: Path) -> None:
+    job.EXIT_TIMEOUT_S = 2.0
+    aimscale.harness.step.engine.Engine.step = lambda *_, **__: [][0]  # type: ignore[method-assign]
+    aimscale.harness.step.engine.Engine.close = lambda _: time.sleep(3600)  # type: ignore[method-assign]
+    train_in(rank, path)
+
+
+@pytest.mark.timeout(200)
+def test_a_failure_is_told_and_ends_its_rank_where_the_device_hangs(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    run = RunDir.create(tmp_path / "run", tiny_config(budgets=[16], schedule={"warmup_images": 8}))
+    assert in_processes(fail_on_a_device_that_hangs, run.path, world_size=2) == [1, 1]
+    assert run.read_status().reason == "IndexError: list index out of range"
 
 
 def make_and_train(rank: int, config: Path, out: Path) -> None:

@@ -16,14 +16,13 @@ from trainers import before_call, rows, train_in, until, weights
 
 import aimscale.harness.log.record
 import aimscale.harness.step.saving
-import aimscale.harness.train.evaluate
 import aimscale.harness.train.loop
 from aimscale.harness.distributed import group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
 from aimscale.harness.run.lock import LockHeld, read_holder
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.train.attempt import train
+from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]
@@ -33,7 +32,6 @@ PLACES: dict[str, tuple[Any, str]] = {
     "save": (aimscale.harness.step.saving, "_write_part"),
     "publication of a save": (aimscale.harness.step.saving, "publish_dir"),
     "budget": (aimscale.harness.train.loop, "save_weights"),
-    "validation": (aimscale.harness.train.evaluate, "validate"),
 }
 
 

@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import struct
+import tarfile
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,22 @@ def test_what_is_not_cifar_as_published_is_refused_before_it_is_unpickled(tmp_pa
         with pytest.raises(DataError, match=str(archive)):
             list_benchmark("cifar10", archive, "test")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_an_archive_of_a_benchmark_writes_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    outside = tmp_path / "outside"
+    linked = tarfile.TarInfo("batches")
+    linked.type, linked.linkname = tarfile.SYMTYPE, str(tmp_path)
+    for i, members in enumerate(([tarfile.TarInfo("../../outside")], [linked, tarfile.TarInfo("batches/outside")])):
+        archive = tmp_path / f"{i}.tar"
+        with tarfile.open(archive, "w") as tar:
+            for member in members:
+                tar.addfile(member)
+        with pytest.raises(DataError, match=r"Outside|AbsoluteLink"):
+            list_benchmark("cifar10", archive, "test")
+    assert not outside.exists()
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -155,7 +155,7 @@ def test_a_split_keeps_equal_images_together_and_deals_every_class(tmp_path: Pat
     assert "hold no image: drawings\n" in said
     assert said.count("has no image of 1 of 3 classes: one") == 2
     last = shlex.split(said.splitlines()[-1])
-    assert last == ["next:", "aimscale", "plan", "my-shards.yaml", "--suggest", "1", "--data", str(out)]
+    assert last == ["next:", "aimscale", "init", "my-shards.yaml", "--data", str(out), "--hours", "1"]
     assert "validation" not in say("data", "pack", source, tmp_path / "two", "--split", "90/0/10")
     assert "leave none for validation" in refused(
         "data", "pack", source / "one", tmp_path / "bad", "--split", "70/20/10"

@@ -29,9 +29,10 @@ from aimscale.harness.data.stream.augment import (
     jitter_colours,
     normalise,
 )
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.run.config import RunConfig
 

@@ -22,8 +22,9 @@ from trainers import until
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.processes import WorkerDiedError, start_fork_server
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import STOP_SIGNALS
 
@@ -149,3 +150,24 @@ def test_workers_end_with_a_program_that_forgets_them_or_is_killed(stream: Train
         assert program.wait(60) == (-signal.SIGKILL if is_killed else 0)
     assert len(workers) == 2
     until(lambda: all(is_gone(pid) for pid in workers))
+
+
+def test_memory_that_cuda_does_not_lock_changes_nothing_else(
+    stream: TrainStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA keeps the error for the next kernel; no GPU is here, so that its part is played."""
+    pending: list[int] = []
+
+    def register(*_: int) -> int:
+        pending.append(1)
+        return 712
+
+    def launch(*_: object, device: str) -> None:
+        if pending:
+            raise RuntimeError(f"CUDA error {pending.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: types.SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "ones", launch)
+    steps = train_batches(stream, start=0, stop=12, batch_size=12, micro_batch=6, pin_memory=True)
+    assert len(next(steps)) == 2
+    launch(device="cuda")  # as the first step does

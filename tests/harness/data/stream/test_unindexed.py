@@ -19,9 +19,10 @@ from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.stream.augment import crop_resize, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import TrainStream, open_stream
+from aimscale.harness.evaluate.run import evaluate
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.train.attempt import train
+from aimscale.harness.train.run import train
 
 WHOLE: dict[str, Any] = {"crop_scale": (1, 1), "horizontal_flip": False}
 """Crops that leave an image of 32 px as it is."""
@@ -109,6 +110,7 @@ def test_a_run_trains_on_such_a_stream(shards: Path, tiny_config: Callable[..., 
     config = tiny_config({"device": "cpu"}, data={"sources": [{"path": braces(shards)}]}, budgets=[64])
     run = RunDir.create(tmp_path / "run", config)
     assert train(run.path) == 0
+    assert evaluate([run.path]) == 0
     (row,) = run.read_rows()
     assert (row["images_seen"], row["unique_images"], row["epochs"]) == (64, None, None)
     assert np.isfinite(row["val_loss"])

@@ -31,7 +31,8 @@ def test_features_that_memory_does_not_hold_are_computed_again_or_refused(
     assert isinstance(streamed.tokens, StreamedTokens)
     everything = torch.arange(600)
     torch.testing.assert_close(streamed.pooled.rows(everything), cached.pooled.rows(everything))
-    monkeypatch.setattr(Group, "host_memory_bytes", lambda self: 0)
+    for name in ("memory_bytes", "host_memory_bytes"):  # neither the device nor the host has room for pooled features
+        monkeypatch.setattr(Group, name, lambda self: 0)
     with pytest.raises(ProbeError, match="use more ranks"):
         task.features(train)
 
@@ -70,7 +71,7 @@ def averages_on(group: Group, sets: list[list[BlockSet]], owners: list[int]) -> 
     outputs = torch.randn(4, len(owners), 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     sent: list[int] = []
     with unittest.mock.patch.object(
-        group, "exchange", lambda parts, sizes: sent.extend(sizes) or Group.exchange(group, parts, sizes)
+        group, "all_to_all", lambda parts, sizes: sent.extend(sizes) or Group.all_to_all(group, parts, sizes)
     ):
         own = outputs[:, [owner == group.rank for owner in owners]]
         found = owned_averages(own, np.array(owners), sets, group)

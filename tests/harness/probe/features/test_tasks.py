@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aimscale.analysis.published.comparison import TASKS
+from aimscale.analysis.published import TASKS
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets, check_benchmark
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from aimscale.harness.distributed.group import ALONE
-from aimscale.harness.probe.heads.knn import neighbour_votes
+from aimscale.harness.probe.features.extraction import PooledFeatures
+from aimscale.harness.probe.features.images import Task, holdout_split
+from aimscale.harness.probe.heads.knn import Neighbours, neighbour_votes
 
 
 @pytest.mark.parametrize("ks", [(5, 20), (1, 3)])
@@ -27,3 +31,25 @@ def test_votes_are_those_of_the_definition_whatever_the_blocks(
                 nearest = np.argsort(-values)[:k]
                 expected = np.bincount(labels[nearest], np.exp((values[nearest] - values[nearest[0]]) / 0.07), 5)
                 assert votes[number, row].numpy() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_block_sets_share_a_pass_over_the_features(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = task.open()
+    fit, held = holdout_split(train.labels, 0.2, seed=0)
+    whole = Task(section=task.section(), train=train, test=train, seed=0, group=ALONE)
+    neighbours = Neighbours(task=whole, features=task.features(train, fit=fit))
+    sets, read, real = [(0,), (1,), (0, 1), (2,), (1, 2)], [], PooledFeatures.rows
+
+    def rows(self: PooledFeatures, numbers: torch.Tensor) -> torch.Tensor:
+        read.append(len(numbers))
+        return real(self, numbers)
+
+    monkeypatch.setattr(PooledFeatures, "rows", rows)
+    found = []
+    for share, num_passes in ((0.2, 1), (0.0, len(sets))):
+        monkeypatch.setattr("aimscale.harness.probe.heads.knn.BANKS_SHARE", share)
+        read.clear()
+        found.append(neighbours.candidates(sets))
+        assert sum(read) == num_passes * (len(fit) + len(held))
+    assert found[0] == found[1]
+    assert [each.blocks for each in found[0][:: len(found[0]) // len(sets)]] == sets

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aimscale.aim.model import AIM
-from aimscale.harness.distributed.group import ALONE
+from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.images import Task, holdout_split, open_task
 from aimscale.harness.probe.features.tasks import head_params
@@ -159,3 +159,33 @@ def test_the_rate_warms_up_over_a_twentieth_of_the_steps_and_falls_along_half_a_
     assert rates[20] == pytest.approx((0.03 + LR_END) / 2)
     assert rates[-1] == LR_END
     assert learning_rate(1e-6, 39, 40) == 1e-6
+
+
+def chosen_heads(group: Group, task: Any) -> tuple[list[bytes], int, int]:
+    """The chosen heads, the bytes of heads that this rank is sent, and those of all chosen heads."""
+    train, _ = task.open()
+    fit, _ = holdout_split(train.labels, 0.2, seed=0)
+    whole = Task(section=task.section(), train=train, test=train, seed=0, group=group)
+    features = task.features(train, group, fit=fit)
+    training = HeadTraining(task=whole, num_heads=2, features=features, source=features.pooled)
+    sent, broadcast, gather = [0], group.broadcast, group.all_gather_object
+
+    def watched(value: Any, rank: int) -> Any:
+        value = broadcast(value, rank)
+        sent[0] += sum(each.numel() * each.element_size() for head in value.values() for each in head.parameters())
+        return value
+
+    def watched_gather(value: Any) -> list[Any]:
+        assert not isinstance(value, dict) or not any(isinstance(each, nn.Module) for each in value.values())
+        return gather(value)
+
+    group.broadcast, group.all_gather_object = watched, watched_gather  # type: ignore[method-assign]
+    heads = [each.head for each in search_heads(training, ["linear"], [(0,), (1,), (0, 1)], last=(1,)) if each.head]
+    tensors = [each.detach() for head in heads for each in head.parameters()]
+    return [each.numpy().tobytes() for each in tensors], sent[0], sum(each.nbytes for each in tensors)
+
+
+def test_each_chosen_head_is_sent_to_all_ranks_once(task: Any, in_group: Any) -> None:
+    found = in_group(chosen_heads, task, world_size=3)
+    assert found[0][0] == found[1][0] == found[2][0] != []
+    assert all(sent == of_heads for _, sent, of_heads in found), "by its owner alone, and none is padded to the largest"

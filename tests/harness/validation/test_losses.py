@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-import aimscale.harness.train.validation
+import aimscale.harness.validation.losses
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD, normalise
 from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths, validation_prefixes
-from aimscale.harness.distributed.group import ALONE, Group
+from aimscale.harness.distributed.group import ALONE, Group, Placement
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.train.validation import HeldOut, ValidationLosses, validate
+from aimscale.harness.validation.losses import HeldOut, ValidationLosses, validate
 
 MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
 
@@ -30,7 +30,7 @@ def eval_images(dataset: ShardDataset) -> torch.Tensor:
 
 
 def losses_of(group: Group, data: Path) -> ValidationLosses:
-    aimscale.harness.train.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
+    aimscale.harness.validation.losses.EVAL_TOKENS = 150  # passes of three images, the last one shorter
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
     held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=0.0)
@@ -50,6 +50,35 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Call
         assert losses.index.tolist() == list(range(13))
         assert losses.loss_sum == pytest.approx(expected, rel=1e-5)
         assert losses.num_targets.tolist() == (48 - given.sum(1)).tolist()
+
+
+def test_bytes_go_to_the_device_and_are_normalised_there(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without values stands for a GPU."""
+    placement = Placement(rank=0, world_size=1, local_rank=0, address="", port=0)
+    group, moved = Group(placement, torch.device("meta"), None), []
+
+    def watched(images: torch.Tensor) -> torch.Tensor:
+        moved.append((images.device.type, images.dtype))
+        return normalise(images)
+
+    monkeypatch.setattr(aimscale.harness.validation.losses, "normalise", watched)
+    section = ValidationSection(path=str(tiny_data / "validation"), num_images=13, centre_crop=1.0)
+    held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=0.0)
+    assert {images.device.type for _, images in held_out.passes(5)} == {"meta"}
+    assert set(moved) == {("meta", torch.uint8)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_byte_is_normalised_by_two_operations_that_ieee_defines(channels: int) -> None:
+    """So that any device gives the same bits."""
+    every = np.arange(256, dtype=np.float32)
+    for channel in range(channels):
+        mean, std = (np.array(each, dtype=np.float32) for each in (IMAGE_MEAN, IMAGE_STD))
+        if channels == 1:
+            mean, std = (torch.from_numpy(each).mean(0, keepdim=True).numpy() for each in (mean, std))
+        expected = (every - np.float32(255) * mean[channel]) / (np.float32(255) * std[channel])
+        images = torch.arange(256, dtype=torch.uint8).expand(channels, 1, 256)
+        assert normalise(images)[channel, 0].numpy().tobytes() == expected.tobytes()
 
 
 def losses_of_all(group: Group, data: Path, max_bad_fraction: float) -> ValidationLosses | str:

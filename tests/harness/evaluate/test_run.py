@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import rows, train_in
+from trainers import after_steps, evaluate_in, rows, train_in, weights
 
-from aimscale.harness.probe import files
-from aimscale.harness.probe.pending_evaluations import pending_work
+from aimscale.harness.results import files
+from aimscale.harness.results.pending import pending_work
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 
@@ -96,7 +99,7 @@ def test_what_is_lost_or_asked_anew_is_lacking_and_nothing_else(
     assert words(probes=(first, second.model_copy(update={"kinds": ("linear", "knn")}))) == ["again at 64"]
     assert words(validation=asked.evaluation.validation.model_copy(update={"num_images": 5})) == ["validation at 64"]
     (row,) = run.read_rows()
-    run.record_row({**row, "probes": row["probes"][:1]})
+    run.evaluation.record_row({**run.evaluation.read_own_rows()[64], "probes": row["probes"][:1]})
     assert words() == ["sides at 64"]
     metrics = run.metrics.read_bytes()
     run.validation_file(64).unlink()
@@ -106,3 +109,69 @@ def test_what_is_lost_or_asked_anew_is_lacking_and_nothing_else(
     (again,) = run.read_rows()
     assert again | {"finished_at": ""} == row | {"finished_at": ""}
     assert run.metrics.read_bytes() == metrics, "nothing was trained"
+
+
+def test_evaluation_is_a_program_of_its_own_that_trains_nothing(
+    tmp_path: Path, asked: RunConfig, in_processes: Run
+) -> None:
+    run = RunDir.create(tmp_path / "run", asked)
+    assert in_processes(evaluate_in, run.path) == [0]
+    assert (run.read_status().state, run.read_rows()) == ("created", []), "nothing is there to be evaluated"
+    assert in_processes(train_in, run.path) == [0]
+    before, metrics = result_files(run), run.metrics.read_bytes()
+    for name in ("validation", "probes"):
+        shutil.rmtree(run.path / name)
+    run.results.unlink()
+    assert in_processes(evaluate_in, run.path) == [0]
+    assert result_files(run) == before
+    assert (run.read_status().state, run.metrics.read_bytes()) == ("finished", metrics)
+
+
+def train_beside_evaluation(rank: int, path: Path, images_done: int, out: Path) -> None:
+    """Train, and evaluate what is there in another process when so many images are done; then go on."""
+
+    def act(done: int) -> None:
+        if done == images_done:
+            alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+            command = [sys.executable, "-m", "aimscale.harness.evaluate", str(path)]
+            code = subprocess.run(command, env=alone).returncode
+            rows = {row["images_seen"]: row.get("val_loss") for row in RunDir(path).read_rows()}
+            out.write_text(
+                json.dumps({"code": code, "rows": rows, "state": RunDir(path).evaluation.read_status().state})
+            )
+
+    after_steps(act)
+    train_in(rank, path)
+
+
+def test_a_run_is_evaluated_while_its_training_goes_on(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+    config, out = tiny_config(budgets=[64, 128]), tmp_path / "out.json"
+    whole, run = (RunDir.create(tmp_path / name, config) for name in ("whole", "run"))
+    assert in_processes(train_in, whole.path) == [0]
+    assert in_processes(train_beside_evaluation, run.path, 128, out) == [0]
+    beside = json.loads(out.read_text())
+    losses = [row["val_loss"] for row in whole.read_rows()]
+    assert beside == {"code": 0, "rows": {"64": losses[0]}, "state": "finished"}
+    assert rows(run) == rows(whole)
+    assert [weights(run, budget) for budget in (64, 128)] == [weights(whole, budget) for budget in (64, 128)]
+    assert pending_work(run, config) == []
+    assert "val_loss" not in run.read_own_rows()[64], "training knows nothing of it"
+
+
+def test_one_process_evaluates_several_runs_and_one_that_fails_holds_up_none(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    config = tiny_config(budgets=[64])
+    first = RunDir.create(tmp_path / "first", config)
+    assert in_processes(train_in, first.path) == [0]
+    expected = rows(first)
+    for name in ("evaluation", "validation"):
+        shutil.rmtree(first.path / name)
+    runs = [first, *(RunDir(shutil.copytree(first.path, tmp_path / name)) for name in ("damaged", "last"))]
+    with runs[1].model_file(64).open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"12345678")
+    assert in_processes(evaluate_in, *(run.path for run in runs)) == [1]
+    assert [run.evaluation.read_status().state for run in runs] == ["finished", "failed", "finished"]
+    assert "CRC-32" in str(runs[1].evaluation.read_status().reason)
+    assert rows(runs[0]) == rows(runs[2]) == expected

@@ -1,7 +1,7 @@
 """Files of probes in a run directory, and the test of whether a task is done.
 
 `probes/<images_seen>/<task>-<settings>-<data>.json` is the source of truth, one file per evaluation, rewritten with
-every kind of probe that is done; a row's `probes` follow from it (`harness.probe.pending_evaluations`).
+every kind of probe that is done; a row's `probes` follow from it (`harness.results.pending`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aimscale.aim.errors import some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
-from aimscale.harness.run.files import write_json
+from aimscale.harness.run.files import is_intact, sealed, write_json
 from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.lock import writer_folder
 
@@ -117,6 +117,8 @@ def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]
             document = json.loads(path.read_bytes())
             if not all(isinstance(detail[name], str) for detail in document["probes"] for name in ("task", "kind")):
                 raise TypeError("a probe without a name")
+            if not is_intact(document):
+                raise ValueError("its checksum is another")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -131,7 +133,7 @@ def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, d
     whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for
     task = section.model_dump(mode="json") | {"kinds": list(whole)}
     path = folder / f"{section.task}-{key['evaluation']}.json"
-    write_json(path, {**key, "task": task, **about, "probes": list(whole.values())})
+    write_json(path, sealed({**key, "task": task, **about, "probes": list(whole.values())}))
 
 
 def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
-from aimscale.harness.data.store.index import ShardDataset
+from aimscale.harness.data.store.dataset_info import require_images
+from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.augment import normalise
-from aimscale.harness.data.stream.held_out import EvalImages, require_images, validation_prefixes
+from aimscale.harness.data.stream.held_out import EvalImages, decoded_ahead, validation_prefixes
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.probe.features.images import ProgressCallback, decoded_ahead, ignore_progress
-from aimscale.harness.probe.pending_evaluations import VALIDATION_COLUMNS
-from aimscale.harness.run.config import ModelSection, ValidationSection
+from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.results.pending import VALIDATION_COLUMNS
+from aimscale.harness.run.config import ModelSection, RunConfig, ValidationSection
 from aimscale.harness.run.files import atomic_write
 
 
@@ -59,8 +60,18 @@ class HeldOut:
         parts = [self._own[first : first + num_images] for first in range(0, most, num_images)]
         for rows, pixels in decoded_ahead(lambda rows: self._images.pixels(self.indices[rows]), parts):
             is_good = self._images.is_good(self.indices[rows])
-            yield rows[is_good], normalise(pixels[torch.from_numpy(is_good)]).to(self._group.device)
+            good, device = pixels[torch.from_numpy(is_good)], self._group.device
+            good = good.pin_memory() if device.type == "cuda" else good
+            yield rows[is_good], normalise(good.to(device, non_blocking=True))
         self._images.agree(self._group, self.indices)
+
+
+def open_held_out(config: RunConfig, group: Group) -> HeldOut:
+    """Open the validation images."""
+    runtime, section = config.runtime, config.evaluation.validation
+    dataset = open_dataset(section.path, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+    max_bad_fraction = config.training.data.max_bad_fraction
+    return HeldOut(dataset, section, config.training.model, group, max_bad_fraction=max_bad_fraction)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +128,7 @@ def validate(
             own.append(rows)
             passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
     mine = (np.concatenate(own), *torch.cat(passes, dim=1).cpu().numpy())
-    rows, losses, targets = (np.concatenate(part) for part in zip(*group.gather(mine), strict=True))
+    rows, losses, targets = (np.concatenate(part) for part in zip(*group.all_gather_object(mine), strict=True))
     order = np.argsort(rows)
     rows = rows[order]
     return ValidationLosses(

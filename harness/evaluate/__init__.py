@@ -1,0 +1,1 @@
+"""Evaluation of saved budgets: validation and probes, knowing only the run directory."""

@@ -1,0 +1,1 @@
+"""Runs that a program of the user trains: its supervisor, and what it reads of the program."""
