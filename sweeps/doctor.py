@@ -33,6 +33,7 @@ from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.device.memory import free_host_bytes
 from aimscale.harness.run.lock import hold_lock, is_held
 from aimscale.harness.run.provenance import package_versions
+from aimscale.sweeps.planning.sweepfile import DEFAULT_ROOT
 from aimscale.sweeps.slurm import commands as slurm
 
 IMPORT_TIMEOUT_S, SLURM_TIMEOUT_S = 180, 15
@@ -200,7 +201,7 @@ def check_slurm() -> Check:
     return Check("slurm", "ok", f"{version} answers")
 
 
-def command(root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = Path("aimscale-runs")) -> None:
+def command(root: Annotated[Path, typer.Option(help="Where sweeps are to be kept.")] = DEFAULT_ROOT) -> None:
     """Look at this machine, its disk and its Slurm: what works, and what to do about the rest.
 
     Takes seconds and leaves nothing behind. Exits with 1 when something needed fails.

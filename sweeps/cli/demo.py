@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,9 +12,9 @@ from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
 
 if TYPE_CHECKING:
     from aimscale.sweeps.engine.active_run import Event
-    from aimscale.sweeps.plan.costs import CostCard
-    from aimscale.sweeps.plan.planner import Run
-    from aimscale.sweeps.plan.sweepfile import Sweep
+    from aimscale.sweeps.planning.run import Run
+    from aimscale.sweeps.planning.sweepfile import Sweep
+    from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
@@ -39,13 +38,13 @@ def command(
     from aimscale.analysis.report.summary import findings
     from aimscale.harness.data.store.bundled import write_bundled
     from aimscale.sweeps.cli.launch import failed_runs
+    from aimscale.sweeps.cli.progress import show_progress
+    from aimscale.sweeps.collection import collect
     from aimscale.sweeps.engine.launch import launch
-    from aimscale.sweeps.plan.costs import cost_cards
-    from aimscale.sweeps.plan.planner import plan
-    from aimscale.sweeps.plan.sweepfile import load_sweep
-    from aimscale.sweeps.table.collection import collect
+    from aimscale.sweeps.state.planned_sweep import plan_sweep
 
-    sweep = load_sweep("demo", root)
+    planned = plan_sweep("demo", root)
+    sweep = planned.sweep
     sizes, budgets = sweep.file.sizes, sweep.file.budgets
     typer.echo(
         f"{len(sizes)} tiny models see up to {max(budgets):,} crops of photographs and are measured at {len(budgets)} "
@@ -54,15 +53,15 @@ def command(
     data = sweep.base_dir / "data"
     if not data.is_dir():
         write_bundled(data)
-    cards = cost_cards(sweep, plan(sweep))
 
     def tell(event: Event) -> str | None:
         """Word an event of the launch: what the sizes that are trained say so far."""
         if event.kind == "started":
             return None
-        return _first_law(sweep, cards) if event.kind == "finished" else str(event)
+        return _first_law(planned) if event.kind == "finished" else str(event)
 
-    result = launch(sweep, root, devices=devices, num_smallest_first=FIRST_LAW, tell=tell)
+    with show_progress(planned, tell) as report_progress:
+        result = launch(planned, devices=devices, num_smallest_first=FIRST_LAW, report=report_progress)
     if result.interrupted:
         given = [*([] if root == ROOT else ["--root", str(root)]), *(["--devices", str(devices)] if devices else [])]
         typer.echo(f"next: {shlex.join(['aimscale', 'demo', *given])}")
@@ -70,8 +69,8 @@ def command(
     if failed := failed_runs(result):
         print_next("logs", "demo", root, failed[0])
         raise typer.Exit(1)
-    _probe_baselines(sweep, cards[-1].run)
-    study = read_study([collect(sweep, cards).table], {}, ())
+    _probe_baselines(sweep, planned.runs[-1])
+    study = read_study([collect(planned).table], {}, ())
     report = write_page(study)
     for each in findings(study):
         first, *_ = each.caption.rstrip(".").split(". ")
@@ -79,21 +78,21 @@ def command(
     typer.echo(f"report: {report.resolve()}")
 
 
-def _first_law(sweep: Sweep, cards: Sequence[CostCard]) -> str | None:
+def _first_law(planned: PlannedSweep) -> str | None:
     """Fit the sizes that are trained so far; None while they are too few, or once the report is about to come."""
     from aimscale.analysis import AnalysisError, fit, read_table
-    from aimscale.sweeps.table.collection import collect
+    from aimscale.sweeps.collection import collect
 
-    rows = read_table(collect(sweep, cards).table).dropna(subset="val_loss")
-    num = rows["size"].nunique()
-    if not FIRST_LAW <= num < len(cards):
+    rows = read_table(collect(planned).table)
+    num = rows["size"][rows["val_loss"].notna()].nunique()
+    if not FIRST_LAW <= num < len(planned.runs):
         return None
     try:
         law = fit(rows, "chinchilla")
     except AnalysisError as error:
-        return f"so far, {num} of {len(cards)} sizes: {error}"
+        return f"so far, {num} of {len(planned.runs)} sizes: {error}"
     exponents = ", ".join(law.equation(name, name) for name in ("alpha", "beta"))
-    return f"so far, {num} of {len(cards)} sizes: {law.law.formula}, {exponents}"
+    return f"so far, {num} of {len(planned.runs)} sizes: {law.law.formula}, {exponents}"
 
 
 def _probe_baselines(sweep: Sweep, largest: Run) -> None:

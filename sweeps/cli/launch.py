@@ -21,16 +21,18 @@ from aimscale.sweeps.cli.options import (
     print_next,
     select_run_ids,
 )
+from aimscale.sweeps.cli.progress import show_progress
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
-from aimscale.sweeps.plan.checks import raise_on_problems
-from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
-from aimscale.sweeps.state.decision import read_states
-from aimscale.sweeps.table.status import sweep_status
-from aimscale.sweeps.table.status_view import format_price, launch_view
-from aimscale.sweeps.table.views import KeyValue, format_number, print_key_values
+from aimscale.sweeps.monitor.layout import KeyValue, format_number, print_key_values
+from aimscale.sweeps.monitor.status import sweep_status
+from aimscale.sweeps.monitor.view import format_price, launch_view
+from aimscale.sweeps.planning.checks import raise_on_problems
+from aimscale.sweeps.planning.sweepfile import SweepError
+from aimscale.sweeps.state.planned_sweep import plan_sweep
+from aimscale.sweeps.state.run_state import State
 
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import Submission
@@ -71,6 +73,9 @@ def launch(
             help="Save and end runs whose loss stays this many standard deviations above its forecast.",
         ),
     ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Read the files of finished runs, too: some may be lost or changed.")
+    ] = False,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Launch uncommitted code; it is copied and recorded.")
     ] = False,
@@ -80,8 +85,8 @@ def launch(
 
     Launch as often and on as many machines as you like: each run is executed once.
     """
-    loaded, cards = engine.load_plan(sweep, root, on)
-    runs = [card.run for card in cards]
+    planned = plan_sweep(sweep, root, on, is_thorough=thorough)
+    loaded = planned.sweep
     place = "slurm" if loaded.is_for_slurm else "local"
     for option, value, only in (
         ("--devices", devices, "local"),
@@ -92,10 +97,12 @@ def launch(
             raise SweepError(f"{option} has no meaning with --on {place}; it is for --on {only}")
     if place == "local" and not dry_run:
         check_training_installed("launch")
-    states = read_states(loaded, runs, retry=retry)
-    num_devices = 0 if place == "slurm" else local_machine(runs, devices=devices).devices
-    print_key_values(launch_view(loaded, states, cards, num_devices))
-    num_hours = sum(card.device_hours for card, each in zip(cards, states, strict=True) if each.startable)
+    if thorough and not dry_run:
+        planned.forget_notes()
+    states = planned.cleared_states() if retry else planned.states
+    num_devices = 0 if place == "slurm" else local_machine(planned.longest_first, devices=devices).devices
+    print_key_values(launch_view(planned, states, num_devices))
+    num_hours = sum(planned.card(each.record.name).device_hours for each in states if each.state.startable)
     if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
         confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
     options = ["--on", on] if on else []
@@ -105,39 +112,42 @@ def launch(
     if place == "slurm":
         from aimscale.sweeps.engine.slurm_worker import launch_slurm
 
-        submitted = launch_slurm(
-            loaded, runs, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty
-        )
+        submitted = launch_slurm(planned, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)
         _print_submissions(submitted, dry_run=dry_run)
     elif dry_run:
-        raise_on_problems(loaded, [each.run for each in states if each.startable])
+        raise_on_problems(loaded, planned.startable(retry=retry))
     else:
-        result = engine.launch(loaded, root, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track)
+        with show_progress(planned) as report:
+            result = engine.launch(
+                planned, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track, report=report
+            )
         print_result(result)
-    if result.interrupted or (dry_run and any(each.startable for each in states)):
+        planned.look()
+    if result.interrupted or (dry_run and any(each.state.startable for each in states)):
         print_next("launch", sweep, root, *options, *(["--retry"] if retry and dry_run else []))
-    elif place == "slurm" and not dry_run and any(each.startable or each.is_active for each in states):
+    elif place == "slurm" and not dry_run and any(each.state.startable or each.state.active for each in states):
         print_next("status", sweep, root, "--wait")
     else:
-        print_next_step(sweep_status(loaded, cards), loaded, sweep, root, *options)
+        print_next_step(sweep_status(planned), loaded, sweep, root, *options)
     if code := _exit_code(result):
         raise typer.Exit(code)
 
 
 def _exit_code(result: LaunchResult) -> int:
-    """Return 130 after a signal, 75 if time was up or runs were cancelled, 1 if a run failed for good, else 0."""
+    """Return 130 after a signal, 75 if time was up or runs were cancelled, 1 if a run failed in this launch or could
+    not be read or started, else 0: runs that failed before do not count."""
     if result.stopped_by:
         return EXIT_INTERRUPTED
     if (result.interrupted or result.stopped) and not result.broken:
         return EXIT_PREEMPTED
-    return int(bool(result.broken or failed_runs(result)) or any(each.state == "damaged" for each in result.skipped))
+    return int(bool(result.broken or result.failed) or any(each.state is State.DAMAGED for each in result.skipped))
 
 
 def failed_runs(result: LaunchResult) -> list[str]:
     """Return the runs that failed for good in this launch or before."""
     return [
         *result.failed,
-        *(each.record.name for each in result.skipped if each.state in ("failed", "diverged", "off-track")),
+        *(each.record.name for each in result.skipped if each.state.needs_person and each.state.retryable),
     ]
 
 
@@ -154,6 +164,8 @@ def print_result(result: LaunchResult) -> None:
     lines = [KeyValue(key="launched", value=f"{why}{counts}")]
     if skipped := Counter(each.state for each in result.skipped):
         lines.append(KeyValue(key="skipped", value=", ".join(f"{num} {state}" for state, num in skipped.items())))
+    reasons = dict.fromkeys(each.reason for each in result.skipped if each.state is State.DAMAGED)
+    lines += [KeyValue(key="damaged", value=reason) for reason in reasons]
     print_key_values(lines)
 
 
@@ -166,11 +178,11 @@ def cancel(
     yes: Yes = False,
 ) -> None:
     """Stop runs of a sweep, wherever they run; each saves first, and `launch --retry` goes on."""
-    loaded = load_sweep(sweep, root)
-    names = select_run_ids(loaded, runs or [])
+    planned = plan_sweep(sweep, root)
+    names = select_run_ids(planned, runs or [])
     if len(names) > 1:
-        confirm(f"cancel {len(names)} runs of '{loaded.name}'?", yes=yes)
-    done, failed = engine.cancel(loaded, names if runs else [])
+        confirm(f"cancel {len(names)} runs of '{planned.sweep.name}'?", yes=yes)
+    done, failed = engine.cancel(planned, names if runs else [])
     for line in [*done, *failed]:
         typer.echo(line)
     typer.echo(f"{len(done)} runs stopped" if done or failed else "nothing was waiting or running")
@@ -188,6 +200,6 @@ def _print_submissions(submitted: Sequence[Submission], *, dry_run: bool) -> Non
             continue
         typer.echo(f"submitted {part.num_jobs} jobs of {shape} for {part.num_runs} runs as {part.job_id}")
         if part.excluded:
-            typer.echo(f"excluded  {', '.join(part.excluded)}: some of these runs failed there")
+            typer.echo(f"excluded  {', '.join(part.excluded)}: jobs or runs failed there")
     if not submitted:
         typer.echo("nothing to submit: jobs for all runs wait or run already, or no run is left")

@@ -14,13 +14,14 @@ import typer.core
 import typer.main
 
 from aimscale.aim.errors import UserError, check_training_installed, did_you_mean, printable
-from aimscale.analysis.errors import in_command
+from aimscale.analysis.display import in_command
 from aimscale.harness.log.console import log_to_console
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
         "demo": ("aimscale.sweeps.cli.demo", "Train tiny models on bundled photographs and write a report."),
         "data": ("aimscale.harness.cli.data", "Make indexed shards from images, and describe them."),
+        "init": ("aimscale.sweeps.cli.init", "Write a sweep file for your data and hours."),
         "plan": (
             "aimscale.sweeps.cli.plan:plan",
             "List the runs of a sweep, their cost, and mistakes that would stop them.",
@@ -59,7 +60,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Publish": {
         "publish": ("aimscale.sweeps.cli.publish", "Write one folder that others can cite and recompute."),
-        "verify": ("aimscale.analysis.cli.report:verify", "Recompute every number of a published folder."),
+        "verify": ("aimscale.analysis.cli.report:verify", "Make a published folder again from its tables and compare."),
     },
     "Machine": {
         "doctor": ("aimscale.sweeps.doctor", "Check this machine, and say how to fix what does not work."),
@@ -76,7 +77,7 @@ EXAMPLES = (
     ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "fit a law to any table"),
 )
 DEFAULT_ROOT = "aimscale-runs"
-HIDDEN = {"train": "aimscale.harness.cli.runs:train"}
+HIDDEN = {name: f"aimscale.harness.cli.runs:{name}" for name in ("train", "evaluate")}
 """Verbs that launches call and that --help does not list."""
 
 
@@ -115,17 +116,16 @@ def _find_table(ctx: Any, param: Any, given: Any) -> Any:
     """Replace a sweep's name, file or folder among the arguments of an analysis verb by its table, collected anew."""
     if isinstance(given, list | tuple):
         return [_find_table(ctx, param, each) for each in given]
-    path = Path(given)
-    if path.exists() and path.suffix not in (".yaml", ".yml") and not (path / "sweep.yaml").is_file():
-        return path
     from aimscale.analysis.cli.options import NAMES
-    from aimscale.sweeps.cli.sweep import fresh_table
-    from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+    from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
+    from aimscale.sweeps.planning.sweepfile import SweepError
 
     try:
-        sweep = load_sweep(path, Path(ctx.meta["root"]))
+        sweep = find_sweep(given, Path(ctx.meta["root"]))
     except SweepError:
-        return path
+        sweep = None  # the reader of tables says what is wrong
+    if sweep is None:
+        return Path(given)
     table = fresh_table(sweep)
     NAMES[table] = str(given) if ctx.meta["root"] == DEFAULT_ROOT else str(sweep.directory)
     return table
@@ -214,10 +214,10 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         return _run(argv)
     except Exception as error:
-        from aimscale.harness.run.failures import disk_sentence, environment_sentence, limit_sentence
+        from aimscale.harness.run.failures import disk_sentence, limit_sentence
 
         code, sentence = getattr(error, "exit_code", None), str(error)
-        if code is None and (cause := limit_sentence(error) or environment_sentence(error)):
+        if code is None and (cause := limit_sentence(error)):
             code, sentence = 2, cause
         elif isinstance(error, OSError):
             named = f"{error.filename}: {error.strerror}" if error.filename else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,8 @@ from aimscale.sweeps.cli.options import ROOT, AsJson, Root
 if TYPE_CHECKING:
     import pandas as pd
 
-    from aimscale.sweeps.plan.sweepfile import Sweep
+    from aimscale.analysis.table.runs import Runs
+    from aimscale.sweeps.planning.sweepfile import Sweep
 
 
 TABLE_FLOPS_PER_HOUR = 400e12 * 3600
@@ -40,6 +42,7 @@ def command(
     y: options.Minimised = "val_loss",
     columns: options.Columns = None,
     where: options.Where = None,
+    level: options.Level = 0.95,
     root: Root = ROOT,
     as_json: AsJson = False,
 ) -> None:
@@ -48,18 +51,19 @@ def command(
     A sweep offers its sizes at its budgets, and at two and four times the largest: what is not measured yet.
     """
     from aimscale.analysis.forecasts.forecast import parse_scale
-    from aimscale.analysis.next.proposal import next_runs
-    from aimscale.analysis.table.read import SUFFIXES
-    from aimscale.sweeps.cli.sweep import fresh_table
-    from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+    from aimscale.analysis.next import next_runs
+    from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
+    from aimscale.sweeps.planning.sweepfile import SweepError
 
-    place, sweep = parse_scale(target, "--target"), None
-    if len(sweep_or_tables) > 1 or Path(sweep_or_tables[0]).suffix in SUFFIXES:
+    place = parse_scale(target, "--target")
+    sweeps = [find_sweep(each, root) for each in sweep_or_tables]
+    sweep = sweeps[0] if len(sweeps) == 1 else None
+    if sweep is None:
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
-        tables = list(map(Path, sweep_or_tables))
+        both = zip(sweeps, sweep_or_tables, strict=True)
+        tables = [fresh_table(each) if each else Path(given) for each, given in both]
     else:
-        sweep = load_sweep(sweep_or_tables[0], root)
         if write is not None and write.absolute().parent != sweep.base_dir:
             raise SweepError(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
@@ -68,10 +72,10 @@ def command(
         tables = [fresh_table(sweep)]
         options.NAMES[tables[0]] = sweep_or_tables[0]
     arguments = TableArguments(tables, columns, where, y)
-    df, y, _ = arguments.read_to_minimise()
-    offer = _table_candidates(df, place, y) if sweep is None else _sweep_candidates(sweep, df)
+    runs, y, _ = arguments.read_to_minimise()
+    offer = _table_candidates(runs, place, y) if sweep is None else _sweep_candidates(sweep, runs.frame)
     budget = _half_price(offer, place) if budget is None else budget
-    found = next_runs(df, place, offer, budget=budget, law=law, y=y)
+    found = next_runs(runs, place, offer, budget=budget, law=law, y=y)
     under = [] if root == ROOT else ["--root", str(root)]
     if sweep is None:
         following = arguments.then(f"forecast --register --at {shlex.quote(target)}{of_law(law, 'auto')}")
@@ -95,13 +99,13 @@ def _half_price(offer: pd.DataFrame, target: dict[str, float]) -> float:
     return float(largest["price"] * target["N"] / largest["N"] * target["D"] / largest["D"] / 2)
 
 
-def _table_candidates(df: pd.DataFrame, target: dict[str, float], y: str) -> pd.DataFrame:
+def _table_candidates(runs: Runs, target: dict[str, float], y: str) -> pd.DataFrame:
     """Return candidate runs on the table's grid and towards the target, priced by the table's FLOPs."""
-    from aimscale.analysis.next.proposal import grid_offer
-    from aimscale.analysis.optimum.frontier import cost_of, points_of
-    from aimscale.analysis.table.points import with_compute
+    from aimscale.analysis.next import grid_offer
+    from aimscale.analysis.table.groups import cost_of
+    from aimscale.analysis.table.points import compute_points
 
-    points = points_of(with_compute(df), y)
+    points = compute_points(runs.with_compute(), y).numbers
     cost = cost_of(points)
     candidates = grid_offer(points, target)
     return candidates.assign(price=cost.flops(candidates["N"], candidates["D"]) / TABLE_FLOPS_PER_HOUR)
@@ -111,16 +115,15 @@ def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
     """Return candidate runs of the sweep's sizes that are not measured yet, with the prices of their cost cards."""
     import pandas as pd
 
-    from aimscale.sweeps.plan.costs import cost_cards
-    from aimscale.sweeps.plan.planner import plan
+    from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
     known = sorted(sweep.file.budgets) or sorted({int(seen) for seen in df["images_seen"]})
     rows: list[dict[str, Any]] = []
     for images_seen in (*known, 2 * known[-1], 4 * known[-1]):
         one = sweep.with_fields(**_first_setting(sweep), budgets=[images_seen], exclude=[])
-        for card in cost_cards(one, plan(one)):
-            seen, pool = float(card.budgets[0].images_seen), card.run.config.training.data.unique_images
-            row = {"size": card.run.cell["size"], "N": float(card.params_total), "D": seen}
+        for card in PlannedSweep(one).cards:
+            seen, pool = float(card.budgets[0].images_seen), card.run.cell.get("unique_images")
+            row = {"size": card.run.cell["size"], "N": float(card.params_total or math.nan), "D": seen}
             row |= {"U": min(seen, float(pool or seen)), "C": card.budgets[0].flops, "price": card.device_hours}
             rows.append(row)
     candidates = pd.DataFrame(rows)

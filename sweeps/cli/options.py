@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from aimscale.aim.errors import did_you_mean
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import Place, Sweep, SweepError
+from aimscale.sweeps.planning.sweepfile import DEFAULT_ROOT, Place, SweepError
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
 EXIT_INTERRUPTED = 130
-ROOT = Path("aimscale-runs")
+ROOT = DEFAULT_ROOT
 """Default folder of sweeps."""
 
 SweepName = Annotated[
@@ -34,12 +34,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")]
 
 
-def select_run_ids(sweep: Sweep, patterns: Sequence[str]) -> list[str]:
+def select_run_ids(planned: PlannedSweep, patterns: Sequence[str]) -> list[str]:
     """Return the ids of the planned and other runs that match any of the patterns; all planned ones without a pattern.
 
     Patterns are whole ids, or hold `*` and `?`; part of an id matches nothing.
     """
-    known = [run.run_id for run in plan(sweep)]
+    sweep, known = planned.sweep, [run.run_id for run in planned.runs]
     if not patterns:
         return known
     known += [path.name for path in sorted(sweep.runs_dir.glob("*/")) if path.name not in known]

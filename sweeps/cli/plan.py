@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,20 +17,13 @@ from rich.filesize import decimal
 
 from aimscale.aim.config import RELEASED_SIZES, known_sizes, model_config
 from aimscale.aim.cost import param_count
-from aimscale.analysis.laws.catalogue import CHINCHILLA
+from aimscale.analysis.laws import CHINCHILLA
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
+from aimscale.sweeps.cli.init import write_suggestion
 from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine.devices import local_machine
-from aimscale.sweeps.plan.checks import Problem, check, describe_runs, group_findings, raise_on_problems
-from aimscale.sweeps.plan.costs import BudgetCost, CostCard, cost_cards, not_identified, to_json, totals
-from aimscale.sweeps.plan.planner import plan as plan_runs
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
-from aimscale.sweeps.state.decision import RunState, read_states
-from aimscale.sweeps.state.record import unplanned_runs
-from aimscale.sweeps.table.status import sweep_status
-from aimscale.sweeps.table.status_view import format_price, launch_view
-from aimscale.sweeps.table.views import (
+from aimscale.sweeps.monitor.layout import (
     Column,
     KeyValue,
     axis_columns,
@@ -40,10 +34,20 @@ from aimscale.sweeps.table.views import (
     new_console,
     print_key_values,
 )
+from aimscale.sweeps.monitor.status import sweep_status
+from aimscale.sweeps.monitor.view import format_price, launch_view
+from aimscale.sweeps.planning.cards import not_identified, to_json, totals
+from aimscale.sweeps.planning.checks import check, raise_on_problems
+from aimscale.sweeps.planning.notices import Notice, describe_runs, group_notices
+from aimscale.sweeps.planning.run import BudgetCost, CostCard
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 
 if TYPE_CHECKING:
     from aimscale.harness.rehearsal.step import Rehearsal
 
+OF_OUR_TRAINER = ("backbone", "epochs", "batch", "lr", "memory", "rehearsed", "disk", "step, ms", "limit")
+"""Columns that nothing is known of where another program trains."""
 MAX_EVALUATION_SHARE = 0.5
 """Share of the time above which evaluation raises a caution."""
 Rehearse = Annotated[
@@ -59,7 +63,7 @@ Suggest = Annotated[
         "--suggest",
         metavar="HOURS",
         min=0.001,
-        help="Write SWEEP, a new file: the largest grid for --data that identifies a law within so many hours.",
+        help="Old name of `aimscale init SWEEP --data DIR --hours HOURS`; goes with the next release.",
     ),
 ]
 
@@ -99,37 +103,34 @@ def plan(
     rehearse: Rehearse = False,
     only: Only = None,
     hours: Suggest = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of `data pack --split`, with --suggest: what to train on.")
-    ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="GPU for --suggest, such as A100: plan for one of them; default: all devices here."),
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="As in `init`, with --suggest.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="As in `init`, with --suggest.")] = None,
     sizes: Sizes = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written.
-
-    With --suggest, the sweep file is written first.
-    """
+    """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written."""
     if hours is not None or data is not None or gpu is not None:
-        write_suggestion(Path(sweep), hours, data, gpu)
-    loaded = load_sweep(sweep, root).at(on)
-    runs = plan_runs(loaded)
+        if hours is None or data is None:
+            raise SweepError("give both --data DIR and --hours HOURS to `aimscale init`")
+        typer.echo("`plan --suggest` is called `aimscale init` now, and will go", err=True)
+        write_suggestion(Path(sweep), data, hours, gpu)
+    planned = plan_sweep(sweep, root, on)
+    loaded, runs = planned.sweep, planned.runs
     if only is not None and not rehearse:
         raise SweepError("--run chooses the run that --rehearse steps; add --rehearse")
-    chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(loaded, [only])}
-    cards, problems = cost_cards(loaded, runs), check(loaded, runs)
-    states = read_states(loaded, runs)
+    chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(planned, [only])}
+    problems = check(loaded, runs)
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
+        if loaded.file.trainer is not None:
+            raise SweepError("--rehearse steps aimscale's own engine, and another program trains these runs")
         from aimscale.sweeps.cli.rehearsal import rehearse_runs
 
-        rehearsals = rehearse_runs([card for card in cards if card.run.run_id in chosen])
+        rehearsals = rehearse_runs([card for card in planned.cards if card.run.run_id in chosen])
     if as_json:
-        found = to_json(cards) | {"problems": [asdict(each) for each in problems]}
-        found |= {"states": dict(Counter(each.state for each in states)), "unplanned": unplanned_runs(loaded, runs)}
+        found = to_json(planned.cards)
+        found["problems"] = [{"key": each.key, "why": each.text, "run_ids": each.run_ids} for each in problems]
+        found |= {"states": dict(Counter(each.state for each in planned.states)), "unplanned": planned.unplanned}
         price = loaded.file.cost.price(found["totals"]["device_hours"])
         found["price"] = price and {"amount": price[0], "currency": price[1]}
         if rehearse:
@@ -137,70 +138,52 @@ def plan(
         typer.echo(json.dumps(found, indent=1))
         raise_on_problems(loaded, runs, problems)
         return
-    print_plan(loaded, cards, problems=problems, rehearsals=rehearsals)
+    print_plan(planned, problems=problems, rehearsals=rehearsals)
     if only is not None:
         from aimscale.sweeps.cli.rehearsal import print_rehearsal
 
         for run_id, rehearsed in rehearsals.items():
             print_rehearsal(run_id, rehearsed)
     if loaded.runs_dir.is_dir():
-        print_key_values(_still_to_do(loaded, states, cards))
+        print_key_values(_still_to_do(planned))
     if problems:
         raise SweepError(f"{loaded.source}: its runs would fail; fix what the lines marked 'fail' name")
     options = ["--on", on] if on else []
-    if any(each.startable for each in states):
+    if planned.startable():
         print_next("launch", sweep, root, *options)
     else:
-        print_next_step(sweep_status(loaded, cards), loaded, sweep, root, *options)
+        print_next_step(sweep_status(planned), loaded, sweep, root, *options)
 
 
-def write_suggestion(path: Path, hours: float | None, data: Path | None, gpu: str | None) -> None:
-    """Write a sweep file for some data and hours."""
-    from aimscale.sweeps.plan.suggestion import Request, suggest
-
-    if hours is None or data is None:
-        raise SweepError("give both --suggest HOURS and --data SHARDS")
-    if path.suffix not in (".yaml", ".yml") or path.exists():
-        why = "exists already" if path.exists() else "is no name of a YAML file"
-        raise SweepError(f"{path} {why}; --suggest writes a new sweep file, such as mysweep.yaml")
-    machine = local_machine([])
-    is_gpu = gpu is not None or bool(machine.gpus)
-    devices = 1 if gpu else machine.devices
-    text = suggest(Request(path=path, data=data, hours=hours, devices=devices, gpu=gpu, is_gpu=is_gpu))
-    path.write_text(text)
-    typer.echo(f"wrote {path}", err=True)
-
-
-def _still_to_do(sweep: Sweep, states: Sequence[RunState], cards: Sequence[CostCard]) -> list[KeyValue]:
+def _still_to_do(planned: PlannedSweep) -> list[KeyValue]:
     """Return what a launch would do with the runs that are there, and with those that the file adds."""
-    num_devices = 0 if sweep.is_for_slurm else local_machine([each.run for each in states]).devices
-    lines = launch_view(sweep, states, cards, num_devices)
+    num_devices = 0 if planned.sweep.is_for_slurm else local_machine(planned.runs).devices
+    lines = launch_view(planned, planned.states, num_devices)
     return [replace(line, key={"runs": "there", "cost": "to do"}.get(line.key, line.key)) for line in lines]
 
 
 def print_plan(
-    sweep: Sweep,
-    cards: Sequence[CostCard],
+    planned: PlannedSweep,
     console: Console | None = None,
     *,
-    problems: Sequence[Problem] = (),
+    problems: Sequence[Notice] = (),
     rehearsals: Mapping[str, Rehearsal] | None = None,
 ) -> None:
     """Print problems and cautions, a table of cost cards with what was rehearsed, totals and assumptions."""
+    sweep, cards = planned.sweep, planned.cards
     console = console or new_console()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(": ".join(part for part in (f"[bold]{sweep.name}[/]", sweep.file.description) if part))
     if flags := [*_flags(cards, problems)]:
         say(key_value_text(flags, console.width))
-    say(fitted_table(_plan_columns(cards, rehearsals or {}), cards, console.width))
+    say(fitted_table(_plan_columns(cards, rehearsals or {}, sweep.unit), cards, console.width))
     say(key_value_text(_facts(sweep, cards), console.width))
 
 
-def _flags(cards: Sequence[CostCard], problems: Sequence[Problem]) -> Iterator[KeyValue]:
-    cautions = group_findings((card.run.run_id, card.cautions) for card in cards)
-    for level, found in (("fail", problems), ("warn", cautions)):
-        for each in found:
-            yield KeyValue(level=level, key=each.key, value=f"{each.why} ({describe_runs(each.run_ids, len(cards))})")
+def _flags(cards: Sequence[CostCard], problems: Sequence[Notice]) -> Iterator[KeyValue]:
+    for each in (*problems, *group_notices(caution for card in cards for caution in card.cautions)):
+        runs = describe_runs(each.run_ids, len(cards))
+        yield KeyValue(level=each.level, key=each.key, value=f"{each.text} ({runs})")
     if why := _evaluation_caution(cards):
         yield KeyValue(level="warn", key="evaluation", value=why)
     if lost := not_identified(cards):
@@ -234,17 +217,29 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     limits = " and ".join(sorted({card.limit for card in cards}))
     share = f"{100 * total['share_during']:.1f} % of the time"
     beside = f"; {during:.3g} of them during training, {share}" if during else ""
-    num_apart = sum(card.run.probe_devices < card.run.devices for card in cards)
-    apart = f"; {num_apart} runs are probed on one node" if num_apart else ""
+    num_apart = sum(card.run.evaluation_devices < card.run.devices for card in cards)
+    apart = f"; {num_apart} runs are evaluated on fewer devices" if num_apart else ""
     stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
     longest = format_duration(total["longest_wall_s"])
+    time = f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"
+    if (trainer := sweep.file.trainer) is not None:
+        flops = f"{total['flops_executed']:.3g} FLOPs" if total["flops_executed"] else "FLOPs not known"
+        facts = [
+            ("runs", f"{total['num_runs']} with {total['num_rows']} rows; each by its own command, such as"),
+            ("command", shlex.join(cards[0].run.config.program.words)),
+            ("in", cards[0].run.config.program.directory),
+            ("training", f"{images} {trainer.unit}, {flops} (C = {trainer.flops})"),
+            ("time", time),
+            *zip(("assumed", "", ""), _program_assumptions(cards), strict=False),
+        ]
+        return [KeyValue(key=key, value=value) for key, value in facts]
     num_tuning, share_tuning = total["num_tuning_runs"], f"{100 * total['share_tuning']:.2g} % of the sweep"
     facts = [
         ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.recipe.name}"),
         ("training", f"{images} images, {total['flops_executed']:.3g} FLOPs with decay branches; limited by {limits}"),
         *[("tuning", f"{share_tuning}: {num_tuning} of the runs")] * bool(num_tuning),
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}{apart}"),
-        ("time", f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"),
+        ("time", time),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
         *zip(("assumed", "", ""), _assumptions(cards), strict=True),
     ]
@@ -261,22 +256,36 @@ def _assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
     yield f"{DECODED_PER_S:,.0f} photographs/s a loader process (see `aimscale bench data`)"
 
 
-def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]) -> list[Column]:
+def _program_assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
+    """Yield the assumptions of the times of a program's runs."""
+    device, rates = cards[0].device, cards[0].rates
+    if rates.num_measured:
+        yield f"the median speed of {rates.num_measured} rows of this sweep, FLOP/s of a device"
+    else:
+        peak = device.flops_per_s(cards[0].precision) / 1e12
+        what = f"{peak:.4g} TFLOP/s in {cards[0].precision}, MFU {100 * rates.mfu:g} %"
+        yield f"{device.name} ({device.why}), {what}; the measured speed once a run has finished"
+    if any(card.params_total is None for card in cards):
+        yield "an hour for each run of a size whose N no run has told yet, and `trainer.params` does not say"
+    yield "memory and disk of the program are not known"
+
+
+def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal], unit: str) -> list[Column]:
     def span(header: str, text: Callable[[BudgetCost], str], drop_order: int) -> Column:
         return Column(
             header=header, cell=lambda card: _span([text(each) for each in card.budgets]), drop_order=drop_order
         )
 
-    return [
+    columns = [
         Column(header="size", cell=lambda card: card.run.cell["size"], align_right=False),
         *axis_columns(cards, lambda card: card.run.cell),
         Column(header="params", cell=lambda card: format_number(card.params_total)),
         Column(header="backbone", cell=lambda card: format_number(card.params_trunk), drop_order=6),
-        span("images", lambda budget: format_number(budget.images_seen), 0),
+        span(unit, lambda budget: format_number(budget.images_seen), 0),
         span("epochs", lambda budget: format_number(budget.epochs), 5),
-        span("FLOPs", lambda budget: f"{budget.flops:.2e}", 1),
+        span("FLOPs", lambda budget: "-" if budget.flops is None else f"{budget.flops:.2e}", 1),
         Column(header="batch", cell=lambda card: str(card.batch_size), drop_order=6),
-        Column(header="lr", cell=lambda card: f"{card.lr_peak:.2g}", drop_order=7),
+        Column(header="lr", cell=lambda card: f"{card.lr_peak or 0:.2g}", drop_order=7),
         Column(header="devices", cell=lambda card: str(card.run.devices), drop_order=3),
         Column(
             header="memory",
@@ -300,11 +309,12 @@ def _plan_columns(cards: Sequence[CostCard], rehearsals: Mapping[str, Rehearsal]
         Column(header="time", cell=lambda card: format_duration(card.wall_s)),
         Column(header="device-h", cell=lambda card: format_number(card.device_hours)),
     ]
+    return [each for each in columns if cards[0].batch_size is not None or each.header not in OF_OUR_TRAINER]
 
 
 def _step(card: CostCard) -> str:
     """Format the time of computing a step and of loading its images, ms."""
-    times = (1000 * card.batch_size / rate for rate in (card.rates.compute_per_s, card.rates.loaded_per_s))
+    times = (1000 * (card.batch_size or 0) / rate for rate in (card.rates.compute_per_s, card.rates.loaded_per_s))
     return " | ".join(f"{each:,.{0 if each >= 10 else 1}f}" for each in times)
 
 

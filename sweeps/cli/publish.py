@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,9 @@ import typer
 
 from aimscale.aim.errors import check_training_installed
 from aimscale.analysis.cli import options
-from aimscale.sweeps.cli.options import Root
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.harness.run.program import load_program
+from aimscale.sweeps.cli.options import ROOT, Root
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.record import RunRecord
 
 
@@ -28,23 +29,25 @@ def command(
     weights: Annotated[bool, typer.Option("--weights", help="Export the weights of every finished run, too.")] = False,
     columns: options.Columns = None,
     where: options.Where = None,
-    root: Root = Path("aimscale-runs"),
+    root: Root = ROOT,
 ) -> None:
     """Write one folder with table, page, figures, LaTeX, numbers and checksums, in the layout of the Hugging Face hub.
 
-    `aimscale verify OUT` recomputes every number of it, on any machine and without torch.
+    `aimscale verify OUT` makes all that follows from the tables again, on any machine and without torch.
     """
     from aimscale.analysis.publication.card import About
     from aimscale.analysis.publication.folder import publish
-    from aimscale.analysis.table.read import parse_columns
-    from aimscale.sweeps.cli.sweep import fresh_table
+    from aimscale.analysis.table.columns import parse_columns
+    from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
 
-    is_table = Path(sweep_or_tables[0]).is_file() and Path(sweep_or_tables[0]).suffix not in (".yaml", ".yml")
-    sweep = None if is_table else load_sweep(sweep_or_tables[0], root)
-    if sweep is not None and len(sweep_or_tables) > 1:
-        raise SweepError(f"{sweep_or_tables[0]} is a sweep; publish one sweep, or tables that are files")
+    sweeps = [find_sweep(each, root) for each in sweep_or_tables]
+    sweep = next(filter(None, sweeps), None)
+    if sweep is not None and len(sweeps) > 1:
+        raise SweepError(f"{sweep.name} is a sweep; publish one sweep, or tables")
     if weights and sweep is None:
         raise SweepError("--weights exports the runs of a sweep; tables have none")
+    if weights and sweep is not None and sweep.file.trainer:
+        raise SweepError("--weights exports models of aimscale's own trainer; publish those of your program yourself")
     if not licence.strip():
         raise SweepError("--licence is empty; name the licence of the folder, such as CC-BY-4.0")
     if co2 is not None and watts is None:
@@ -72,12 +75,18 @@ def command(
 
 def _add_sweep(sweep: Sweep, folder: Path, *, weights: bool) -> None:
     """Add what a sweep has beside its tables: its file, versions, configurations, weights."""
-    (folder / "sweep.yaml").write_text(sweep.text, encoding="utf-8")
+    (folder / "sweep.yaml").write_text(_without_credentials(sweep.text), encoding="utf-8")
     versions: dict[str, set[str]] = {}
     for run in map(RunRecord, sorted(sweep.runs_dir.glob("*/"))):
         if not (model := folder / "models" / run.name).is_dir():
             continue  # of another plan
-        shutil.copyfile(run.config, model / "config.yaml")
+        config = load_program(run.config) if sweep.file.trainer else run.load_config()
+        if config.run_id != run.name:
+            raise SweepError(f"{run.config} is damaged: it is of another run; delete it, and launch to write it again")
+        text = _without_credentials(run.config.read_text("utf-8"))
+        if sweep.file.trainer:  # its commands hold whole paths
+            text = text.replace(str(sweep.runs_dir), "runs").replace(str(sweep.base_dir), ".")
+        (model / "config.yaml").write_text(text, encoding="utf-8")
         for start in run.read_starts():
             for package, version in start.get("packages", {}).items():
                 versions.setdefault(package, set()).add(version)
@@ -85,6 +94,11 @@ def _add_sweep(sweep: Sweep, folder: Path, *, weights: bool) -> None:
             _export_weights(run, model)
     lines = [f"{package}=={' or '.join(sorted(found))}\n" for package, found in sorted(versions.items())]
     (folder / "environment.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def _without_credentials(text: str) -> str:
+    """Remove user and password from the URLs of a text: `https://user:token@host` becomes `https://host`."""
+    return re.sub(r"(\w://)[^\s/@\"']*@", r"\1", text)
 
 
 def _export_weights(run: RunRecord, model: Path) -> None:

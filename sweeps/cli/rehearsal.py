@@ -9,10 +9,10 @@ from rich.filesize import decimal
 from aimscale.harness.data.stream.loader import split_step
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.rehearsal.step import PARTS, Part, Rehearsal, rehearse
-from aimscale.harness.run.row import model_of
+from aimscale.harness.run.row import build_model_config
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.sweeps.plan.costs import CostCard
-from aimscale.sweeps.table.views import Column, fitted_table, new_console
+from aimscale.sweeps.monitor.layout import Column, fitted_table, new_console
+from aimscale.sweeps.planning.run import CostCard
 
 
 def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
@@ -21,13 +21,13 @@ def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
     with Bar() as bar:
         for number, card in enumerate(cards):
             bar("rehearsing", number, len(cards), "runs")
-            if (plan := card.fit) is None:
+            if (plan := card.fit) is None or card.batch_size is None:
                 continue
             run, recompute = card.run, plan.activation_checkpointing
             training = run.config.training
             parts = split_step(0, card.batch_size, micro_batch=plan.micro_batch, rank=0, world_size=run.devices)
             found[run.run_id] = rehearse(
-                model_of(training),
+                build_model_config(training),
                 precision=training.optimiser.precision,
                 options=EngineOptions(zero_stage=plan.zero_stage, activation_checkpointing=recompute),
                 world_size=run.devices,

@@ -16,19 +16,20 @@ import typer
 from rich.live import Live
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.harness.run.files import check_file, read_file
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, AsJson, Root, SweepName, print_next, select_run_ids
-from aimscale.sweeps.plan import costs
-from aimscale.sweeps.plan.planner import plan as plan_runs
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.sweeps.collection import CollectResult
+from aimscale.sweeps.collection import collect as collect_rows
+from aimscale.sweeps.monitor.layout import new_console
+from aimscale.sweeps.monitor.status import SweepStatus, sweep_status
+from aimscale.sweeps.monitor.view import progress_line, status_view
+from aimscale.sweeps.planning.sweepfile import SWEEP_FILE, Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table import collection
-from aimscale.sweeps.table.collection import CollectResult
-from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.status_view import FAILED_STATES, progress_line, status_view
-from aimscale.sweeps.table.views import new_console
+from aimscale.sweeps.state.run_state import State
 
-LOOK_INTERVAL_S, LOOK_SHARE = 2.0, 0.05
+LOOK_INTERVAL_S, MAX_LOOK_SHARE = 2.0, 0.05
 """Interval between looks at all runs, s, and maximum share of the time that they may take."""
 SLURM_INTERVAL_S = 30.0
 """Interval between questions to Slurm, s."""
@@ -53,41 +54,39 @@ def status(
     ] = False,
 ) -> None:
     """Summarise a sweep: states, progress, time left, what needs attention, and its runs or groups of runs."""
-    loaded = load_sweep(sweep, root)
-    look = _looker(loaded)
-    code = _wait(look, every_run) if wait else 0
-    found = look()
+    planned = plan_sweep(sweep, root)
+    poll = _status_poller(planned)
+    code = _wait(poll, every_run) if wait else 0
+    current = poll()
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
+        typer.echo(json.dumps(asdict(current), indent=1))
     else:
         console = new_console()
-        console.print(status_view(found, console.width, every_run=every_run), highlight=False, soft_wrap=True)
-        print_next_step(found, loaded, sweep, root)
+        console.print(status_view(current, console.width, every_run=every_run), highlight=False, soft_wrap=True)
+        print_next_step(current, planned.sweep, sweep, root)
     if code:
         raise typer.Exit(code)
 
 
-def _looker(sweep: Sweep, run_id: str | None = None) -> Callable[[], SweepStatus]:
-    """Return a function that inspects all runs, or one; it asks Slurm at most every `SLURM_INTERVAL_S`."""
-    runs = [run for run in plan_runs(sweep) if run_id in (None, run.run_id)]
-    if not runs:
-        raise SweepError(f"{run_id} is no longer planned by {sweep.source}; print its log without --follow")
-    cards, asked = costs.cost_cards(sweep, runs), float("-inf")
+def _status_poller(planned: PlannedSweep) -> Callable[[], SweepStatus]:
+    """Return a function that looks at all runs; it asks Slurm at most every `SLURM_INTERVAL_S`."""
+    asked = float("-inf")
     jobs: dict[str, slurm.JobInfo] | None = None
 
-    def look() -> SweepStatus:
+    def poll() -> SweepStatus:
         nonlocal jobs, asked
-        if slurm.submissions_file(sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
+        if slurm.submissions_file(planned.sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
             answer, asked = slurm.try_list_jobs(), time.monotonic()
             if answer is None:
                 typer.echo("Slurm does not answer; its jobs are shown as they were, if they are known", err=True)
             jobs = jobs if answer is None else answer
-        return sweep_status(sweep, cards, jobs)
+        planned.look()
+        return sweep_status(planned, jobs)
 
-    return look
+    return poll
 
 
-def _wait(look: Callable[[], SweepStatus], every_run: bool) -> int:
+def _wait(poll: Callable[[], SweepStatus], every_run: bool) -> int:
     """Show the status until nothing is executed; return the exit code."""
     console, num_idle = new_console(), 0
     states: dict[str, int] = {}
@@ -96,37 +95,38 @@ def _wait(look: Callable[[], SweepStatus], every_run: bool) -> int:
         with live or contextlib.nullcontext():
             while True:
                 started = time.monotonic()
-                found = look()
+                current = poll()
                 if live:
-                    live.update(status_view(found, console.width, every_run=every_run), refresh=True)
-                elif found.counts != states:
-                    typer.echo(progress_line(found), err=True)
-                    states = found.counts
-                num_idle = 0 if found.is_active else num_idle + 1
-                if num_idle > MAX_IDLE_LOOKS or found.counts.keys() <= {"finished"}:
-                    return _exit_code(found)
-                time.sleep(max(LOOK_INTERVAL_S, (time.monotonic() - started) / LOOK_SHARE))
+                    live.update(status_view(current, console.width, every_run=every_run), refresh=True)
+                elif current.counts != states:
+                    typer.echo(progress_line(current), err=True)
+                    states = current.counts
+                num_idle = 0 if current.is_active else num_idle + 1
+                if num_idle > MAX_IDLE_LOOKS or current.is_finished:
+                    return _exit_code(current)
+                time.sleep(max(LOOK_INTERVAL_S, (time.monotonic() - started) / MAX_LOOK_SHARE))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
-def _exit_code(found: SweepStatus) -> int:
+def _exit_code(status: SweepStatus) -> int:
     """Return 0 if all runs are finished, 1 if one failed for good, 75 if some are left."""
-    if found.counts.keys() <= {"finished"}:
+    if status.is_finished:
         return 0
-    return 1 if any(state in found.counts for state in FAILED_STATES) else EXIT_PREEMPTED
+    return 1 if any(line.state.needs_person for line in status.runs) else EXIT_PREEMPTED
 
 
-def print_next_step(found: SweepStatus, sweep: Sweep, name: str, root: Path, *options: str) -> None:
+def print_next_step(status: SweepStatus, sweep: Sweep, name: str, root: Path, *options: str) -> None:
     """Print the next command: logs of a failed run, else the verb that continues the sweep, named as it was typed."""
-    for line in found.runs:
-        if line.state in ("failed", "diverged", "paused") and line.status.reason_class and line.log:
+    for line in status.runs:
+        has_failed = line.state.needs_person or line.state is State.PAUSED
+        if has_failed and line.status.reason_class and line.log:
             return print_next("logs", name, root, line.run_id)
-    if "finished" in found.counts and found.counts.keys() <= {"finished", "damaged"}:
+    if "finished" in status.counts and status.counts.keys() <= {"finished", "damaged"}:
         return print_next("report", name if root == ROOT else str(sweep.directory))
-    if found.is_active:
+    if status.is_active:
         return print_next("status", name, root, "--wait")
-    retry = ["--retry"] if found.counts.keys() <= {"finished", "cancelled", "off-track"} else []
+    retry = ["--retry"] if all(line.state is State.FINISHED or line.state.retryable for line in status.runs) else []
     return print_next("launch", name, root, *options, *retry)
 
 
@@ -139,36 +139,38 @@ def logs(
     ] = False,
 ) -> None:
     """Print the log of one run's last attempt, or follow it from its last lines."""
-    loaded = load_sweep(sweep, root)
-    name, *others = select_run_ids(loaded, [run if loaded.run_dir(run).is_dir() else f"*{run}*"])
+    planned = plan_sweep(sweep, root)
+    loaded = planned.sweep
+    name, *others = select_run_ids(planned, [run if loaded.run_dir(run).is_dir() else f"*{run}*"])
     if others:
         raise SweepError(f"'{run}' is part of {1 + len(others)} run ids ({name}, {others[0]}, ...); give more of it")
     record = RunRecord(loaded.run_dir(name))
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(_looker(loaded, name), record)
+            _follow(_status_poller(planned.of_run(name)), record)
     elif (path := record.last_log()) is None:
         raise SweepError(f"{name} has no log yet: no attempt has started")
     else:
-        typer.echo(path.read_text(errors="replace"), nl=False)
+        typer.echo(read_file(path).decode(errors="replace"), nl=False)
 
 
-def _follow(look: Callable[[], SweepStatus], record: RunRecord) -> None:
+def _follow(poll: Callable[[], SweepStatus], record: RunRecord) -> None:
     """Print the last lines of a run's log and what is added, attempt after attempt, until nobody executes it."""
     path, file, num_idle = None, None, 0
     while num_idle <= MAX_IDLE_LOOKS:
-        found = look()
-        num_idle = 0 if found.is_active else num_idle + 1
+        current = poll()
+        num_idle = 0 if current.is_active else num_idle + 1
         if file is not None:
             typer.echo(file.read(), nl=False)
         if (newest := record.last_log()) is not None and newest != path:
             typer.echo(f"--- {newest.stem} of {record.name}")
+            check_file(newest)
             file = newest.open(errors="replace")
             typer.echo("".join(deque(file, None if path else TAIL_LINES)), nl=False)
             path = newest
         time.sleep(0.5)
-    reason = found.runs[0].status.reason
-    typer.echo(f"--- {record.name} is {found.runs[0].state}{f' ({reason})' if reason else ''}")
+    reason = current.runs[0].status.reason
+    typer.echo(f"--- {record.name} is {current.runs[0].state}{f' ({reason})' if reason else ''}")
 
 
 def collect(sweep: SweepName, root: Root = ROOT) -> None:
@@ -176,13 +178,34 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
 
     Verbs that are given a sweep do this themselves.
     """
-    loaded = load_sweep(sweep, root)
-    found = _collect(loaded)
+    planned = plan_sweep(sweep, root)
+    found = _collect(planned)
     if found.num_baselines:
         typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
     _score_forecasts(found.table)
     typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
-    print_next("report", sweep if root == ROOT else str(loaded.directory))
+    print_next("report", sweep if root == ROOT else str(planned.sweep.directory))
+
+
+def find_sweep(given: str | Path, root: Path) -> Sweep | None:
+    """Return the sweep that an argument of a verb means, by file, folder or name; None if it is a table: any other file
+    or folder, or the name of a file.
+
+    Raises:
+        SweepError: there is neither.
+    """
+    from aimscale.analysis.table.read import SUFFIXES
+
+    path = Path(given)
+    is_sweep = path.suffix in (".yaml", ".yml") or (path / SWEEP_FILE).is_file()
+    if not is_sweep and (path.exists() or path.suffix in SUFFIXES):
+        return None
+    try:
+        return load_sweep(path, root)
+    except SweepError:
+        if path.is_dir():  # a copy of a sweep's folder, without its record
+            return None
+        raise
 
 
 def fresh_table(sweep: Sweep) -> Path:
@@ -191,12 +214,12 @@ def fresh_table(sweep: Sweep) -> Path:
     if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
         typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)
         return table
-    return _collect(sweep).table
+    return _collect(PlannedSweep(sweep)).table
 
 
-def _collect(sweep: Sweep) -> CollectResult:
+def _collect(planned: PlannedSweep) -> CollectResult:
     """Collect a sweep and say on the error stream what is left out."""
-    found = collection.collect(sweep, costs.cost_cards(sweep, plan_runs(sweep)))
+    found = collect_rows(planned)
     for why in found.damaged.values():
         typer.echo(f"skipped: {why}", err=True)
     if found.unplanned:

@@ -1,4 +1,4 @@
-"""Run that a worker executes: the start of its process, its stop, and its progress."""
+"""Process that a worker starts for a run, or to evaluate several: its start, its stop, and its runs' progress."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from aimscale.harness.distributed.ranks import FAILED_RANK
+from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED
 from aimscale.harness.run.lock import Lock
-from aimscale.sweeps.engine.devices import TORCHRUN_ENVIRONMENT
-from aimscale.sweeps.plan.costs import grace_period_s
-from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.state.attempts import EARLY_S, Outcome, record_end
+from aimscale.harness.run.timeouts import EARLY_S, KILL_MARGIN_S
+from aimscale.sweeps.engine.watch import Watch
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.state.attempts import Outcome, record_end
 from aimscale.sweeps.state.record import RUN_BEGINS, RunRecord
 
-KILL_MARGIN_S = 30.0
-"""Time beyond its grace period after which a run that does not stop is killed, s."""
-
 PLACEMENT = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 """Environment variables that say which rank a process is."""
 
 Command = Callable[[Path, int], list[str]]
-"""Function from (run directory, devices) to the command that executes the run."""
+"""Function from (run directory, devices) to the command that trains the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,49 +44,70 @@ class Event:
         return self.text
 
 
-class ActiveRun:
-    """Run that a worker executes; its constructor starts the process.
+class Part:
+    """Run that a process executes: the only one of a training, one of several of an evaluation.
 
     Attributes:
-        lock: claim on the run.
+        run: the run at its stage.
+        lock: claim on it.
         claims: token of this claim, and of the claim of the attempt before.
         attempt: number of the attempt, 1 for the first.
         progress_before: `progress` at the start.
-        process: trainer, or the program that starts its ranks.
-        has_evaluated: whether evaluation has written files, known after the end.
+    """
+
+    def __init__(self, run: Run, record: RunRecord, *, lock: Lock, claims: tuple[str, str | None]) -> None:
+        self.run, self.record, self.lock, self.claims = run, record, lock, claims
+        self.attempt, self.progress_before = record.next_attempt(), self.progress()
+
+    def progress(self) -> list[int]:
+        """Return the images done, and `RunRecord.saved_progress`."""
+        return [self.record.read_status().images_done, *self.record.saved_progress()]
+
+    def exit_code(self, exit_code: int) -> int | None:
+        """Return the exit code that the status implies, of a process that executed several runs in turn and ended with
+        this one; None if it ended before this one's turn."""
+        status = self.record.read_status()
+        if status.claim != self.claims[0]:
+            return None
+        codes = {"finished": EXIT_FINISHED, "preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}
+        return (codes | {"failed": EXIT_CRASHED}).get(status.state, exit_code)
+
+
+class ActiveRun:
+    """Process that executes a run, or evaluates several; its constructor starts it.
+
+    Attributes:
+        parts: runs whose end is not recorded yet.
+        num_parts: number of runs at the start.
+        process: trainer, evaluation, or the program that starts its ranks.
+        watch: comparison of a training with its forecast.
+        off_track: why it was asked to end before its time, if it was.
         started: Unix time of the start.
         kill_at: Unix time at which it is to be killed; None until it is asked to save and exit.
     """
 
     def __init__(
-        self,
-        run: Run,
-        record: RunRecord,
-        command: Sequence[str],
-        *,
-        lock: Lock,
-        claims: tuple[str, str | None],
-        devices: tuple[int, ...],
-        environment: Mapping[str, str],
+        self, parts: Sequence[Part], command: Sequence[str], *, devices: tuple[int, ...], environment: Mapping[str, str]
     ) -> None:
-        """Start the process of a run in a session of its own, so that Ctrl-C on the terminal does not reach it.
+        """Start the process in a session of its own, so that Ctrl-C on the terminal does not reach it.
 
         Args:
-            environment: variables that confine the run to its devices.
+            environment: variables that confine the process to its devices.
         """
-        self.run, self.record, self.lock, self.claims, self.devices = run, record, lock, claims, devices
-        self.attempt, self.progress_before = record.next_attempt(), self.progress()
-        self.started, self.has_evaluated = time.time(), False
+        self.parts, self.devices, self.num_parts = list(parts), devices, len(parts)
+        self.run, self.record = parts[0].run, parts[0].record
+        self.started, self.off_track = time.time(), ""
+        self.watch = Watch(self.run, self.record) if self.run.stage == "train" else None
         self.kill_at: float | None = None
-        variables = {**os.environ, **environment, "AIMSCALE_CLAIM": claims[0]}
-        variables["OMP_NUM_THREADS"] = str(run.config.runtime.num_threads)
+        log, failed_rank = self.record.attempt_log(parts[0].attempt), self.record.failed_rank(parts[0].attempt)
+        variables = {**os.environ, **environment, "AIMSCALE_CLAIM": ",".join(part.claims[0] for part in parts)}
+        variables["OMP_NUM_THREADS"] = str(self.run.threads)
         for name in PLACEMENT:  # srun, torchrun or mpirun may have started this worker; a run is not one of their ranks
             variables.pop(name, None)
-        if len(devices) > 1:  # torchrun kills its ranks this long after SIGTERM; the default is 30 s
-            variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(grace_period_s(run))
-            variables |= TORCHRUN_ENVIRONMENT
-        record.logs.mkdir(parents=True, exist_ok=True)
-        with record.attempt_log(self.attempt).open("ab") as output:
+        variables[FAILED_RANK] = str(failed_rank)
+        self.record.logs.mkdir(parents=True, exist_ok=True)
+        failed_rank.unlink(missing_ok=True)
+        with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -96,62 +116,79 @@ class ActiveRun:
                 env=variables,
                 start_new_session=True,
             )
-
-    def progress(self) -> list[int]:
-        """Return the images done, and `RunRecord.saved_progress`."""
-        return [self.record.read_status().images_done, *self.record.saved_progress()]
+        for part in parts[1:]:  # one log for all of them
+            part.record.logs.mkdir(parents=True, exist_ok=True)
+            part.record.attempt_log(part.attempt).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system without hard links
+                os.link(log, part.record.attempt_log(part.attempt))
 
     def stop(self, number: signal.Signals) -> None:
-        """Ask the run to save and exit; only its main process is signalled, which stops its loader processes itself."""
-        self.kill_at = time.time() + grace_period_s(self.run) + KILL_MARGIN_S
+        """Ask the process to save and exit; only its main process is signalled, which stops its loader processes
+        itself."""
+        self.kill_at = time.time() + self.run.grace_s + KILL_MARGIN_S
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill its processes; ranks that torchrun started die with it."""
+        """Kill its processes."""
         self.kill_at = float("inf")
+        if self.process.poll() is not None:  # its end is still to be recorded
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def record_end(self, exit_code: int, *, stop_requested: bool, nodes: Sequence[str]) -> Outcome:
-        """Record how the attempt ended and return what follows (`sweeps.state.attempts.record_end`).
-
-        Args:
-            nodes: nodes that executed it.
-        """
-        progress = self.progress()
-        self.has_evaluated = progress[-2:] != self.progress_before[-2:]
-        is_early = progress == self.progress_before and time.time() - self.started < EARLY_S
+    def record_end(
+        self, part: Part, exit_code: int, *, stop_requested: bool, is_interrupted: bool, nodes: Sequence[str]
+    ) -> Outcome:
+        """Record how the attempt at a run ended, and return what follows (`state.attempts.record_end`)."""
+        if self.num_parts > 1:
+            code = part.exit_code(exit_code)
+            if code is None and len(self.parts) < self.num_parts:
+                part.record.write_status(state="preempted", reason="its process ended before its turn came")
+                return "retry"
+            # The first answers for a start that failed.
+            exit_code = (exit_code or EXIT_CRASHED) if code is None else code
+        progress = part.progress()
+        is_early = progress == part.progress_before and time.time() - self.started < EARLY_S
         return record_end(
-            self.record,
-            self.attempt,
+            part.record,
+            part.attempt,
             exit_code,
-            claims=self.claims,
+            claims=part.claims,
             stop_requested=stop_requested,
-            early_on=nodes if is_early else (),
+            is_interrupted=is_interrupted,
+            nodes=nodes,
+            is_early=is_early,
+            off_track=self.off_track,
         )
 
     def start_event(self) -> Event:
         """Say that the attempt began."""
-        started, resumed = RUN_BEGINS
-        again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
-        return Event(text=f"{resumed if again else started}{self.record.name}{again}", kind="started")
+        part, is_evaluation = self.parts[0], self.run.stage == "evaluate"
+        again = f" (attempt {part.attempt})" if part.attempt > 1 else ""
+        others = f" and {self.num_parts - 1} more" if self.num_parts > 1 else ""
+        begins = "evaluating " if is_evaluation else RUN_BEGINS[bool(again)]
+        return Event(text=f"{begins}{self.record.name}{others}{again}", kind="other" if is_evaluation else "started")
 
-    def end_event(self, outcome: Outcome) -> Event:
-        """Say how the attempt ended."""
-        return Event(text=self._describe_end(outcome), kind="finished" if outcome == "finished" else "other")
+    def end_event(self, part: Part, outcome: Outcome) -> Event:
+        """Say how the attempt at a run ended."""
+        return Event(text=self._describe_end(part, outcome), kind="finished" if outcome == "finished" else "other")
 
-    def _describe_end(self, outcome: Outcome) -> str:
-        name, status = self.record.name, self.record.read_status()
+    def _describe_end(self, part: Part, outcome: Outcome) -> str:
+        name, status = part.record.name, part.record.read_status()
         match outcome:
+            case "finished" if part.run.stage == "evaluate":
+                return f"evaluated {name} in {time.time() - (status.started or self.started):.0f} s"
             case "finished":
                 return f"finished {name} in {time.time() - self.started:.0f} s"
-            case "elsewhere":
+            case "claim lost":
                 return f"left {name}: another process executes it"
             case "preempted":
-                return f"stopped {name}, saved"
+                return f"stopped {name}: {status.reason}" if part.record.is_of_program else f"stopped {name}, saved"
+            case "retry" if status.state == "preempted":
+                return f"left {name}: {status.reason}"
         if status.state == "off-track":
             return f"ended {name}: {status.reason}"
-        see = f"see {self.record.attempt_log(self.attempt)}"
-        what = {"retry": "trying again", "given back": f"it had not begun to train, and another node may try; {see}"}
+        see = f"see {part.record.attempt_log(part.attempt)}"
+        what = {"retry": "trying again", "released": f"it had not begun to train, and another node may try; {see}"}
         return f"failed {name} ({status.reason_class}: {status.reason}); {what.get(outcome, see)}"

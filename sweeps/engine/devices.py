@@ -7,21 +7,16 @@ import os
 import signal
 import socket
 import sys
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimscale.harness.device.execution import DoesNotFitError
 from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.lock import locked
-from aimscale.sweeps.plan.costs import plan_execution
-from aimscale.sweeps.plan.planner import Run
+from aimscale.sweeps.planning.run import Run
 
-TRAIN_COMMAND = ("-m", "aimscale.harness.train")
-TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Has torchrun start no store for its ranks, which would listen on all interfaces; theirs listens on loopback."""
+RANKS_COMMAND = ("-m", "aimscale.harness.distributed.ranks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +53,22 @@ class Machine:
             return run.devices == self.nodes * self.devices
         if run.devices <= self.devices or not self.allow_fewer_devices or self.memory_bytes is None:
             return run.devices <= self.devices or self.allow_fewer_devices
-        with contextlib.suppress(DoesNotFitError):
-            return bool(plan_execution(run.config, self.devices, self.memory_bytes, is_gpu=True))
-        return False
+        return run.fits(self.devices, self.memory_bytes)
 
-    def command(self, run_dir: Path, num_devices: int) -> list[str]:
-        """Return the command that executes a run: python, torchrun for several devices, srun for several nodes."""
+    def command(self, run: Run, run_dirs: Sequence[Path], num_devices: int) -> list[str]:
+        """Return the command that executes the stage of a run, or of several that are like it: a process, several of
+        them on one node, or srun on several nodes."""
+        words = run.command(run_dirs)
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
-            return [*step, *self.srun, *self.python, *TRAIN_COMMAND, str(run_dir)]
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_devices}", f"--rdzv-id={uuid.uuid4()}"]
-        # ranks meet by a file: a store of torchrun (`--standalone`) listens on all interfaces
-        torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={run_dir / 'logs' / 'rendezvous'}"]
-        torchrun += ["--rdzv-conf=store_type=file,keep_alive_interval=3600"]
-        torchrun += [
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
-        ]  # srun forwards signals to every process
-        return [*self.python, *(torchrun if num_devices > 1 else []), *TRAIN_COMMAND, str(run_dir)]
+            return [*step, *self.srun, *self.python, *words]
+        return [*self.python, *((*RANKS_COMMAND, str(num_devices)) if num_devices > 1 else ()), *words]
 
 
 def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:
     """Return the machine of this process: its visible GPUs, or `devices` or all processes that its cores feed."""
     gpus = visible_gpus()
-    threads = max((run.config.runtime.num_threads for run in runs), default=1)
+    threads = max((run.threads for run in runs), default=1)
     num = min(len(gpus), devices or len(gpus)) or devices or max(1, len(os.sched_getaffinity(0)) // threads)
     memory_bytes = min((num_bytes for _, num_bytes in gpus_here()), default=None) if gpus else None
     # Slurm gives each job devices of its own, and may number them alike.

@@ -8,6 +8,7 @@ early enough for its runs to save. SIGTERM from Slurm reaches all processes of t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
@@ -18,24 +19,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.log.console import log_to_console
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
-from aimscale.sweeps.engine.launch import load_plan, prepare_launch
+from aimscale.sweeps.engine.launch import prepare_launch
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker
-from aimscale.sweeps.plan.checks import raise_on_problems
-from aimscale.sweeps.plan.costs import grace_period_s
-from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sections import SlurmSection
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError, load_sweep
+from aimscale.sweeps.planning.checks import raise_on_problems
+from aimscale.sweeps.planning.sections import SlurmSection
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.commands import SlurmError
-from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape
-from aimscale.sweeps.slurm.submit import Submission, submit
-from aimscale.sweeps.state.decision import read_states
+from aimscale.sweeps.slurm.jobs import WORKER_ENDS, JobShape, live_jobs
+from aimscale.sweeps.slurm.submit import Submission, job_shape, submit, submit_like, time_limit_min
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.record import WORKER_BEGINS, RunRecord
 
 _log = logging.getLogger("aimscale.sweeps.engine.slurm_worker")  # run as `python -m`, it is called `__main__`
@@ -54,55 +52,59 @@ def execute_job(directory: Path, shape: JobShape) -> str:
         WorkerJobError: no run can be executed here, and the job cannot go on elsewhere or later.
     """
     nodes, job_id = slurm.current_nodes(), slurm.current_job_id()
-    if nodes and len(nodes) < shape.nodes:  # requeued after it had returned the others
-        shape = JobShape(nodes=len(nodes), devices=shape.devices)
-    skip_failed_here = bool(nodes)
+    avoid_failed_nodes = bool(nodes)
     with _relay_warnings():
         while True:
-            sweep, cards = load_plan(str(directory), directory.parent)
-            runs = [card.run for card in cards]
+            planned = plan_sweep(directory, directory.parent)
+            sweep, runs = planned.sweep, planned.longest_first
             machine, broken = _find_machine(sweep.file.slurm, shape)
             runnable = [run for run in runs if machine.can_run(run)]
             end = float(os.environ.get("SLURM_JOB_END_TIME") or time.time() + 60 * sweep.file.slurm.time_limit_min)
             worker = Worker(
                 sweep=sweep,
                 machine=machine,
-                waiting=list(runs),
+                waiting=runs,
                 job_id=job_id,
-                deadline=end - max(map(grace_period_s, runnable), default=0),
+                deadline=end - max((run.grace_s for run in runnable), default=0),
                 nodes=nodes,
-                skip_failed_here=skip_failed_here,
+                avoid_failed_nodes=avoid_failed_nodes,
                 broken=broken,
             )
-            result = run_worker(worker, print_events)
+            report = functools.partial(_submit_evaluations, planned, served=set())
+            result = run_worker(worker, report)
             exclude = _nodes_to_exclude(sweep, result, shape, nodes)
             if result.interrupted or result.broken or exclude:
                 break
-            if not result.remaining and shape.nodes > 1 and _release_nodes(sweep, runs):
-                shape, nodes = JobShape(nodes=1, devices=shape.devices), nodes[:1]
-            elif result.remaining and skip_failed_here:
-                skip_failed_here = False  # no other node is left for the runs that failed here
+            if result.remaining and avoid_failed_nodes:
+                avoid_failed_nodes = False  # no other node is left for the runs that failed here
             elif result.remaining or load_sweep(str(directory), directory.parent).text == sweep.text:
                 break
-    return _requeue_or_finish(result, exclude, has_worked=bool(worker.ended))
+    is_time_up = result.stopped_by is None or time.time() > worker.deadline - 60
+    anew = functools.partial(_submit_anew, planned, shape, result, exclude) if is_time_up else lambda: None
+    return _requeue_or_finish(result, exclude, has_worked=bool(worker.ended), submit_anew=anew)
 
 
-def _release_nodes(sweep: Sweep, runs: Sequence[Run]) -> bool:
-    """Return all nodes of this job but its first to Slurm, if runs are left that have only to be probed on one node."""
-    states = read_states(sweep, runs)
-    job_id = slurm.current_job_id()
-    to_probe = [each for run, each in zip(runs, states, strict=True) if each.run.devices < run.devices]
-    if job_id is None or not any(each.startable for each in to_probe):
-        return False
-    first = slurm.current_nodes()[0]
-    try:
-        slurm.command("scontrol", "update", f"JobId={job_id}", f"NodeList={first}")
-    except SlurmError as error:
-        _log.warning("could not return nodes (%s); `aimscale launch` submits a job for the probes", error)
-        return False
-    _log.info("returned all nodes but %s: only probes are left", first)
-    os.environ["SLURM_JOB_NODELIST"] = first
-    return True
+def _submit_evaluations(planned: PlannedSweep, worker: Worker, served: set[str]) -> None:
+    """Print the worker's messages; for runs that it has trained on several nodes, submit a job that evaluates them on
+    the devices which that takes, if none waits already; it follows this job where `max_jobs` allows no more."""
+    print_events(worker)
+    trained = {key for key, outcome in worker.ended if outcome == "finished"} - served
+    if worker.machine.nodes == 1 or not trained:
+        return
+    served |= trained
+    runs = [each.run for each in planned.look() if each.state.startable and each.run.stage == "evaluate"]
+    shapes = {job_shape(run, planned.sweep.file.slurm) for run in runs}
+    for shape in shapes:
+        try:
+            live = live_jobs(planned.sweep, slurm.jobs())
+            if any(job.shape == shape for job in live):
+                continue
+            job_id, minutes = slurm.current_job_id() or "", time_limit_min(planned, runs, 1)
+            is_after = len(live) >= planned.sweep.file.slurm.max_jobs
+            new = submit_like(planned.sweep, job_id, shape, minutes, is_after=is_after)
+            _log.info("submitted job %s of %d devices: evaluation", new, shape.devices)
+        except SweepError as error:
+            _log.warning("could not submit the evaluation (%s); `aimscale launch` does", error)
 
 
 def _find_machine(section: SlurmSection, shape: JobShape) -> tuple[Machine, str | None]:
@@ -137,8 +139,24 @@ def _nodes_to_exclude(sweep: Sweep, result: LaunchResult, shape: JobShape, nodes
     return slurm.nodes_to_exclude(failed, os.environ.get("SLURM_JOB_PARTITION"), shape.nodes)
 
 
-def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str], *, has_worked: bool) -> str:
-    """Requeue this job if it can continue later or elsewhere, and say how it ends.
+def _submit_anew(planned: PlannedSweep, shape: JobShape, result: LaunchResult, exclude: Sequence[str]) -> str | None:
+    """Submit a longer job in place of this one, if the remaining runs are slower than planned, and return its id; None
+    if this one is to be requeued, with its limit."""
+    start, end = (float(os.environ.get(f"SLURM_JOB_{name}_TIME", 0)) for name in ("START", "END"))
+    job_id = slurm.current_job_id()
+    try:
+        minutes = time_limit_min(planned, [run for run in planned.runs if run.run_id in result.remaining], 1)
+        if job_id and start and 60 * minutes > end - start + 60:
+            return submit_like(planned.sweep, job_id, shape, minutes, exclude)
+    except SweepError as error:
+        _log.warning("could not submit a longer job (%s); this one is requeued with its time limit", error)
+    return None
+
+
+def _requeue_or_finish(
+    result: LaunchResult, exclude: Sequence[str], *, has_worked: bool, submit_anew: Callable[[], str | None]
+) -> str:
+    """Requeue this job if it can continue later or elsewhere, or replace it by a longer one, and say how it ends.
 
     After TERM, Slurm requeues the job itself.
 
@@ -155,6 +173,8 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str], *, has_work
         try:
             job = slurm.jobs().get(goes_on)
             if job and job.state == "RUNNING":  # else it was cancelled, or is requeued already
+                if result.interrupted and (new := submit_anew()):
+                    return f"submitted anew, with more time, as {new}"
                 slurm.command("scontrol", "requeue", goes_on)
                 if exclude:
                     slurm.command("scontrol", "update", f"JobId={goes_on}", f"ExcNodeList={','.join(exclude)}")
@@ -167,8 +187,7 @@ def _requeue_or_finish(result: LaunchResult, exclude: Sequence[str], *, has_work
 
 
 def launch_slurm(
-    sweep: Sweep,
-    runs: Sequence[Run],
+    planned: PlannedSweep,
     *,
     retry: bool = False,
     stop_sd: float | None = None,
@@ -181,11 +200,12 @@ def launch_slurm(
         SweepError, DataError: as in `launch` and `submit`.
     """
     if dry_run:
-        states = read_states(sweep, runs, retry=retry)
-        raise_on_problems(sweep, [run for run, each in zip(runs, states, strict=True) if each.startable])
+        if retry:
+            planned.states = planned.cleared_states()
+        raise_on_problems(planned.sweep, planned.startable())
     else:
-        prepare_launch(sweep, runs, retry=retry, stop_sd=stop_sd)
-    return submit(sweep, runs, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
+        prepare_launch(planned, retry=retry, stop_sd=stop_sd)
+    return submit(planned, allow_dirty=allow_dirty, dry_run=dry_run, retry=retry)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from aimscale.aim.errors import printable
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
 TIMEOUT_S = 60
 
@@ -121,13 +121,20 @@ def excluded_nodes(job_id: str) -> list[str]:
     return [] if listed in ("", "(null)", "N/A") else _host_names(listed)
 
 
-def nodes_to_exclude(failed: Sequence[str], partition: str | None, num_needed: int) -> tuple[str, ...]:
-    """Return the nodes to exclude: those with failures, or none if fewer than `num_needed` others would be left."""
+def nodes_to_exclude(
+    failed: Sequence[str], partition: str | None, num_needed: int, also: str | None = None
+) -> tuple[str, ...]:
+    """Return the nodes to exclude: those with failures, or none if fewer than `num_needed` others would be left.
+
+    Args:
+        also: further nodes that are excluded anyhow, as Slurm writes them.
+    """
     if not failed:
         return ()
     where = [f"--partition={partition}"] if partition else []
     nodes = set(command("sinfo", "--noheader", "--Node", "-o", "%N", *where).split())
-    return tuple(dict.fromkeys(failed)) if len(nodes - set(failed)) >= num_needed else ()
+    others = nodes - {*failed, *_host_names(also or "")}
+    return tuple(dict.fromkeys(failed)) if len(others) >= num_needed else ()
 
 
 def max_array_size() -> int:

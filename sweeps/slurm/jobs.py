@@ -12,10 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from aimscale.aim.errors import printable
 from aimscale.harness.run.files import read_file, write_text
 from aimscale.harness.run.lock import is_held, read_holder
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
 from aimscale.sweeps.state.record import RUN_BEGINS, WORKER_BEGINS
 
+JOB_BEGINS = "job begins on node"
+"""First words of the line that the script of a job prints before anything else."""
 WORKER_ENDS = "worker ends"
 """First words of the line that a worker prints when it ends without an error of its own."""
 
@@ -43,6 +45,8 @@ class JobArray:
     """Digest of its script."""
     request: str
     """Digest of what the sweep file requested."""
+    broken: tuple[str, ...] = ()
+    """Nodes that it excludes since jobs ended there before their workers began."""
 
     @property
     def names(self) -> list[str]:
@@ -72,6 +76,8 @@ class FailedJob:
     log: Path
     has_begun: bool
     """Whether its worker began; otherwise the script's first lines or the interpreter failed."""
+    node: str
+    """Node on which it began last; empty if it does not say."""
 
 
 _ARRAY = TypeAdapter(JobArray)
@@ -96,7 +102,8 @@ def record_array(sweep: Sweep, array: JobArray) -> None:
 def live_jobs(sweep: Sweep, known: Mapping[str, JobInfo]) -> list[LiveJob]:
     """Return the jobs of the sweep that wait or run."""
     arrays = submitted_arrays(sweep)
-    claims = sweep.runs_dir.glob("*/claim") if arrays else ()
+    is_any = any(name in known and known[name].phase != "ended" for array in arrays for name in array.names)
+    claims = [path for stage in ("", "evaluation/") for path in sweep.runs_dir.glob(f"*/{stage}claim") if is_any]
     busy = {holder.facts.get("job_id") for path in claims if (holder := read_holder(path)) and is_held(path)}
     return [
         LiveJob(info=known[name], shape=array.shape, is_busy=name in busy, request=array.request)
@@ -119,6 +126,17 @@ def failed_jobs(sweep: Sweep, known: Mapping[str, JobInfo], *, script: str | Non
     return found if script is None or len(found) == len(names) else []
 
 
+def broken_nodes(sweep: Sweep, known: Mapping[str, JobInfo], request: str) -> tuple[str, ...]:
+    """Return the nodes on which jobs of this request ended before their workers began, in the last launch or before: a
+    node that cannot start the interpreter is free again at once, and takes one job after another."""
+    arrays = [array for array in submitted_arrays(sweep) if array.request == request]
+    last = [array for array in arrays if array.launch == arrays[-1].launch]
+    found = [node for array in last for node in array.broken]
+    names = {name for array in last for name in array.names}
+    failed = [job for job in failed_jobs(sweep, known) if job.job_id in names and job.node and not job.has_begun]
+    return tuple(dict.fromkeys([*found, *(job.node for job in failed)]))
+
+
 def _failed_job(sweep: Sweep, job_id: str) -> FailedJob | None:
     log = submissions_file(sweep).with_name(f"{job_id}.out")
     try:
@@ -126,12 +144,15 @@ def _failed_job(sweep: Sweep, job_id: str) -> FailedJob | None:
     except OSError:  # cancelled before it started
         return None
     _, begun, said = text.rpartition(WORKER_BEGINS)
-    lines = [line.strip() for line in (said if begun else text).splitlines() if line.strip()]
+    begins = [line for line in text.splitlines() if line.startswith(JOB_BEGINS)]
+    lines = [line.strip() for line in (said if begun else text).splitlines() if line.strip() and line not in begins]
+    lines = [line for line in lines if not line.endswith(": Success")]  # bash adds it where `exec` fails
     last = printable(lines[-1])[:300] if lines else "its log is empty"
     took_run = any(line.startswith(RUN_BEGINS) for line in lines)
     if begun and (last.startswith(WORKER_ENDS) or (took_run and not last.startswith("aimscale: "))):
         return None
-    return FailedJob(job_id=job_id, why=last.removeprefix("aimscale: "), log=log, has_begun=bool(begun))
+    node = begins[-1].removeprefix(JOB_BEGINS).strip() if begins else ""
+    return FailedJob(job_id=job_id, why=last.removeprefix("aimscale: "), log=log, has_begun=bool(begun), node=node)
 
 
 def describe_failed_jobs(failed: Sequence[FailedJob]) -> list[str]:

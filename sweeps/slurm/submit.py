@@ -9,23 +9,34 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
+import re
 import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
 from aimscale.harness.run.provenance import Snapshot, find_snapshot, make_snapshot
-from aimscale.sweeps.plan.costs import cost_cards, grace_period_s
-from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sections import SlurmSection
-from aimscale.sweeps.plan.sweepfile import Sweep, SweepError
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.planning.sections import SlurmSection
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
-from aimscale.sweeps.slurm.jobs import JobArray, JobShape, LiveJob, failed_jobs, live_jobs, record_array
-from aimscale.sweeps.state.decision import read_states
+from aimscale.sweeps.slurm.jobs import (
+    JOB_BEGINS,
+    JobArray,
+    JobShape,
+    LiveJob,
+    broken_nodes,
+    failed_jobs,
+    live_jobs,
+    record_array,
+    submitted_arrays,
+)
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord, hold_submissions
 
 _log = logging.getLogger(__name__)
@@ -64,28 +75,28 @@ def job_shape(run: Run, section: SlurmSection) -> JobShape:
 
 
 def submit(
-    sweep: Sweep, runs: Sequence[Run], *, allow_dirty: bool = False, dry_run: bool = False, retry: bool = False
+    planned: PlannedSweep, *, allow_dirty: bool = False, dry_run: bool = False, retry: bool = False
 ) -> list[Submission]:
-    """Submit the jobs that these runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
+    """Submit the jobs that the startable runs lack and return at once; a dry run asks Slurm nothing and writes nothing.
 
-    With `retry`, failed and cancelled runs start, and a script is submitted again although all its jobs failed before
-    their workers began.
+    With `retry`, a script is submitted again although all its jobs failed before their workers began.
 
     Raises:
         SweepError, SlurmError: there is no Slurm, the source tree has uncommitted changes, Slurm refuses a job, or all
             jobs with the same script failed.
     """
+    sweep = planned.sweep
     if set(str(sweep.directory)) & set("%\\"):
         raise SweepError(f"Slurm would read '%' and '\\' in {sweep.directory} as patterns; choose another --root")
     snapshot = find_snapshot(sweep.directory, allow_dirty=allow_dirty)
-    batch = _Batch(sweep=sweep, snapshot=snapshot, dry_run=dry_run, retry=retry)
+    batch = _Batch(planned, snapshot=snapshot, dry_run=dry_run, retry=retry)
     if dry_run:
-        return batch.submit(runs)
+        return batch.submit()
     with hold_submissions(sweep):
         batch.known = slurm.jobs()
         if snapshot:
             make_snapshot(snapshot)
-        return batch.submit(runs)
+        return batch.submit()
 
 
 def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
@@ -98,23 +109,70 @@ def distribute_jobs(free: int, num_wanted: Sequence[int]) -> list[int]:
     return granted
 
 
+def time_limit_min(planned: PlannedSweep, runs: Sequence[Run], num_jobs: int) -> int:
+    """Return the time limit of jobs that execute these runs, minutes: as short as the plan allows.
+
+    Short jobs start earlier, in gaps between others. A run that was started before takes as many times what the plan
+    says as its own pace shows; if that is not known, its jobs ask for all the time that the file allows.
+    """
+    walls = []
+    for card in (planned.card(run.run_id) for run in runs):
+        record, slower = RunRecord(planned.sweep.run_dir(card.run.run_id)), 1.0
+        if record.read_attempts():
+            pace = record.read_status().images_per_s
+            slower = max(1.0, card.images_executed / card.training_s / pace) if pace else float("inf")
+        walls.append(slower * card.wall_s)
+    needed_s = TIME_FACTOR * max(*walls, sum(walls) / num_jobs) + max(run.grace_s for run in runs)
+    return math.ceil(min(planned.sweep.file.slurm.time_limit_min, max(SHORTEST_LIMIT_MIN, needed_s / 60)))
+
+
+def submit_like(
+    sweep: Sweep, job_id: str, shape: JobShape, minutes: int, exclude: Sequence[str] = (), *, is_after: bool = False
+) -> str:
+    """Submit a job like another of this sweep with another time limit, which a requeue would keep, or of another shape,
+    and return its id; with `is_after` it starts when the other one has ended."""
+    text = slurm.command("scontrol", "write", "batch_script", job_id, "-")
+    text = re.sub(r"^#SBATCH --array=.*\n", "", text, flags=re.MULTILINE).replace("%A_%a.out", "%j.out")
+    text = re.sub(
+        rf"({re.escape(WORKER_MODULE)} .*) \d+ \d+$", rf"\1 {shape.nodes} {shape.devices}", text, flags=re.MULTILINE
+    )
+    words = [f"--time={minutes}"]
+    words += [f"--exclude={','.join(exclude)}"] if exclude else []
+    words += [f"--dependency=afterany:{job_id}"] if is_after else []
+    unset = [f"--unset={name}" for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]
+    with hold_submissions(sweep):
+        arrays = [each for each in submitted_arrays(sweep) if job_id in each.names]
+        if not arrays:
+            raise SweepError(f"job {job_id} was not submitted by a launch of this sweep")
+        if shape != arrays[-1].shape:
+            words += [f"--nodes={shape.nodes}", f"--ntasks-per-node={shape.devices}"]
+            gpus = sweep.file.slurm.gpu_request(shape.devices)
+            words += [] if gpus is None else [f"--gpus-per-node={gpus}"]
+        new = slurm.command("env", *unset, "sbatch", "--parsable", *words, text=text).strip().partition(";")[0]
+        record_array(sweep, replace(arrays[-1], job_id=new, number=1, shape=shape))
+    return new
+
+
 class _Batch:
     """Job arrays of one launch."""
 
-    def __init__(self, *, sweep: Sweep, snapshot: Snapshot | None, dry_run: bool, retry: bool) -> None:
-        self.sweep, self.section, self.folder = sweep, sweep.file.slurm, sweep.directory / "slurm"
+    def __init__(self, planned: PlannedSweep, *, snapshot: Snapshot | None, dry_run: bool, retry: bool) -> None:
+        self.planned, self.sweep = planned, planned.sweep
+        self.section, self.folder = self.sweep.file.slurm, self.sweep.directory / "slurm"
         self.snapshot, self.dry_run, self.retry = snapshot, dry_run, retry
         self.launch = uuid.uuid4().hex[:8]
         self.request = _digest(self.section.model_dump_json(exclude={"max_jobs"}))
         self.known: dict[str, slurm.JobInfo] = {}
+        self.broken: tuple[str, ...] = ()
 
-    def submit(self, runs: Sequence[Run]) -> list[Submission]:
+    def submit(self) -> list[Submission]:
         """Submit one array per shape, within `max_jobs` jobs; shapes for which none is left get none."""
         by_shape: dict[JobShape, list[Run]] = {}
-        for found in read_states(self.sweep, runs, retry=self.retry):
-            if found.startable:
-                by_shape.setdefault(job_shape(found.run, self.section), []).append(found.run)
+        pending = {each.record.name: each.run for each in self.planned.states}  # on the devices for what is missing
+        for run in (pending[run.run_id] for run in self.planned.startable()):
+            by_shape.setdefault(job_shape(run, self.section), []).append(run)
         live = self._cancel_outdated(live_jobs(self.sweep, self.known))
+        self.broken = broken_nodes(self.sweep, self.known, self.request)
         num_wanted = [
             max(0, len(shape_runs) - sum(job.shape == shape and not job.is_busy for job in live))
             for shape, shape_runs in by_shape.items()
@@ -140,52 +198,46 @@ class _Batch:
     def _submit_shape(self, shape: JobShape, runs: Sequence[Run], num_jobs: int) -> Iterator[Submission]:
         """Submit the jobs as one array, or as several if Slurm limits their length; record each at once."""
         failed = [node for run in runs for node in RunRecord(self.sweep.run_dir(run.run_id)).failed_nodes()]
-        longest, excluded = num_jobs, tuple(dict.fromkeys(failed))
+        broken = self.broken
+        longest, excluded = num_jobs, tuple(dict.fromkeys([*broken, *failed]))
         if not self.dry_run:
-            longest = slurm.max_array_size()
-            excluded = slurm.nodes_to_exclude(excluded, self.section.partition, shape.nodes)
-        minutes = self._time_limit_min(runs, num_jobs)
+            longest, where = slurm.max_array_size(), (self.section.partition, shape.nodes)
+            also = self.section.extra.get("exclude")
+            excluded = slurm.nodes_to_exclude(excluded, *where, also) or slurm.nodes_to_exclude(broken, *where, also)
+        broken = tuple(node for node in broken if node in excluded)
+        minutes = time_limit_min(self.planned, runs, num_jobs)
         # Without what changes from one launch to the next: the number of jobs, and the nodes to be excluded.
         digest = _digest(self._script(shape, runs, minutes, (), 1))
         for first in range(0, num_jobs, longest):
             size = min(longest, num_jobs - first)
             script, job_id = self._script(shape, runs, minutes, excluded, size), None
             if not self.dry_run:
-                self._refuse_what_failed(digest)
+                self._refuse_failed_script(digest, broken)
                 job_id = slurm.command("sbatch", "--parsable", text=script).strip().partition(";")[0]
                 facts = {"launch": self.launch, "script": digest, "request": self.request}
-                record_array(self.sweep, JobArray(job_id=job_id, number=size, shape=shape, **facts))
+                record_array(self.sweep, JobArray(job_id=job_id, number=size, shape=shape, broken=broken, **facts))
             yield Submission(
                 shape=shape, num_jobs=size, num_runs=len(runs), excluded=excluded, script=script, job_id=job_id
             )
 
-    def _refuse_what_failed(self, digest: str) -> None:
-        """Raise SweepError if all jobs of the last launch with this script ended before their workers began."""
+    def _refuse_failed_script(self, digest: str, broken: Sequence[str]) -> None:
+        """Raise SweepError if all jobs of the last launch with this script ended before their workers began, unless
+        that was on one node, which is excluded now."""
         failed = [] if self.retry else failed_jobs(self.sweep, self.known, script=digest)
-        if failed and not any(job.has_begun for job in failed):
+        is_of_node = len(broken) == 1 and {job.node for job in failed} == {*broken}
+        if failed and not is_of_node and not any(job.has_begun for job in failed):
             raise SweepError(
                 f"all {len(failed)} jobs of the last launch ended before their workers began: {failed[-1].why} (see "
                 f"{failed[-1].log}); fix slurm.setup or slurm.python, or submit the same again by --retry"
             )
 
-    def _time_limit_min(self, runs: Sequence[Run], num_jobs: int) -> int:
-        """Return the time limit of jobs that execute these runs, minutes: as short as the plan allows.
-
-        Short jobs start earlier, in gaps between others. A run that was started before shows that the plan is too
-        short for it, or that jobs are disturbed; its jobs ask for all the time that the file allows.
-        """
-        if any(RunRecord(self.sweep.run_dir(run.run_id)).read_attempts() for run in runs):
-            return self.section.time_limit_min
-        walls = [card.wall_s for card in cost_cards(self.sweep, runs)]
-        needed_s = TIME_FACTOR * max(*walls, sum(walls) / num_jobs) + max(map(grace_period_s, runs))
-        return min(self.section.time_limit_min, max(SHORTEST_LIMIT_MIN, math.ceil(needed_s / 60)))
-
     def _script(self, shape: JobShape, runs: Sequence[Run], minutes: int, excluded: Sequence[str], size: int) -> str:
         """Return the batch script as submitit writes it; it becomes the worker."""
         section, log = self.section, "%A_%a.out" if size > 1 else "%j.out"
         # Slurm signals the batch script alone (B:), and that signals its runs.
-        options = {"output": self.folder / log, "requeue": True, "signal": f"B:USR2@{max(map(grace_period_s, runs))}"}
+        options = {"output": self.folder / log, "requeue": True, "signal": f"B:USR2@{max(run.grace_s for run in runs)}"}
         python = section.python or shlex.quote(sys.executable)
+        say_node = f'echo "{JOB_BEGINS} $SLURMD_NODENAME"'
         words = [WORKER_MODULE, str(self.sweep.directory), str(shape.nodes), str(shape.devices)]
         fields: dict[str, Any] = {
             "job_name": f"aimscale-{self.sweep.name}",
@@ -195,20 +247,20 @@ class _Batch:
             "ntasks_per_node": shape.devices,
             "cpus_per_task": section.cpus_per_task,
             "gpus_per_node": section.gpu_request(shape.devices),
-            "exclude": ",".join(excluded) or None,
+            "exclude": ",".join(filter(None, [section.extra.get("exclude"), *excluded])) or None,
             "map_count": size if size > 1 else None,
             "array_parallelism": size,
             "wckey": None,  # submitit's own is refused where Slurm enforces wckeys
             # USR2 is ignored until the worker handles it, which knows its time limit
-            "setup": ["trap '' USR2", *_environment(self.snapshot), *_ending_on_failure(section.setup)],
-            "additional_parameters": {**options, **section.extra},
+            "setup": [say_node, "trap '' USR2", *_environment(self.snapshot), *_fail_fast(section.setup)],
+            "additional_parameters": options | {k: v for k, v in section.extra.items() if k != "exclude"},
             "stderr_to_stdout": True,
             "use_srun": False,
         }
         return _make_sbatch_string(f"exec {python} -u -m {shlex.join(words)}", self.folder, **fields)
 
 
-def _ending_on_failure(setup: Sequence[str]) -> list[str]:
+def _fail_fast(setup: Sequence[str]) -> list[str]:
     """Return shell lines that end the job with a sentence if one of them fails; not at lines of a file they source."""
     say = 'echo "aimscale: slurm.setup failed with exit code $status: $BASH_COMMAND"'
     check = f"status=$?; if [ ${{#BASH_SOURCE[@]}} -lt 2 ]; then {say}; exit $status; fi"

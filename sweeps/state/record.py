@@ -1,8 +1,8 @@
 """Directories of a sweep and of its runs, with the files of launchers: claim, attempts and cancellation.
 
 Beside the files of `harness.run.directory` there are `claim`, a lock that a worker holds from its decision to start the
-run until it has recorded how the attempt ended; `attempts.jsonl`, one line per ended attempt; and `cancelled`, a marker
-that keeps workers from the run until the next launch.
+run until it has recorded how the attempt ended; `attempts.jsonl`, one line per ended attempt; `deviation.json`, how far
+the run is from its forecast; and `cancelled`, a marker that keeps workers from the run until the next launch.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import disk_sentence
-from aimscale.harness.run.files import read_file, write_json, write_text
+from aimscale.harness.run.files import read_file, read_object, write_json, write_text
 from aimscale.harness.run.lock import Holder, Lock, is_held, read_holder
+from aimscale.harness.run.program import PROGRAM_FILE
 from aimscale.harness.run.provenance import is_imported
-from aimscale.sweeps.plan.planner import Run
-from aimscale.sweeps.plan.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
+from aimscale.harness.run.timeouts import SUBMISSION_TIMEOUT_S
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.planning.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
 
 _log = logging.getLogger(__name__)
 
-LOCK_TIMEOUT_S = 600.0
-"""Time to wait for another launch of the sweep that submits jobs, s."""
 WORKER_BEGINS = "worker begins"
 """First words of the line that a Slurm job's worker prints when it begins."""
 RUN_BEGINS = ("started ", "resumed ")
@@ -34,22 +34,33 @@ RUN_BEGINS = ("started ", "resumed ")
 
 
 class RunRecord(RunDir):
-    """Run directory with the files of launchers."""
+    """Run directory with the files of launchers, which are others for its training and for its `evaluation`."""
 
-    def __init__(self, path: Path | str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | str, root: Path | None = None) -> None:
+        super().__init__(path, root)
         self.claim = self.path / "claim"
         self.attempts = self.path / "attempts.jsonl"
-        self.cancelled = self.path / "cancelled"
+        self.cancelled = self.root / "cancelled"
+        self.deviation = self.path / "deviation.json"
 
     @property
     def name(self) -> str:
         """Run id."""
-        return self.path.name
+        return self.root.name
+
+    @property
+    def is_of_program(self) -> bool:
+        """Whether a program of the user trains it."""
+        return (self.path / PROGRAM_FILE).exists()
 
     def job_log(self, job_id: str) -> Path:
         """Return the log of a Slurm job: output of its worker and of slurmstepd."""
-        return self.path.parent.parent / "slurm" / f"{job_id}.out"
+        return self.root.parent.parent / "slurm" / f"{job_id}.out"
+
+    def read_deviation(self) -> dict[str, Any]:
+        """Return `deviation` and `deviates_since` of the status, as the worker that watches the run saw them last."""
+        found = read_object(self.deviation) or {}
+        return {name: found[name] for name in ("deviation", "deviates_since") if name in found}
 
     def is_claimed(self) -> bool:
         """Return whether a live worker executes the run, or is about to."""
@@ -62,11 +73,13 @@ class RunRecord(RunDir):
     def saved_progress(self) -> list[int]:
         """Return a measure of progress, which grows with everything that a resumed attempt need not repeat: numbers of
         rows, images of the furthest checkpoint, budgets with weights, files of evaluation, and the time of the last of
-        these, ns."""
+        these, ns. Of a program it is the largest D that it has told."""
+        if measurements := read_object(self.path / PROGRAM_FILE):
+            return [len(self.read_rows()), int(measurements.get("D", 0)), 0, 0, 0]
         checkpoints = [path.name.split("-")[0] for path in self.checkpoints.glob("[0-9]*")]
-        num_budgets = len(list(self.path.glob("budgets/*/model.safetensors")))
+        num_budgets = len(list(self.root.glob("budgets/*/model.safetensors")))
         times = []
-        for path in (*self.path.glob("validation/*.npz"), *self.path.glob("probes/*/*.json")):
+        for path in (*self.root.glob("validation/*.npz"), *self.root.glob("probes/*/*.json")):
             with contextlib.suppress(OSError):  # removed meanwhile
                 times.append(path.stat().st_mtime_ns)
         furthest = max((int(images) for images in checkpoints if images.isdecimal()), default=0)
@@ -74,8 +87,9 @@ class RunRecord(RunDir):
 
     def read_attempts(self) -> list[dict[str, Any]]:
         """Read the ended attempts, first to last; a last line that was cut off by a crash is skipped."""
-        lines = read_file(self.attempts).splitlines() if self.attempts.exists() else []
-        ended: list[dict[str, Any]] = []
+        lines, ended = list[bytes](), list[dict[str, Any]]()
+        with contextlib.suppress(FileNotFoundError):
+            lines = read_file(self.attempts).splitlines()
         for i, line in enumerate(lines):
             try:
                 values = json.loads(line)
@@ -123,6 +137,10 @@ class RunRecord(RunDir):
         """Return the log of an attempt, with the output of all ranks."""
         return self.logs / f"attempt-{attempt}.log"
 
+    def failed_rank(self, attempt: int) -> Path:
+        """Return the file that says which rank of an attempt on one node failed first (`harness.distributed.ranks`)."""
+        return self.logs / f"attempt-{attempt}.failed-rank.json"
+
     def last_log(self) -> Path | None:
         """Return the log of the last attempt, or None if there is none."""
         logs = [path for path in self.logs.glob("attempt-*.log") if path.stem.partition("-")[2].isdecimal()]
@@ -137,7 +155,7 @@ def hold_submissions(sweep: Sweep) -> Iterator[None]:
         SweepError: another launch holds it for too long, or the directory cannot be written.
     """
     path = sweep.directory / "slurm" / "lock"
-    lock, deadline, told = Lock(path), time.monotonic() + LOCK_TIMEOUT_S, ""
+    lock, deadline, told = Lock(path), time.monotonic() + SUBMISSION_TIMEOUT_S, ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,7 +167,8 @@ def hold_submissions(sweep: Sweep) -> Iterator[None]:
             _log.warning(told := f"waiting for {who}, which submits jobs of this sweep")
         if time.monotonic() > deadline:
             raise SweepError(
-                f"{who} submits jobs of this sweep, for more than {LOCK_TIMEOUT_S:.0f} s; end it, then launch again"
+                f"{who} submits jobs of this sweep, for more than {SUBMISSION_TIMEOUT_S:.0f} s; "
+                "end it, then launch again"
             )
     try:
         yield
@@ -170,14 +189,19 @@ def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
         sweep.runs_dir.mkdir(parents=True, exist_ok=True)
         record = read_record(directory)
         write_text(directory / SWEEP_FILE, sweep.text)
-        sources = [source for run in runs for source in run.config.training.data.sources]
-        data = {sweep.relative_path(source.path): source.fingerprint for source in sources if source.fingerprint}
+        data = {sweep.relative_path(path): content for run in runs for path, content in run.data.items()}
         values = {"version": 1, "name": sweep.name, "directory": str(directory), "base_dir": str(sweep.base_dir)}
         values |= {"data": {**(record or {}).get("data", {}), **data}}
         if record != values:
             write_json(directory / SWEEP_RECORD, values)
     except OSError as error:
         raise _write_error(sweep, error) from error
+
+
+def stage_record(sweep: Sweep, run: Run) -> RunRecord:
+    """Return the record of a run at its stage."""
+    record = RunRecord(sweep.run_dir(run.run_id))
+    return record if run.stage == "train" else record.evaluation
 
 
 def imported_runs(sweep: Sweep, runs: Sequence[Run]) -> list[RunRecord]:

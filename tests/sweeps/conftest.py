@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 import aimscale.sweeps.engine.launch
-from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.engine.worker import LaunchResult
+from aimscale.sweeps.planning.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 
@@ -46,7 +48,12 @@ def write_sweep(tmp_path: Path) -> Any:
 def launch(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return `launch` without the checks, for workers that read no data."""
     monkeypatch.setattr(aimscale.sweeps.engine.launch, "raise_on_problems", lambda *_: None)
-    return aimscale.sweeps.engine.launch.launch
+    begin = aimscale.sweeps.engine.launch.launch
+
+    def run(sweep: Sweep | PlannedSweep, **options: Any) -> LaunchResult:
+        return begin(sweep if isinstance(sweep, PlannedSweep) else PlannedSweep(sweep), **options)
+
+    return run
 
 
 @pytest.fixture
@@ -63,9 +70,11 @@ PROGRAM = """
     import sys
     from pathlib import Path
     from aimscale.sweeps.engine import launch
+    from aimscale.sweeps.state.planned_sweep import plan_sweep
     launch.raise_on_problems = lambda *_: None
     command = lambda path, _: [sys.executable, {stand_in!r}, str(path), {behaviour!r}]
-    did = launch.launch({path!r}, Path({root!r}), devices={devices}, show_progress=False, command=command)
+    planned = plan_sweep({path!r}, Path({root!r}))
+    did = launch.launch(planned, devices={devices}, command=command, report=lambda worker: None)
     print("stopped" if did.interrupted else "done", len(did.finished))
 """
 

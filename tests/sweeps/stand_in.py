@@ -1,7 +1,8 @@
-"""Stand-in for the trainer: writes a run directory as `harness.train.attempt` does, in milliseconds a step."""
+"""Stand-in for the trainer: writes a run directory as `harness.attempt` does, in milliseconds a step."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -33,8 +34,11 @@ def main(path: str, behaviour: str = "finish") -> int:
             for budget in config.evaluation.budgets:
                 if any(row["images_seen"] == budget for row in run.read_rows()):
                     continue
-                for _ in range(30_000 if behaviour in ("wait", "hang") else STEPS):
+                for step in range(30_000 if behaviour in ("wait", "hang", "deviate") else STEPS):
                     time.sleep(0.01)
+                    if behaviour == "deviate" and step < 4:
+                        with run.curve.open("a") as file:
+                            file.write(json.dumps({"images_seen": 128 * (step + 1), "val_loss": 0.9}) + "\n")
                     if told and behaviour != "hang":
                         run.write_status(state="preempted", reason="told to stop")
                         return EXIT_PREEMPTED

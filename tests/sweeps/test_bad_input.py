@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, main
-from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.record import RunRecord, prepare_directory
 
 FILES = (
@@ -42,10 +42,12 @@ OF_SWEEP = (
 )
 OF_RUN = (
     "train {run}",
+    "evaluate {run}",
     "probe {run}",
     "baseline raw-pixels --like {run}",
     "weights export {run} {folder}/exported",
     "data info {folder}/set",
+    "init {folder}/new.yaml --data {folder}/set --hours 0.01",
     "verify {run}",
 )
 OF_TABLE = ("fit", "frontier", "rates", "correlate", "contrast", "compare", "forecast", "next", "report")

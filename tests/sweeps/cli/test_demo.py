@@ -11,11 +11,11 @@ from commands import say
 
 from aimscale.analysis import probe_frame, read_table
 from aimscale.harness.data.store import bundled
-from aimscale.sweeps.plan import sweepfile
+from aimscale.sweeps.planning import sweepfile
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sweepfile.load_sweep
 

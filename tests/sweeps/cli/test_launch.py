@@ -20,11 +20,12 @@ from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.cli.options import select_run_ids
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.monitor.layout import format_duration, format_number
+from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import Sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table.views import format_duration, format_number
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def test_a_file_with_a_slurm_section_never_trains_on_a_login_node_unless_told_so
 ) -> None:
     submitted: list[str] = []
 
-    def submit(sweep: Sweep, *_: Any, **__: Any) -> list[Any]:
-        submitted.append(sweep.name)
+    def submit(planned: PlannedSweep, **_: Any) -> list[Any]:
+        submitted.append(planned.sweep.name)
         return []
 
     monkeypatch.setattr("aimscale.sweeps.engine.slurm_worker.launch_slurm", submit)
@@ -136,6 +137,34 @@ def test_time_that_is_up_is_not_success(write_sweep: Any, call: Any) -> None:
     assert call(sweep, "launch")[0] == 0
 
 
+def test_what_failed_before_is_no_failure_of_a_launch(write_sweep: Any, call: Any) -> None:
+    """Else each pod of a job ends with 1 because of one run, until the limit of failures ends those that train."""
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    bad, _ = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
+    RunRecord.create(bad.path, plan(sweep)[0].config)
+    bad.write_status(state="diverged", reason="NaN", reason_class="nan")
+    bad.append_attempt(attempt=1, ended=1.0, device_hours=0.0, saved=bad.saved_progress(), reason_class="nan")
+    code, said = call(sweep, "launch")
+    assert (code, "1 finished" in said, "1 diverged" in said) == (0, True, True)
+    assert call(sweep, "launch", "--retry", behaviour="off track")[0] == 1
+
+
+def test_runs_are_marked_where_there_is_no_slurm_to_ask(
+    write_sweep: Any, call: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sweep = write_sweep(sizes=["rung-32"], slurm={})
+    (sweep.directory / "slurm").mkdir(parents=True)
+    array = {"number": 1, "shape": {"nodes": 1, "devices": 1}, "launch": "a", "script": "b", "request": "c"}
+    (sweep.directory / "slurm" / "jobs.jsonl").write_text(json.dumps({"job_id": "8", **array}) + "\n")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit) as ended:
+        main(["cancel", str(sweep.source), "--root", str(sweep.root)])
+    told = capsys.readouterr()
+    assert (ended.value.code or 0, "1 runs stopped" in told.out) == (0, True)
+    assert "Slurm does not answer here" in told.err
+    assert RunRecord(sweep.run_dir(plan(sweep)[0].run_id)).cancelled.exists()
+
+
 def test_cancelled_runs_wait_for_a_person(write_sweep: Any, call: Any) -> None:
     """A pod that restarts launches again; it must not start what was cancelled."""
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
@@ -170,9 +199,9 @@ def test_a_launch_whose_runs_are_all_cancelled_is_not_over(write_sweep: Any, cal
 def test_a_pattern_takes_whole_ids_only(write_sweep: Any) -> None:
     sweep = write_sweep(sizes=["w16-d1", "w16-d12"], seeds=[1, 10])
     ids = [run.run_id for run in plan(sweep)]
-    assert select_run_ids(sweep, []) == ids
-    assert select_run_ids(sweep, [ids[0]]) == ids[:1]
-    assert select_run_ids(sweep, ["w16-d1_*"]) == ids[:2]
+    assert select_run_ids(PlannedSweep(sweep), []) == ids
+    assert select_run_ids(PlannedSweep(sweep), [ids[0]]) == ids[:1]
+    assert select_run_ids(PlannedSweep(sweep), ["w16-d1_*"]) == ids[:2]
     said = refused("cancel", sweep.source, "w16-d1", "--root", sweep.root)
     assert "'*w16-d1*' matches 4" in said
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from aimscale.analysis.laws import LAWS
 from aimscale.sweeps.cli.main import main
-from aimscale.sweeps.plan.sweepfile import preset_names
+from aimscale.sweeps.planning.sweepfile import preset_names
 
 ROOT = Path(__file__).parents[3]
 
@@ -96,21 +96,11 @@ def test_a_limit_of_the_shell_is_one_sentence(limit: str, words: str, tmp_path: 
     assert words in out.stderr
 
 
-@pytest.mark.parametrize("variable", ["SOURCE_DATE_EPOCH", "MPLBACKEND"])
-def test_a_variable_that_a_library_refuses_is_one_sentence(variable: str, tmp_path: Path) -> None:
-    table = "docs/study/published/cifar/data/cifar.parquet"
-    line = [sys.executable, "-m", "aimscale", "fit", table, "--figure", str(tmp_path / "law.svg")]
-    environment = os.environ | {variable: "never"}
-    out = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    assert (out.returncode, out.stderr.count("\n")) == (2, 1), out.stderr
-    assert f"the environment variable {variable} has a value that cannot be used" in out.stderr
-
-
 def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder, names = tmp_path / "aimscale-runs" / "demo", ("demo", str(ROOT / "sweeps/plan/presets/demo.yaml"))
+    folder, names = tmp_path / "aimscale-runs" / "demo", ("demo", str(ROOT / "sweeps/planning/presets/demo.yaml"))
     for name in names:
         assert "launch it first" in refused("compare", name)
     folder.mkdir(parents=True)

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from commands import answer, say
+from commands import answer, refused, say
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import SweepError, load_sweep
+from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import SweepError, load_sweep
 
 
 @pytest.fixture
@@ -34,6 +34,17 @@ def collected(write_sweep: Any) -> Any:
     sweep.directory.mkdir(parents=True)
     pd.DataFrame(rows).to_parquet(sweep.directory / "results.parquet")
     return sweep
+
+
+def test_folders_are_tables_where_fit_reads_them(collected: Any, tmp_path: Any) -> None:
+    """A folder that was collected elsewhere holds no sweep file, or one without its record."""
+    (collected.directory / "sweep.yaml").write_text(collected.text)
+    for verb in (["next", "--target", "N=1e7,D=100k"], ["fit"]):
+        assert say(verb[0], collected.directory, *verb[1:])
+    out = tmp_path / "out"
+    say("publish", collected.directory, out, "--licence", "CC0-1.0")
+    assert (out / "data" / "results.parquet").is_file()
+    assert "there is no table nothere.csv" in refused("next", "nothere.csv", "--target", "N=1e7,D=100k")
 
 
 def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: Any, tmp_path: Any) -> None:

@@ -13,11 +13,11 @@ from rich.console import Console
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.plan.checks import Problem
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import PRESETS, load_sweep
+from aimscale.sweeps.planning.notices import problem
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import PRESETS, load_sweep
 from aimscale.sweeps.slurm.commands import submissions_file
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_a_plan_fits_a_terminal_with_its_flags_first(name: str, width: int, tmp_
     sweep = load_sweep(PRESETS / f"{name}.yaml", tmp_path)
     runs = plan(sweep)
     console = Console(width=width, file=io.StringIO())
-    problem = Problem(key="data.sources", why="some folder does not exist", run_ids=(runs[0].run_id,))
-    print_plan(sweep, cost_cards(sweep, runs), console, problems=[problem])
+    notice = problem("data.sources", "some folder does not exist").of(runs[0].run_id)
+    print_plan(PlannedSweep(sweep), console, problems=[notice])
     _, *said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     keys = [line.split()[0] for line in said if not line.startswith(" ")]
     assert keys[0] == "fail"

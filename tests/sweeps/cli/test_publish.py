@@ -12,7 +12,11 @@ from safetensors import safe_open
 
 import aimscale.sweeps.engine.launch
 from aimscale.sweeps.cli.main import main
-from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.cli.publish import _add_sweep
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import SweepError
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.record import RunRecord
 
 
 @pytest.mark.slow
@@ -22,7 +26,7 @@ def test_a_trained_sweep_is_published_with_weights_and_verifies(
     write_images(tmp_path / "data" / "train", 64, seed=0, side=20)
     write_images(tmp_path / "data" / "validation", 8, seed=1, side=20)
     sweep = write_sweep(sizes=["rung-32"], budgets=[128, 256])
-    assert len(aimscale.sweeps.engine.launch.launch(sweep, devices=1).finished) == 1
+    assert len(aimscale.sweeps.engine.launch.launch(PlannedSweep(sweep), devices=1).finished) == 1
     (run,) = plan(sweep)
 
     def aimscale_(*words: str | Path) -> int:
@@ -44,6 +48,26 @@ def test_a_trained_sweep_is_published_with_weights_and_verifies(
     capsys.readouterr()
     assert aimscale_("verify", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["damaged"] == []
+
+
+def test_a_published_configuration_has_no_credentials_and_is_its_runs(write_sweep: Any, tmp_path: Path) -> None:
+    address = "s3://key:secret@host/bucket"
+    base = {"validation": {"path": f"{address}/v"}, "data": {"sources": [{"path": "https://me:tok%40en@host/train"}]}}
+    sweep = write_sweep(sizes=["rung-32"], base=base)
+    (run,) = plan(sweep)
+    RunRecord.create(sweep.run_dir(run.run_id), run.config)
+    model = tmp_path / "out" / "models" / run.run_id
+    model.mkdir(parents=True)
+    _add_sweep(sweep, tmp_path / "out", weights=False)
+    for path in (tmp_path / "out" / "sweep.yaml", model / "config.yaml"):
+        text = path.read_text()
+        assert not any(word in text for word in ("secret", "tok%40en", "key:", "me:tok"))
+        assert "s3://host/bucket/v" in text
+        assert "https://host/train" in text
+    config = sweep.run_dir(run.run_id) / "config.yaml"
+    config.write_text(config.read_text().replace("rung-32", "rung-48"))
+    with pytest.raises(SweepError, match="damaged"):
+        _add_sweep(sweep, tmp_path / "out", weights=False)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from rich.filesize import decimal
 
 from aimscale.harness.rehearsal.step import rehearse
 from aimscale.sweeps.cli.plan import plan
-from aimscale.sweeps.plan.planner import plan as plan_runs
-from aimscale.sweeps.plan.sweepfile import SweepError
+from aimscale.sweeps.planning.planner import plan as plan_runs
+from aimscale.sweeps.planning.sweepfile import SweepError
 
 
 def test_a_plan_shows_rehearsed_memory_and_all_of_one_run(

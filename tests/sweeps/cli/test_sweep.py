@@ -14,8 +14,8 @@ from commands import refused
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.cli import sweep as verbs
 from aimscale.sweeps.cli.main import main
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
 from aimscale.sweeps.state.record import RunRecord
 
@@ -23,7 +23,7 @@ from aimscale.sweeps.state.record import RunRecord
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(verbs, "LOOK_SHARE", 1.0)
+    monkeypatch.setattr(verbs, "MAX_LOOK_SHARE", 1.0)
 
 
 @pytest.fixture

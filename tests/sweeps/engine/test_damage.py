@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.monitor.status import sweep_status
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table.status import sweep_status
 
 DAMAGE = [
     ("config.yaml", ""),
@@ -44,9 +44,9 @@ def test_damaged_runs_are_named_and_left_and_the_others_are_executed(
         (record.path / name).write_bytes(text.encode(errors="surrogateescape"))
     result = launch(sweep, devices=2, command=stand_in())
     assert len(result.finished) == 2
-    whys = {decision.run.run_id: decision.why for decision in result.skipped if decision.state == "damaged"}
+    whys = {decision.run.run_id: decision.reason for decision in result.skipped if decision.state == "damaged"}
     assert len(whys) == len(DAMAGE)
-    status = sweep_status(sweep, cost_cards(sweep, runs))
+    status = sweep_status(PlannedSweep(sweep))
     for (name, _), run, line in zip(DAMAGE, runs, status.runs, strict=False):
         assert name in whys[run.run_id]
         assert "\n" not in whys[run.run_id]

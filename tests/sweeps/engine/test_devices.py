@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.engine import worker
-from aimscale.sweeps.engine.devices import TORCHRUN_ENVIRONMENT, TRAIN_COMMAND, DevicePool, Machine
-from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.engine import looks, worker
+from aimscale.sweeps.engine.devices import DevicePool, Machine
+from aimscale.sweeps.planning.planner import plan
 
 
 def test_no_device_serves_two_runs_at_once(write_sweep: Any) -> None:
@@ -47,7 +47,7 @@ def test_a_device_is_not_free_because_its_holder_cannot_be_named(
 def test_a_launch_that_waits_for_devices_of_another_says_so(
     write_sweep: Any, launch: Any, stand_in: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "RESCAN_S", 0.1)
+    monkeypatch.setattr(looks, "RESCAN_S", 0.1)
     monkeypatch.setattr(worker, "WAIT_TOLD_S", 0.5)
     sweep = write_sweep(sizes=["rung-32"])
     num_cores = len(os.sched_getaffinity(0))
@@ -73,23 +73,22 @@ def listening(pid):
     return [line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in links]
 
 group = start_group(find_placement(), "cpu")
-found = group.gather([listening(os.getpid()), listening(os.getppid())])
+found = group.all_gather_object([listening(os.getpid()), listening(os.getppid())])
 if group.is_first:
     pathlib.Path(sys.argv[1], "found").write_text(json.dumps(found))
-group.wait()
+group.barrier()
 stop_group()
 """
 
 
 @pytest.mark.slow
-def test_torchrun_and_its_ranks_listen_on_loopback_alone(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
+def test_ranks_of_one_node_listen_on_loopback_alone(write_sweep: Any, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
-    command = Machine(devices=2).command(tmp_path, 2)
-    at = len(command) - 1 - len(TRAIN_COMMAND)
-    assert tuple(command[at:-1]) == TRAIN_COMMAND
-    command[at:-1] = [str(tmp_path / "rank.py")]
-    subprocess.run(command, env=os.environ | TORCHRUN_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, check=True)
+    (run,) = plan(write_sweep(sizes=["rung-32"], devices=2))
+    command = Machine(devices=2).command(run, "train", tmp_path, 2)
+    assert command[-3:-1] == ["-m", "aimscale.harness.train"]
+    command[-3:-1] = [str(tmp_path / "rank.py")]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     found = json.loads((tmp_path / "found").read_text())
-    assert [agent for _, agent in found] == [[], []]
+    assert [parent for _, parent in found] == [[], []]
     assert {address for ranks, _ in found for address in ranks} == {"0100007F"}

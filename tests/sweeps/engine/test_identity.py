@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.engine.launch import launch
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps import launch
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import load_sweep
 
 FILE: dict[str, Any] = {
     "name": "tiny",

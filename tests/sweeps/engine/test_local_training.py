@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,55 @@ import pytest
 
 import aimscale.sweeps.engine.launch
 from aimscale.analysis.table.read import read_table
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
+from aimscale.sweeps.collection import collect
+from aimscale.sweeps.engine.devices import RANKS_COMMAND
+from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.table.collection import collect
+
+RANK = """
+import os, pathlib, sys
+from aimscale.harness.run.directory import RunDir
+from aimscale.harness.step.engine import Engine
+from aimscale.harness.train.run import train
+
+path, step = pathlib.Path(sys.argv[1]), Engine.step
+
+def abort(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and RunDir(path).read_status().attempt == 1:
+        print("[rank1]:[E1 ProcessGroupNCCL.cpp:629] [Rank 1] Watchdog caught collective operation timeout: WorkNCCL("
+              "SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=100000) ran for 100004 milliseconds before timing out.\\n"
+              "terminate called after throwing an instance of 'c10::DistBackendError'\\nframe #0: c10::Error::Error",
+              file=sys.stderr, flush=True)
+        os.abort()
+    return step(self, *args, **kwargs)
+
+Engine.step = abort
+sys.exit(train(path))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_nccl_ends_beside_healthy_ones_is_named_and_its_node_blamed(
+    write_sweep: Any, write_images: Any, tmp_path: Path
+) -> None:
+    """NCCL needs GPUs: its words and its SIGABRT are played, all else is real."""
+    write_images(tmp_path / "data" / "train", 64, seed=0, side=20)
+    write_images(tmp_path / "data" / "validation", 8, seed=1, side=20)
+    (tmp_path / "rank.py").write_text(RANK)
+    ranks = [sys.executable, *RANKS_COMMAND, "2", str(tmp_path / "rank.py")]
+    sweep = write_sweep(sizes=["rung-32"], budgets=[128], devices=2)
+    result = aimscale.sweeps.engine.launch.launch(
+        PlannedSweep(sweep), devices=2, command=lambda path, _: [*ranks, str(path)]
+    )
+    record = RunRecord(sweep.run_dir(*result.finished))
+    first, second = record.read_attempts()
+    assert first["reason_class"] == "node"
+    assert first["reason"].startswith("rank 1 was ended by NCCL, as it waited for another in vain or met an error: ")
+    assert "OpType=ALLREDUCE" in first["reason"]
+    assert first["failed_nodes"] == [socket.gethostname()]
+    assert second["reason_class"] is None
 
 
 @pytest.mark.slow
@@ -22,10 +69,10 @@ def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: 
     losses = []
     for devices in (1, 2):
         sweep = write_sweep(name=f"on-{devices}", sizes=["rung-32"], budgets=[128, 256], devices=devices)
-        result = aimscale.sweeps.engine.launch.launch(sweep, devices=2)
+        result = aimscale.sweeps.engine.launch.launch(PlannedSweep(sweep), devices=2)
         assert len(result.finished) == 1
         runs = plan(sweep)
-        found = collect(sweep, cost_cards(sweep, runs))
+        found = collect(PlannedSweep(sweep))
         table = read_table(found.table)
         assert list(table["status"]) == ["complete", "complete"]
         assert list(table["world_size"]) == [devices] * 2

@@ -11,17 +11,19 @@ import torch
 
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.analysis.published.comparison import compare
-from aimscale.analysis.table.read import probe_frame, read_table, read_tables
-from aimscale.harness.probe.files import finished_entries
+from aimscale.analysis.published import compare
+from aimscale.analysis.table.read import read_table
+from aimscale.analysis.table.select import probe_frame, read_tables
 from aimscale.harness.probe.run import probe_baseline, probe_run
+from aimscale.harness.results.files import finished_entries
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import model_of
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import Sweep
-from aimscale.sweeps.table.collection import collect
+from aimscale.harness.run.row import build_model_config
+from aimscale.sweeps.collection import collect
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.planning.sweepfile import Sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def trained(write_sweep: Any, write_images: Any, tmp_path: Path) -> Callable[...
             record.write_status(state="finished")
             for budget in run.budgets:
                 torch.manual_seed(budget)
-                write_weights(AIM(model_of(run.config.training)).state_dict(), record.model_file(budget))
+                write_weights(AIM(build_model_config(run.config.training)).state_dict(), record.model_file(budget))
                 row = {"run_id": run.run_id, "images_seen": budget, "val_loss": 0.5, "finished_at": "2026-01-01"}
                 record.record_row(row | {"probes": []})
         return sweep, runs
@@ -63,10 +65,10 @@ def test_what_is_done_from_other_weights_or_settings_is_missing_and_reaches_the_
     assert probed(directory, run.config, task) == []
     list(probe_run(directory.path))
     assert probed(directory, run.config, task) == [64, 128]
-    found = probe_frame(read_table(collect(sweep, cost_cards(sweep, [run])).table))
+    found = probe_frame(read_table(collect(PlannedSweep(sweep)).table))
     assert list(zip(found["images_seen"], found["n"], strict=True)) == [(64, 12), (128, 12)]
     assert probed(directory, run.config, task.model_copy(update={"epochs": 3})) == []
-    retrained = AIM(model_of(run.config.training))
+    retrained = AIM(build_model_config(run.config.training))
     retrained.init_weights(1)
     write_weights(retrained.state_dict(), directory.model_file(64))
     assert probed(directory, run.config, task) == [128]
@@ -78,7 +80,7 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
         list(probe_run(sweep.run_dir(run.run_id)))
     first = RunDir(sweep.run_dir(runs[0].run_id))
     (entries,) = [found for _, found in probe_baseline("raw-pixels", first, runs[0].config.evaluation.probes)]
-    found = collect(sweep, cost_cards(sweep, runs))
+    found = collect(PlannedSweep(sweep))
     assert (found.num_rows, found.num_complete, found.num_baselines) == (4, 4, 1)
     frame = read_tables([found.table])
     assert len(frame) == 4  # no law meets a baseline
@@ -88,7 +90,7 @@ def test_baselines_reach_a_table_of_their_own_and_the_comparison(trained: Any) -
     assert list(beside["baseline_top1"]) == [entries[0]["top1"]] * 2
     assert "raw-pixels" in compare(frame).summary()
     next((first.path / "baselines" / "raw-pixels").glob("*.json")).write_text("{")
-    again = collect(sweep, cost_cards(sweep, runs))
+    again = collect(PlannedSweep(sweep))
     assert again.num_baselines == 0
     assert list(again.damaged) == [f"{first.path.name}/baselines/raw-pixels"]
     assert not (sweep.directory / "baselines.parquet").exists()

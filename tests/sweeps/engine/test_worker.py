@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import signal
 import socket
@@ -15,15 +16,18 @@ import pytest
 
 import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
-from aimscale.sweeps.engine import active_run
+from aimscale.harness.run.directory import RunDir
+from aimscale.sweeps.cli.launch import _exit_code, print_result
+from aimscale.sweeps.engine import active_run, looks
 from aimscale.sweeps.engine import worker as engine
 from aimscale.sweeps.engine.active_run import Event
 from aimscale.sweeps.engine.devices import Machine
-from aimscale.sweeps.engine.launch import cancel, load_plan
-from aimscale.sweeps.plan.costs import grace_period_s
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.state.decision import read_state
+from aimscale.sweeps.engine.launch import cancel
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord, prepare_directory, unplanned_runs
+from aimscale.sweeps.state.run_state import read_state
 
 
 def starts(record: RunRecord) -> int:
@@ -128,11 +132,10 @@ def test_another_budget_extends_a_run_and_another_seed_is_a_new_one(
     assert unplanned_runs(other, plan(other)) == (path.name,)
 
 
-def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_worker(
+def test_a_run_is_not_told_that_srun_started_its_worker(
     write_sweep: Any, launch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise torchrun kills its ranks after 30 s, and a run would take the other tasks of a Slurm step for its
-    ranks."""
+    """It would take the other tasks of a Slurm step for its ranks."""
     for name in ("SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     sweep = write_sweep(sizes=["rung-32"], devices=2)
@@ -140,7 +143,6 @@ def test_a_run_is_told_how_long_it_may_save_and_not_that_srun_started_its_worker
     launch(sweep, devices=2, command=lambda run_dir, devices: [sys.executable, "-c", note, str(run_dir)])
     (run,) = plan(sweep)
     told = ast.literal_eval((sweep.run_dir(run.run_id) / "told").read_text())
-    assert told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace_period_s(run))
     assert not {"SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & told.keys()
 
 
@@ -149,7 +151,7 @@ def test_what_cannot_start_makes_nothing(
 ) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     with pytest.raises(UserError, match="data/train"):
-        aimscale.sweeps.engine.launch.launch(sweep, devices=1)
+        aimscale.sweeps.engine.launch.launch(PlannedSweep(sweep), devices=1)
     assert not sweep.root.exists()
     (tmp_path / "root").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="--root"):
@@ -180,7 +182,7 @@ def test_a_worker_whose_time_is_up_saves_and_another_goes_on(
         return time.time() + (next(jumps, 3600 - 90) if at_work else 0)
 
     monkeypatch.setattr(engine, "time", SimpleNamespace(time=later, sleep=time.sleep, monotonic=time.monotonic))
-    result = launch(sweep, hours=1, devices=2, show_progress=False, command=stand_in("wait"))
+    result = launch(sweep, hours=1, devices=2, command=stand_in("wait"))
     assert (result.interrupted, result.stopped_by) == (True, None)
     assert next(jumps, None) is None, "not before that"
     assert [record.read_status().state for record in records] == ["preempted", "preempted"]
@@ -211,7 +213,7 @@ def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     worker = start(2, "wait")
     wait_for(lambda: sum(record.is_held() for record in records) == 2, "start of two runs")
-    done, failed = cancel(sweep)
+    done, failed = cancel(PlannedSweep(sweep))
     assert (len(done), failed) == (4, [])
     assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0", "it ended by itself"
     assert not any(record.is_held() for record in records)
@@ -224,7 +226,7 @@ def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no
 
 def test_cancel_reaches_what_runs_although_it_is_no_longer_planned(write_sweep: Any, start: Any) -> None:
     records, worker = both_at_work(write_sweep(), start)
-    done, _ = cancel(write_sweep(seeds=[1]))
+    done, _ = cancel(PlannedSweep(write_sweep(seeds=[1])))
     assert [line.endswith("told to save and end") for line in done].count(True) == 2
     assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0"
     assert {record.read_status().state for record in records} == {"preempted"}
@@ -233,7 +235,7 @@ def test_cancel_reaches_what_runs_although_it_is_no_longer_planned(write_sweep: 
 def test_a_run_that_hangs_is_killed_after_its_grace(
     write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(active_run, "KILL_MARGIN_S", -grace_period_s(plan(write_sweep())[0]) + 1.0)
+    monkeypatch.setattr(active_run, "KILL_MARGIN_S", -plan(write_sweep())[0].grace_s + 1.0)
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
     canceller = threading.Thread(
@@ -263,6 +265,62 @@ def test_a_broken_node_gives_its_runs_back_and_ends_its_worker(
     assert (len(result.finished), result.broken) == (8, None)
 
 
+def test_a_run_that_another_worker_has_ended_since_blames_no_node(write_sweep: Any, stand_in: Any) -> None:
+    """Two runs were given back here; the first went to another worker before the second's end was recorded."""
+    planned = PlannedSweep(write_sweep(sizes=["rung-32"], seeds=[0, 1]))
+    sweep, runs = planned.sweep, planned.longest_first
+    prepare_directory(sweep, runs)
+    first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in runs)
+    about: dict[str, Any] = {"ended": 1.0, "device_hours": 0.0, "saved": [0]}
+    for run, record in zip(runs, (first, second), strict=True):
+        RunRecord.create(record.path, run.config)
+        record.append_attempt(attempt=1, reason_class="code", failed_nodes=["bad"], given_back=True, **about)
+    worker = engine.Worker(sweep=sweep, machine=Machine(devices=1), waiting=list(runs), command=stand_in())
+    worker.ended = [(record.name, "released") for record in (first, second)]
+    last = SimpleNamespace(run=runs[1], record=second)
+    for since in ({"forgiven": True}, {"attempt": 2, "reason_class": None, **about}):
+        first.append_attempt(**since)
+        engine._suspect_node(worker, last)  # type: ignore[arg-type]
+        assert worker.broken is None
+
+
+def test_a_full_disk_while_a_run_is_made_is_said_and_no_success(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its first start, or at the next after a failure."""
+    create = RunDir.create.__func__  # type: ignore[attr-defined]
+    for num_good in (0, 1):
+        monkeypatch.setattr(active_run, "EARLY_S", 0.0)
+        sweep = write_sweep(name=f"full{num_good}", sizes=["rung-32"])
+        left = [num_good]
+
+        def full(cls: Any, path: Path, config: Any, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return create(cls, path, config)
+
+        monkeypatch.setattr(RunDir, "create", classmethod(full))
+        result = launch(sweep, devices=1, command=stand_in("crash"))
+        assert [each.state for each in result.skipped] == ["damaged"]
+        assert _exit_code(result) == 1
+        print_result(result)
+        assert capsys.readouterr().out.count("No space left on device") == 2
+
+
+def test_forecasts_are_made_while_runs_start(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, told = write_sweep(sizes=["rung-32"], seeds=[0, 1]), list[bool]()
+
+    def write_forecasts(sweep: Any, planned: Any, chosen: Any) -> None:
+        told.extend((sweep.run_dir(run.run_id) / "logs" / "attempt-1.log").exists() for run in chosen)
+
+    monkeypatch.setattr(engine, "write_forecasts", write_forecasts)
+    launch(sweep, devices=2, command=stand_in())
+    assert told[:2] == [True, True], "their processes run"
+
+
 def test_a_broken_run_fails_for_good_on_two_nodes_and_stops_no_other(
     write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +340,7 @@ def test_a_broken_run_fails_for_good_on_two_nodes_and_stops_no_other(
 def test_a_launch_that_waits_for_a_silent_run_of_another_worker_says_so(
     write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(engine, "LOST_AFTER_S", 62.0)
+    monkeypatch.setattr(looks, "LOST_AFTER_S", 62.0)
     sweep = write_sweep(sizes=["rung-32"])
     (run,) = plan(sweep)
     record = RunRecord(sweep.run_dir(run.run_id))
@@ -312,8 +370,8 @@ def test_a_launcher_whose_sweep_was_moved_stops_and_makes_nothing(
 def test_a_job_takes_runs_of_its_own_shape_first(write_sweep: Any, stand_in: Any) -> None:
     """Otherwise a small run keeps a node of eight devices from the run that it was requested for."""
     wide = [{"when": {"size": "rung-32"}, "set": {"devices": 2}}]
-    sweep, cards = load_plan(write_sweep(override=wide, seeds=[0, 1]), Path())
-    runs = sorted((card.run for card in cards), key=lambda run: run.devices)
+    planned = PlannedSweep(write_sweep(override=wide, seeds=[0, 1]))
+    sweep, runs = planned.sweep, sorted(planned.longest_first, key=lambda run: run.devices)
     prepare_directory(sweep, runs)
     machine = Machine(devices=2, allow_fewer_devices=False)
     worker = engine.Worker(sweep=sweep, machine=machine, waiting=list(runs), command=stand_in(), job_id="7")
@@ -326,8 +384,8 @@ def test_a_job_takes_runs_of_its_own_shape_first(write_sweep: Any, stand_in: Any
 
 def test_a_run_that_took_long_to_start_is_not_started_with_little_time(write_sweep: Any, stand_in: Any) -> None:
     """It would be killed before its first step, and that would count as an attempt without progress."""
-    sweep, cards = load_plan(write_sweep(sizes=["rung-32"], seeds=[0, 1]), Path())
-    runs = [card.run for card in cards]
+    planned = PlannedSweep(write_sweep(sizes=["rung-32"], seeds=[0, 1]))
+    sweep, runs = planned.sweep, planned.longest_first
     prepare_directory(sweep, runs)
     slow, quick = (RunRecord.create(sweep.run_dir(run.run_id), run.config) for run in runs)
     for record, startup_s in ((slow, 400.0), (quick, 5.0)):
@@ -338,3 +396,29 @@ def test_a_run_that_took_long_to_start_is_not_started_with_little_time(write_swe
     result = engine.run_worker(worker, lambda worker: None)
     assert result.finished == (quick.path.name,)
     assert (result.remaining, result.interrupted) == ((slow.path.name,), True)
+
+
+def test_each_stage_of_a_run_is_given_to_its_own_program(
+    write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def command(machine: Machine, run: Run, run_dirs: list[Path], num_devices: int) -> list[str]:
+        started.append([run.stage, *(each.name for each in run_dirs)])
+        return stand_in()(run_dirs[0], num_devices) if run.stage == "train" else ["true"]
+
+    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
+    monkeypatch.setattr(Machine, "command", command)
+    launch(sweep, devices=1)
+    runs = plan(sweep)
+    for run in runs:
+        file = RunRecord(sweep.run_dir(run.run_id)).model_file(run.budgets[0])
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"weights")
+    launch(sweep, devices=1)
+    names = [run.run_id for run in runs]
+    assert started[:2] == [["train", name] for name in names]
+    assert started[2] == ["evaluate", *names], "one process for both"
+    assert len(started) < 12, "a program that does nothing is not started for ever"
+    words = [run.evaluation.command([Path(name) for name in names]) for run in runs[:1]]
+    assert words == [["-m", "aimscale.harness.evaluate", *names]]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aimscale.sweeps.engine import active_run, devices, slurm_worker, worker
+from aimscale.harness.run.lock import Lock
+from aimscale.sweeps.engine import active_run, looks, queue, slurm_worker, worker
+from aimscale.sweeps.engine.launch import prepare_launch
 from aimscale.sweeps.engine.slurm_worker import WorkerJobError, execute_job
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.slurm.jobs import JobShape
+from aimscale.sweeps.planning.aim_run import AimRun
+from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import load_sweep
+from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.slurm.jobs import JobArray, JobShape, record_array, submitted_arrays
 from aimscale.sweeps.state.attempts import may_retry
+from aimscale.sweeps.state.planned_sweep import plan_sweep
 from aimscale.sweeps.state.record import RunRecord, prepare_directory
 
 STAND_IN = str(Path(__file__).parents[1] / "stand_in.py")
@@ -32,7 +41,7 @@ def worker_job(
     job = {"JOB_ID": "7", "JOB_NODELIST": "node1", "JOB_END_TIME": str(time.time() + 3600), "JOB_PARTITION": "main"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setattr(devices, "TRAIN_COMMAND", (STAND_IN,))
+    monkeypatch.setattr(AimRun, "command", lambda run, run_dirs: [STAND_IN, *map(str, run_dirs)])
     sweep = write_sweep(sizes=["rung-32"], slurm={"gpus": False})
     prepare_directory(sweep)
     (run,) = plan(sweep)
@@ -72,6 +81,37 @@ def test_a_time_limit_in_which_nothing_could_save_fails_and_is_not_requeued_for_
         execute()
     assert not told(tmp_path)
     assert not (record.path / "starts").exists()
+
+
+def test_a_run_slower_than_planned_gets_a_longer_job_instead_of_the_same_limit_again(
+    worker_job: tuple[Callable[[], str], RunRecord],
+    program: Callable[[str, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    execute, record = worker_job
+    (tmp_path / "script").write_text("#SBATCH --array=0-7%8\n#SBATCH --output=/slurm/%A_%a.out\n")
+    program("scontrol", f'case "$1" in write) cat {tmp_path}/script;; *) echo "$@" >> {tmp_path}/told;; esac')
+    program("sbatch", f'echo "$@" "$(cat)" "$SLURM_ARRAY_JOB_ID" >> {tmp_path}/told; echo 12')
+    monkeypatch.setenv("SLURM_JOB_START_TIME", str(time.time() - 3600))
+    sweep = load_sweep(record.path.parents[1], record.path.parents[2])
+    array = JobArray(job_id="7", number=1, shape=JobShape(nodes=1, devices=1), launch="a", script="b", request="c")
+    slurm.submissions_file(sweep).parent.mkdir()
+    record_array(sweep, array)
+    (record.path / "behaviour").write_text("wait")
+    (card,) = cost_cards(sweep, plan(sweep))
+    record.write_status(images_per_s=card.images_executed / (3 * 3600))
+
+    def later() -> float:
+        return time.time() + (3500 if (record.path / "starts").exists() else 0)
+
+    monkeypatch.setattr(worker, "time", SimpleNamespace(time=later, sleep=time.sleep, monotonic=time.monotonic))
+    assert execute() == "submitted anew, with more time, as 12"
+    words = " ".join(told(tmp_path)).split()
+    assert words[:1] == ["--parsable"]
+    assert 350 < int(words[1].removeprefix("--time=")) < 375, "twice three hours"
+    assert words[2:] == ["#SBATCH", "--output=/slurm/%j.out"]
+    assert [(each.job_id, each.launch) for each in submitted_arrays(sweep)] == [("7", "a"), ("12", "a")]
 
 
 def test_a_run_that_failed_before_its_first_step_is_given_to_another_node_uncounted(
@@ -142,7 +182,7 @@ def test_a_failure_late_in_a_job_is_tried_again_by_the_next(
     record_end = active_run.record_end
 
     def later(*args: Any, **options: Any) -> str:
-        monkeypatch.setattr(worker, "MIN_START_TIME_S", 3600)
+        monkeypatch.setattr(queue, "MIN_START_TIME_S", 3600)
         return record_end(*args, **options)
 
     monkeypatch.setattr(active_run, "record_end", later)
@@ -164,3 +204,39 @@ def test_runs_that_are_added_while_a_job_works_are_executed_by_it(
     monkeypatch.setattr(slurm_worker, "run_worker", add)
     assert execute() == "nothing is left"
     assert len(list(record.path.parent.glob("*/results.json"))) == 2
+
+
+def test_a_job_that_was_started_again_waits_for_the_process_of_its_first_start(
+    worker_job: tuple[Callable[[], str], RunRecord], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lives on where a node lost its slurmd, and Slurm ends it when the node is back, perhaps after this start."""
+    execute, record = worker_job
+    monkeypatch.setattr(looks, "RESCAN_S", 0.2)
+    first = Lock(record.claim)
+    assert first.take(job_id="7", devices=1, nodes="node2")
+    record.write_status(state="running", heartbeat=time.time(), host="node2")
+    release = threading.Timer(2.0, first.release)
+    release.start()
+    assert execute() == "nothing is left"
+    release.join()
+    assert record.read_status().state == "finished"
+    assert "executed by an earlier start of this job on node2" in capsys.readouterr().out
+
+
+def test_a_launch_submits_nothing_for_a_run_whose_last_attempt_it_records_as_lost(
+    worker_job: tuple[Callable[[], str], RunRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, record = worker_job
+    monkeypatch.setattr("aimscale.sweeps.engine.launch.raise_on_problems", lambda *_: None)
+    monkeypatch.setattr(slurm, "job_states", lambda _: {"7": "OUT_OF_MEMORY"})
+    for num_attempts, is_startable in ((1, True), (2, False)):
+        lock = Lock(record.claim)
+        lock.take(job_id="7", devices=1, nodes="node1")
+        lock.release()
+        record.write_status(state="running", heartbeat=time.time() - 3600)
+        planned = plan_sweep(record.path.parents[1], record.path.parents[2])
+        prepare_launch(planned, retry=False)
+        assert len(record.read_attempts()) == num_attempts
+        assert bool(planned.startable()) == is_startable
+    prepare_launch(planned, retry=True)
+    assert planned.startable()

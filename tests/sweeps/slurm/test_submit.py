@@ -19,15 +19,17 @@ from aimscale.harness.run.lock import hold_lock
 from aimscale.harness.run.provenance import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.engine.slurm_worker import launch_slurm
-from aimscale.sweeps.plan.costs import SAVE_BYTES_PER_S, cost_cards, grace_period_s
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import Sweep
+from aimscale.sweeps.monitor.layout import format_duration
+from aimscale.sweeps.monitor.status import sweep_status
+from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import SAVE_BYTES_PER_S
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
 from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord, prepare_directory
-from aimscale.sweeps.table.status import sweep_status
-from aimscale.sweeps.table.views import format_duration
 
 
 def git(folder: Path, *words: str) -> None:
@@ -89,17 +91,21 @@ def submitted(program: Any, tmp_path: Path) -> Any:
 
 def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     prepare_directory(sweep)
-    return submit(sweep, plan(sweep), allow_dirty=True, **changes)
+    return submit(PlannedSweep(sweep), allow_dirty=True, **changes)
 
 
-def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitted: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["", "evaluation"])
+def test_a_launch_submits_what_is_lacking_and_no_more(
+    write_sweep: Any, submitted: Any, tmp_path: Path, stage: str
+) -> None:
     """Of four runs one has a pending job; a job that executes another run, and one that ended, are not counted."""
     sweep = write_sweep(seeds=[0, 1])
     (first,) = submit_for(sweep)
     assert (first.num_jobs, submitted("array")) == (4, ["0-3%4"])
     queue = ["1_0|PENDING|", "1_1|RUNNING|node1", "1_2|CANCELLED|", "9|RUNNING|node2"]
     (tmp_path / "queue").write_text("\n".join(queue))
-    with hold_lock(sweep.run_dir("other") / "claim", job_id="1_1"):
+    (sweep.run_dir("other") / stage).mkdir(parents=True)
+    with hold_lock(sweep.run_dir("other") / stage / "claim", job_id="1_1"):
         assert [(each.info.job_id, each.is_busy) for each in live_jobs(sweep, slurm.jobs())] == [
             ("1_0", False),
             ("1_1", True),
@@ -109,17 +115,17 @@ def test_a_launch_submits_what_is_lacking_and_no_more(write_sweep: Any, submitte
     assert not submit_for(limited)
 
 
-def test_a_large_run_that_lacks_only_probes_asks_for_one_node_and_is_checked_as_it_trains(
+def test_a_run_that_lacks_only_its_evaluation_asks_for_one_node_and_is_checked_as_it_trains(
     write_sweep: Any, submitted: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = {"task": "mine", "train": "data/train", "test": "data/test"}
-    section = {"probe_on_one_node_above": 1000, "gpus": False}
-    sweep = write_sweep(sizes=["rung-32"], devices=16, slurm=section, base={"probes": [task]})
+    sweep = write_sweep(sizes=["rung-32"], devices=16, slurm={"gpus": False}, base={"probes": [task]})
     checked: list[int] = []
     monkeypatch.setattr(
         "aimscale.sweeps.engine.launch.raise_on_problems", lambda _, runs: checked.extend(run.devices for run in runs)
     )
-    assert [part.shape for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)] == [JobShape(nodes=2, devices=8)]
+    (part,) = launch_slurm(PlannedSweep(sweep), allow_dirty=True)
+    assert part.shape == JobShape(nodes=2, devices=8)
     launch(sweep, devices=1, command=stand_in())
     (run,) = plan(sweep)
     for budget in run.budgets:
@@ -127,7 +133,8 @@ def test_a_large_run_that_lacks_only_probes_asks_for_one_node_and_is_checked_as_
         file.parent.mkdir(parents=True)
         file.write_bytes(b"weights")
     checked.clear()
-    assert [part.shape for part in launch_slurm(sweep, [run], allow_dirty=True)] == [JobShape(nodes=1, devices=8)]
+    (part,) = launch_slurm(PlannedSweep(sweep), allow_dirty=True)
+    assert part.shape == JobShape(nodes=1, devices=8)
     assert checked == [16]
 
 
@@ -174,10 +181,10 @@ def test_jobs_are_shared_out_over_shapes_and_what_gets_none_is_said(
     fields = {"sizes": ["rung-32", "rung-48", "rung-64"], "seeds": [0, 1], "override": [*wide, *widest]}
     submit_for(write_sweep(slurm={"max_jobs": 4}, **fields))
     assert submitted("array") == ["0-1%2", None, None]
-    assert [submitted("nodes"), submitted("ntasks-per-node")] == [["1", "1", "2"], ["1", "8", "8"]]
+    assert [submitted("nodes"), submitted("ntasks-per-node")] == [["2", "1", "1"], ["8", "8", "1"]]
     submit_for(write_sweep(slurm={"max_jobs": 2}, name="narrow", **fields))
-    assert submitted("nodes")[3:] == ["1", "1"]
-    assert "no job for 2 runs of 2 x 8: slurm.max_jobs is reached" in caplog.text
+    assert submitted("nodes")[3:] == ["2", "1"], "the longest runs first"
+    assert "no job for 2 runs of 1 x 1: slurm.max_jobs is reached" in caplog.text
     (tmp_path / "longest").write_text("0")
     submit_for(write_sweep(name="single", **fields))
     assert submitted("array")[5:] == [None] * 6
@@ -200,7 +207,7 @@ def test_without_slurm_a_dry_run_prints_its_script_and_a_launch_one_sentence(
     (tmp_path / "git").symlink_to(shutil.which("git") or "")
     monkeypatch.setenv("PATH", str(tmp_path))
     sweep = write_sweep()
-    (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
+    (part,) = submit(PlannedSweep(sweep), allow_dirty=True, dry_run=True)
     assert "#SBATCH --array=0-1%2" in part.script
     assert not sweep.directory.exists()
     with pytest.raises(UserError, match="--on local"):
@@ -230,6 +237,11 @@ def test_devices_fill_whole_nodes(write_sweep: Any) -> None:
         {"extra": {"comment": ["a"]}},
         {"python": "python\ntouch pwned"},
         {"python": "python 'unfinished"},
+        {"extra": {"time": "99:99"}},
+        {"extra": {"nice": math.nan}},
+        {"extra": {"no-requeue": True}},
+        {"extra": {"partition": "gpu"}},
+        {"extra": {"cpus_per_task": 4}},
         {"extra": {"gres": "gpu:a100:8"}},
         {"extra": {"gpus-per-node": 8}},
         {"gpus": "a100\n8"},
@@ -245,7 +257,7 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
     root = tmp_path / "a $(touch pwned) `touch pwned` 'b\" ;touch pwned"
     section = {"partition": "$(touch pwned)", "python": "tell $(touch pwned)", "extra": {"comment": "';touch pwned"}}
     sweep = replace(write_sweep(slurm=section), root=root)
-    (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
+    (part,) = submit(PlannedSweep(sweep), allow_dirty=True, dry_run=True)
     (tmp_path / "tell").write_text('#!/bin/sh\npwd; echo "$PYTHONPATH"; for word; do echo "$word"; done\n')
     (tmp_path / "tell").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -255,27 +267,27 @@ def test_no_name_or_folder_becomes_a_command(write_sweep: Any, tmp_path: Path, m
         return subprocess.run(["bash"], input=part.script, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     gone = execute()
-    assert (gone.returncode, gone.stdout) == (1, "")
+    assert (gone.returncode, gone.stdout) == (1, "job begins on node \n")
     code = find_snapshot(sweep.directory, allow_dirty=True).path
     assert code is not None
     code.mkdir(parents=True)
-    words = execute().stdout.splitlines()
+    _, *words = execute().stdout.splitlines()
     assert words[:4] == [str(code), str(code), "$(touch", "pwned)"]
     assert words[4:] == ["-u", "-m", "aimscale.sweeps.engine.slurm_worker", str(root / "tiny"), "1", "1"]
     assert not list(tmp_path.rglob("pwned"))
 
 
 def test_a_save_gets_its_time_everywhere(write_sweep: Any) -> None:
-    """The signal, torchrun and the plan use the same number."""
+    """The signal, the worker and the plan use the same number."""
     small = write_sweep(sizes=["rung-32"], budgets=[640])
     (run,) = plan(small)
-    assert grace_period_s(run) == cost_cards(small, [run])[0].stop_s == 120
+    assert run.grace_s == cost_cards(small, [run])[0].stop_s == 120
     large = write_sweep(sizes=["aim-7B"], budgets=[640], devices=8)
     (run,) = plan(large)
     (card,) = cost_cards(large, [run])
-    assert card.stop_s == grace_period_s(run) == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
+    assert card.stop_s == run.grace_s == math.ceil(2 * 12 * card.params_total / SAVE_BYTES_PER_S) + 30
     console = Console(width=200, file=io.StringIO())
-    print_plan(large, [card], console)
+    print_plan(PlannedSweep(large), console)
     assert f"up to {format_duration(card.stop_s)} for a last save" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -297,7 +309,7 @@ def test_a_line_of_the_setup_that_fails_ends_the_job_and_status_says_which(
         assert ("worker begins" in done.stdout) == (code == 0), done
     submissions = slurm.submissions_file(sweep)
     submissions.with_name(f"{part.job_id}.out").write_text(done.stderr + done.stdout)
-    (said,) = sweep_status(sweep, cost_cards(sweep, plan(sweep)), {}).failed_jobs
+    (said,) = sweep_status(PlannedSweep(sweep), {}).failed_jobs
     assert said.startswith("slurm.setup failed with exit code 127: module load cuda (1 jobs; see ")
 
 
@@ -306,12 +318,11 @@ def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
 ) -> None:
     """The most common first failure on a cluster: a line of `slurm.setup` that does not work there."""
     sweep = write_sweep(slurm={"setup": ["module load cuda || exit 1"]})
-    cards = cost_cards(sweep, plan(sweep))
     submit_for(sweep)
-    assert not sweep_status(sweep, cards, {}).failed_jobs, "no log yet"
+    assert not sweep_status(PlannedSweep(sweep), {}).failed_jobs, "no log yet"
     for i in (0, 1):
         (sweep.directory / "slurm" / f"1_{i}.out").write_text("hello\nmodule: command not found\n")
-    (said,) = sweep_status(sweep, cards, slurm.jobs()).failed_jobs
+    (said,) = sweep_status(PlannedSweep(sweep), slurm.jobs()).failed_jobs
     assert "module: command not found (2 jobs; see " in said
     with pytest.raises(UserError, match=r"all 2 jobs .* before their workers began: module: command not found"):
         submit_for(sweep)
@@ -321,14 +332,37 @@ def test_jobs_that_die_before_they_take_a_run_are_shown_and_not_submitted_again(
     assert len(submitted("time")) == 3
 
 
+def test_nodes_where_jobs_or_runs_failed_add_to_those_that_the_file_excludes(
+    write_sweep: Any, submitted: Any, program: Any
+) -> None:
+    """Node1 cannot start the interpreter, node2 failed a run, and a person excludes node3."""
+    program("sinfo", "echo node1; echo node2; echo node3; echo node4")
+    sweep = write_sweep(sizes=["rung-32"], slurm={"extra": {"exclude": "node3"}})
+    record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
+    record.path.mkdir(parents=True)
+    ended: dict[str, Any] = {"ended": 1.0, "device_hours": 0.0, "saved": [], "reason_class": "node"}
+    submit_for(sweep)
+    assert submitted("exclude") == ["node3"]
+    record.append_attempt(attempt=1, failed_nodes=["node2"], **ended)
+    for number in (1, 2, 3):
+        if number != 2:
+            log = sweep.directory / "slurm" / f"{number}.out"
+            log.write_text(f"job begins on node node{1 if number == 1 else 4}\npython: Exec format error\n")
+        if number == 3:
+            with pytest.raises(UserError, match="Exec format error"):
+                submit_for(sweep)
+        (part,) = submit_for(sweep, retry=number > 1)
+        assert part.excluded == ("node1", "node2" if number < 3 else "node4"), "one is left"
+        assert submitted("exclude")[-1] == ",".join(["node3", *part.excluded])
+
+
 def test_what_a_worker_says_of_itself_is_shown_and_a_regular_end_is_not(write_sweep: Any, submitted: Any) -> None:
     sweep = write_sweep(seeds=[0, 1])
-    cards = cost_cards(sweep, plan(sweep))
     submit_for(sweep)
     ends = ["aimscale: this job is too short", "worker ends: nothing is left", "started a\nKilled", "started b"]
     for i, end in enumerate(ends):
         (sweep.directory / "slurm" / f"1_{i}.out").write_text(f"noise\nworker begins: job 1_{i}\n{end}\n")
-    (said,) = sweep_status(sweep, cards, {}).failed_jobs
+    (said,) = sweep_status(PlannedSweep(sweep), {}).failed_jobs
     assert "this job is too short (1 jobs" in said
 
 
@@ -347,7 +381,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     sweep = write_sweep()
-    monkeypatch.setattr("aimscale.sweeps.state.record.LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("aimscale.sweeps.state.record.SUBMISSION_TIMEOUT_S", 0.1)
     sweep.directory.mkdir(parents=True)
     with (
         hold_lock(sweep.directory / "slurm" / "lock"),
@@ -360,7 +394,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
 def test_the_script_asks_for_nothing_that_no_one_asked_for(write_sweep: Any) -> None:
     """A site that enforces accounts refuses workload keys that it does not know."""
     sweep = write_sweep()
-    (part,) = submit(sweep, plan(sweep), allow_dirty=True, dry_run=True)
+    (part,) = submit(PlannedSweep(sweep), allow_dirty=True, dry_run=True)
     options = re.findall(r"^#SBATCH --([a-z-]+)", part.script, re.M)
     known = ["job-name", "time", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "array", "output"]
     assert sorted(options) == sorted([*known, "open-mode", "requeue", "signal"])

@@ -1,0 +1,271 @@
+"""Layout of a sweep: what a launch will do and cost, and the status of its runs."""
+
+from __future__ import annotations
+
+import operator
+import shlex
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from aimscale.aim.errors import some
+from aimscale.analysis.table.schema import MFU
+from aimscale.sweeps.monitor.layout import (
+    Column,
+    KeyValue,
+    axis_columns,
+    fitted_table,
+    format_duration,
+    format_number,
+    key_value_text,
+    notice_lines,
+    style_of,
+)
+from aimscale.sweeps.monitor.status import RunStatus, SweepStatus, schedule_s
+from aimscale.sweeps.planning.notices import Notice
+from aimscale.sweeps.planning.run import CostCard
+from aimscale.sweeps.planning.sweepfile import Sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.state.run_state import RunState, State
+
+MAX_LISTED = 16
+"""Number of runs up to which each has a line of its own; more are grouped by size."""
+MAX_DATA_WAIT = 0.3
+"""Share of time spent waiting for images, 0..1, above which a run gets a notice."""
+CONSTANT_LOSS = 1.0
+"""Loss on normalised targets of a model that predicts the mean of every patch."""
+
+
+def launch_view(planned: PlannedSweep, states: Sequence[RunState], num_devices: int) -> list[KeyValue]:
+    """Describe what a launch will do and cost, what is there already, and what needs a person.
+
+    Args:
+        states: states of the runs, with failures cleared if the launch clears them.
+        num_devices: devices of this machine that it uses.
+    """
+    sweep = planned.sweep
+    counts = Counter(each.planned_action for each in states)
+    parts = ", ".join(f"{num} {action}" for action, num in counts.most_common())
+    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
+    starting = [
+        (card, _fraction_remaining(card, each))
+        for card, each in zip(planned.cards, states, strict=True)
+        if each.state.startable
+    ]
+    if starting and sweep.file.trainer is not None:
+        lines.append(KeyValue(key="command", value=_describe_command(starting[0][0])))
+    if starting:
+        lines.append(KeyValue(key="cost", value=_cost_summary(sweep, starting, num_devices)))
+    if added := Counter(str(work) for each in states if each.is_extended for work in each.missing):
+        value = some([f"{what} ({num} run{'s' if num > 1 else ''})" for what, num in added.items()])
+        lines.append(KeyValue(key="added", value=value))
+    if others := planned.unplanned:
+        num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
+        running = f", {num_running} of them running" if num_running else ""
+        value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
+        lines.append(KeyValue(key="unplanned", value=value))
+    ended = (each for each in states if each.state.over and each.state is not State.FINISHED)
+    return [*lines, *notice_lines(Notice(level=each.state, text=each.sentence).of(each.record.name) for each in ended)]
+
+
+def _describe_command(card: CostCard) -> str:
+    """Return the command of a program's run, as a shell would be given it, and where it is executed."""
+    program = card.run.config.program
+    return f"{shlex.join(program.words)} (in {program.directory}; the values of {card.run.run_id})"
+
+
+def _fraction_remaining(card: CostCard, run_state: RunState) -> float:
+    """Return the share of a run's time that training and evaluation have left, 0..1."""
+    pending = Counter(each.what for each in run_state.missing)
+    trained = min(1.0, run_state.status.images_done / card.images_executed) if pending["training"] else 1.0
+    num_tasks = 1 + len(card.probes)
+    evaluations = pending["training"] * num_tasks + pending["validation"] + pending["probe"]
+    evaluated = 1 - evaluations / (num_tasks * len(card.budgets))
+    return ((1 - trained) * card.training_s + (1 - evaluated) * card.evaluation_s) / card.wall_s
+
+
+def _cost_summary(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int) -> str:
+    """Describe device-hours, money and time of what is left of runs that start (cards, shares)."""
+    hours = sum(share * card.device_hours for card, share in starting)
+    if sweep.is_for_slurm:
+        num_jobs = min(len(starting), sweep.file.slurm.max_jobs)
+        where, num_devices = f"in {num_jobs} jobs at once", num_jobs
+        needs = [(share * card.wall_s, 1) for card, share in starting]
+    else:
+        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} here"
+        needs = [
+            (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
+            for card, share in starting
+        ]
+    longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
+    whole_s = max(schedule_s([0.0] * num_devices, longest_first))
+    longest = format_duration(max(share * card.wall_s for card, share in starting))
+    return (
+        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; {format_duration(whole_s)} {where}; "
+        f"longest run {longest}"
+    )
+
+
+def format_price(sweep: Sweep, device_hours: float) -> str:
+    """Format the price of device-hours, as the continuation of a sentence; empty without a price."""
+    price = sweep.file.cost.price(device_hours)
+    return "" if price is None else f" ({format_number(price[0])} {price[1]})"
+
+
+def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> Group:
+    """Lay out `aimscale status`: the summary, what needs attention, and runs, or groups of them if they are many."""
+    parts: list[Any] = [key_value_text(status_summary(status), width)]
+    failed_jobs = [KeyValue(level="failed", key="jobs", value=why) for why in status.failed_jobs]
+    notices = (notice.of(line.run_id) for line in status.runs if (notice := _notice(line)))
+    if flags := [*failed_jobs, *notice_lines(notices)]:
+        parts.append(key_value_text(flags, width))
+    is_short = every_run or len(status.runs) <= MAX_LISTED
+    return Group(*parts, runs_table(status.runs, width) if is_short else groups_table(status.runs, width))
+
+
+def _optional(header: str, value: Callable[[Any], Any], text: Callable[[Any], str], drop_order: int = 0) -> Column:
+    """Make a column that is blank where a row has no value."""
+    return Column(header=header, cell=lambda row: text(found) if (found := value(row)) else "", drop_order=drop_order)
+
+
+def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
+    """Make a table with a line for each run, and its node unless all are executed on this machine."""
+    unit = lines[0].unit if lines else "images"
+    is_elsewhere = bool({line.place for line in lines} - {"", socket.gethostname()})
+    columns = [
+        Column(header="run", cell=lambda line: line.run_id, align_right=False),
+        *axis_columns(lines, lambda line: line.cell),
+        Column(header="state", cell=_state, align_right=False),
+        Column(
+            header="done", cell=lambda line: "" if line.state is State.NOT_STARTED else f"{100 * line.progress:.0f} %"
+        ),
+        _optional(unit, lambda line: line.status.images_seen, format_number, 5),
+        _optional("train loss", lambda line: line.status.loss, "{:.4f}".format, 4),
+        _optional("val loss", lambda line: line.val_loss, "{:.4f}".format, 1),
+        *([Column(header="forecast", cell=_on_track, drop_order=1, align_right=False)] if _has_forecast(lines) else []),
+        _optional("spikes", lambda line: line.num_loss_spikes, str, 3),
+        _optional(f"{unit}/s", lambda line: line.status.images_per_s, format_number, 3),
+        *(_optional(f"MFU {name}", operator.attrgetter(f"status.{field}"), _percent, 4) for field, name in MFU.items()),
+        Column(header="evaluated", cell=_evaluated, drop_order=2),
+        _optional("ETA", lambda line: line.eta_s, format_duration, 2),
+        Column(header="node", cell=lambda line: line.place if is_elsewhere else "", align_right=False, drop_order=6),
+        _optional("last sign", _since_heartbeat, lambda age_s: f"{format_duration(age_s)} ago", 7),
+    ]
+    return fitted_table(columns, lines, width)
+
+
+def groups_table(lines: Sequence[RunStatus], width: int) -> Table:
+    """Make a table with a line for each size."""
+    groups: dict[str, list[RunStatus]] = {}
+    unit = lines[0].unit if lines else "images"
+    for line in lines:
+        groups.setdefault(str(line.cell["size"]), []).append(line)
+
+    def best_val_loss(group: list[RunStatus]) -> float | None:
+        return min((each.val_loss for each in group if each.val_loss and each.state is State.FINISHED), default=None)
+
+    columns = [
+        Column(header="size", cell=lambda group: str(group[0].cell["size"]), align_right=False),
+        Column(header="runs", cell=lambda group: str(len(group))),
+        Column(header="states", cell=_count_states, align_right=False),
+        Column(header="done", cell=lambda group: f"{100 * sum(each.progress for each in group) / len(group):.0f} %"),
+        _optional("best val loss", best_val_loss, "{:.4f}".format, 1),
+        _optional(f"{unit}/s", _images_per_s, format_number, 3),
+        _optional("ETA", lambda group: max(each.eta_s or 0.0 for each in group), format_duration, 2),
+    ]
+    return fitted_table(columns, list(groups.values()), width)
+
+
+def _images_per_s(lines: Iterable[RunStatus]) -> float:
+    return sum(line.status.images_per_s or 0.0 for line in lines if line.state is State.RUNNING)
+
+
+def _count_states(lines: Iterable[RunStatus]) -> str:
+    return ", ".join(f"{num} {state}" for state, num in Counter(line.state for line in lines).most_common())
+
+
+def _state(line: RunStatus) -> Text:
+    phase = f" ({line.status.phase})" if line.state is State.RUNNING and line.status.phase else ""
+    return Text(line.state + phase, style=style_of(line.state))
+
+
+def _percent(share: float) -> str:
+    """Format a utilisation in per cent; mark a value above 100 %, which is impossible."""
+    return f"{100 * share:.0f} %{' (!)' if share > 1 else ''}"
+
+
+def _evaluated(line: RunStatus) -> str:
+    return f"{line.evaluated} of {line.to_evaluate}" if line.to_evaluate and line.state is not State.NOT_STARTED else ""
+
+
+def _has_forecast(lines: Iterable[RunStatus]) -> bool:
+    return any(line.status.deviation is not None for line in lines)
+
+
+def _on_track(line: RunStatus) -> str:
+    """Say whether a run is on its forecast from smaller runs."""
+    if line.status.deviates_since is not None:
+        side = "above" if (line.status.deviation or 0.0) > 0 else "below"
+        return f"{line.status.deviation:+.1f} sd {side} since {format_number(line.status.deviates_since)} {line.unit}"
+    if line.status.deviation is not None:
+        return "on track"
+    return "not known: no smaller run has come so far" if line.state is State.RUNNING and line.val_loss else ""
+
+
+def _since_heartbeat(line: RunStatus) -> float | None:
+    return (
+        max(0.0, time.time() - line.status.heartbeat) if line.state is State.RUNNING and line.status.heartbeat else None
+    )
+
+
+def _notice(line: RunStatus) -> Notice | None:
+    """Return what to say of a run that needs attention: it does not go on by itself, or not well."""
+    loss = line.val_loss if line.val_loss is not None else line.status.loss
+    if line.is_normalised and loss is not None and loss >= CONSTANT_LOSS:
+        text = f"loss {loss:.2f}, no better than a constant prediction: lower optimiser.lr_peak"
+        return Notice(level="unstable", text=text)
+    if line.state is State.RUNNING and line.status.deviates_since is not None:
+        void = "the forecast is void: see whether this run or the smaller ones differ in more than size"
+        advice = "see what changed there" if (line.status.deviation or 0.0) > 0 else void
+        text = f"loss {_on_track(line)}, which 1 % of sound runs come to; {advice}"
+        return Notice(level=State.OFF_TRACK, text=text)
+    data_wait = line.status.data_wait or 0.0
+    if line.state is State.RUNNING and line.status.phase in ("train", "decay") and data_wait > MAX_DATA_WAIT:
+        share = f"waits for images {100 * data_wait:.0f} % of the time"
+        return Notice(level="data-bound", text=f"{share}: raise runtime.num_workers or pack smaller images")
+    if line.state.active or line.state in (State.FINISHED, State.NOT_STARTED):
+        return None
+    return Notice(level=line.state, text=line.status.reason or "")
+
+
+def status_summary(status: SweepStatus) -> list[KeyValue]:
+    """Summarise the sweep in key-value lines."""
+    facts = [("runs", f"{len(status.runs)}: {_count_states(status.runs)}"), ("done", _progress_text(status))]
+    if status.eta_s is not None:
+        basis = "" if status.eta_is_measured else " by the plan; nothing is measured yet"
+        facts.append(("left", f"about {format_duration(status.eta_s)}{basis}"))
+    facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
+    if status.unplanned:
+        facts.append(("unplanned", f"{len(status.unplanned)} run directories of an earlier sweep file"))
+    return [KeyValue(key=key, value=value) for key, value in facts]
+
+
+def _progress_text(status: SweepStatus) -> str:
+    """Describe the share of work done, the share in failed or cancelled runs, and the current images/s."""
+    pace = _images_per_s(status.runs)
+    given_up = f", {100 * status.given_up:.0f} % in failed or cancelled runs" if status.given_up else ""
+    now = f", {format_number(pace)} {status.runs[0].unit}/s" if pace else ""
+    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}{now}"
+
+
+def progress_line(status: SweepStatus) -> str:
+    """Format the progress of a sweep as one line of a log."""
+    left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
+    return f"{_progress_text(status)}{left}; {_count_states(status.runs)}"

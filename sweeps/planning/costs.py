@@ -1,0 +1,209 @@
+"""Cost cards of aimscale's own runs: time, memory, disk and FLOPs, from closed formulas and stated assumptions."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
+from aimscale.analysis.laws import PLATEAU_STEPS
+from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
+from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
+from aimscale.harness.device.gpu_specs import MFU, has_fast_link
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
+from aimscale.harness.probe.cost import probe_cost
+from aimscale.harness.run.config import RunConfig, TrainingConfig
+from aimscale.harness.run.row import build_model_config
+from aimscale.harness.run.schedule import unchecked_schedule
+from aimscale.harness.run.timeouts import MIN_GRACE_S, STEP_ALLOWANCE_S
+from aimscale.harness.validation.cost import curve_bytes, num_points, validation_images
+from aimscale.sweeps.planning.notices import Notice, caution
+from aimscale.sweeps.planning.recipes import Scale, get_recipe
+from aimscale.sweeps.planning.run import BudgetCost, CostCard, PlanContext, Run
+from aimscale.sweeps.planning.speed import expected_rates
+from aimscale.sweeps.planning.sweepfile import Sweep
+
+WEIGHTS_BYTES_PER_PARAM = 4
+"""Size of the final weights of a budget (fp32)."""
+SAVE_BYTES_PER_S = 0.5e9
+"""Assumed rate at which a checkpoint is written to a shared disk."""
+
+MAX_DURING_SHARE = 0.1
+"""Share of a run's time, 0..1, above which evaluation during training raises a caution."""
+MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
+PLATEAU_RATES = 0.5, 2.0
+"""Factors on the rate of the recipe `small` within which the first plateau ends sooner at a higher rate."""
+MIN_VALIDATION_IMAGES = 100
+"""Number of validation images below which the loss is uncertain by several per cent."""
+
+
+@functools.cache
+def model_counts(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
+    """Return the parameters, and the FLOPs per image by the published formula."""
+    return param_count(config), flops_per_image(config)
+
+
+def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
+    """Return the cost card of a run of this configuration."""
+    sweep, device, lookup = context.sweep, context.device, functools.partial(context.once, find_info)
+    training, evaluation = config.training, config.evaluation
+    model = build_model_config(training)
+    params, flops = model_counts(model)
+    executed, batch_size = unchecked_schedule(config).images_planned(), training.optimiser.batch_size
+    unique = training.data.unique_images or _pool_size(sweep, config, lookup)
+    measuring, fit = curve_bytes(config, lookup), None
+    with contextlib.suppress(DoesNotFitError):
+        fit = plan_execution(
+            config, run.devices, device.memory_bytes, device.is_gpu, measuring, is_linked=has_fast_link(device.name)
+        )
+    rates = expected_rates(config, run.devices, device, sweep.file.cost.mfu or MFU, lookup)
+
+    def seconds(flops: float, images: float) -> float:
+        return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
+
+    lacks_memory = measuring > 0 and fit is not None and not fit.measures
+    points = 0 if lacks_memory else num_points(config, lookup)
+    num_budgets, validated = len(evaluation.budgets), validation_images(evaluation.validation, lookup)
+    flops_during = points * validated * flops.forward
+    validation_in_training_s = seconds(flops_during, points * validated / evaluation.validation.num_prefixes)
+    ranks = run.evaluation_devices
+    probes = tuple(
+        probe_cost(section, model, flops, ranks, device.memory_bytes, lookup) for section in evaluation.probes
+    )
+    probes_flops, probes_images = (sum(getattr(probe, name) for probe in probes) for name in ("flops", "images"))
+    flops_at_budgets = num_budgets * (flops.forward * validated + probes_flops)
+    training_s = executed / rates.images_per_s
+    at_budgets_s = seconds(flops_at_budgets, num_budgets * (validated + probes_images)) * run.devices / ranks
+    evaluation_s = at_budgets_s + validation_in_training_s
+    card = CostCard(
+        run=run,
+        params_total=params.total,
+        params_trunk=params.trunk,
+        budgets=tuple(
+            BudgetCost(
+                images_seen=budget,
+                epochs=budget / unique if unique else None,
+                flops=flops.train * budget,
+                flops_6nd=6.0 * params.total * budget * model.num_tokens,
+            )
+            for budget in evaluation.budgets
+        ),
+        images_executed=executed,
+        flops_executed=rates.flops_per_image * executed,
+        steps=executed // batch_size,
+        batch_size=batch_size,
+        lr_peak=training.optimiser.lr_peak,
+        device=device,
+        precision=training.optimiser.precision,
+        rates=rates,
+        fit=fit,
+        stop_s=run.grace_s,
+        disk_bytes=(3 * CHECKPOINT_BYTES_PER_PARAM + num_budgets * WEIGHTS_BYTES_PER_PARAM) * params.total,
+        probes=probes,
+        flops_evaluation=flops_at_budgets + flops_during,
+        points=points,
+        flops_during=flops_during,
+        share_during=validation_in_training_s / (training_s + evaluation_s),
+        limit=rates.limit,
+        training_s=training_s,
+        evaluation_s=evaluation_s,
+        wall_s=training_s + evaluation_s,
+        device_hours=((training_s + validation_in_training_s) * run.devices + at_budgets_s * ranks) / 3600,
+        cautions=(),
+    )
+    cautions = _cautions(card, config, unique, lookup, lacks_memory=lacks_memory)
+    return replace(card, cautions=tuple(each.of(run.run_id) for each in cautions))
+
+
+def _cautions(
+    card: CostCard, config: RunConfig, unique: int | None, lookup: DatasetLookup, *, lacks_memory: bool
+) -> Iterator[Notice]:
+    """Yield the cautions about a run's data, schedule and evaluation during training."""
+    batch_size = config.training.optimiser.batch_size
+    run, epochs, on_plateau = card.run, card.budgets[-1].epochs or 0.0, _plateau_end(card, config.training)
+    if unique and epochs > FAR_TOO_MANY_EPOCHS:
+        may_shrink = FAR_TOO_MANY_EPOCHS * unique >= on_plateau
+        instead = " or smaller budgets" if may_shrink else ": smaller budgets would lie on the first plateau"
+        yield caution(
+            "budgets", f"{epochs:,.0f} EPOCHS of {unique:,} images: learnt by heart; take more images{instead}"
+        )
+    elif epochs > MAX_EPOCHS:
+        yield caution("budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}")
+    if short := [budget for budget in run.budgets if budget < on_plateau]:
+        steps = f"{', '.join(f'{each:,}' for each in short)} images are at most {short[-1] // batch_size:,} steps"
+        why = f"{steps}: on the first plateau, where a loss follows no law"
+        yield caution("budgets", f"{why}; at a batch of {batch_size} begin at {float(f'{on_plateau:.2g}'):,.0f}")
+    if card.device.is_gpu and card.limit == "loader":
+        loaded, wanted = card.rates.loaded_per_s, card.rates.compute_per_s
+        words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"
+        yield caution("runtime.num_workers", f"{words}; raise it (and slurm.cpus_per_task), or pack smaller files")
+    if batch_size < 2 * run.devices:
+        words = f"{batch_size} is less than two images for each of {run.devices} devices; some are idle"
+        yield caution("optimiser.batch_size", words)
+    if config.training.data.is_unindexed:
+        words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
+        yield caution("data.sources", f"{words}; epochs are not counted, validation images in it are not found")
+    validation = config.evaluation.validation.path
+    if (held_out := lookup(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
+        words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
+        yield caution("validation.path", words)
+    if card.share_during > MAX_DURING_SHARE:
+        words = f"validation during training takes {100 * card.share_during:.0f} % of the time; raise it"
+        yield caution("validation.every_images", words)
+    if lacks_memory:
+        yield caution(
+            "validation.every_images",
+            "a device has no memory for a copy of the weights; nothing is measured during training",
+        )
+
+
+def _plateau_end(card: CostCard, training: TrainingConfig) -> float:
+    """Return the images before which the loss follows no law yet; 0 where that is not known or does not matter."""
+    run, batch_size, model = card.run, training.optimiser.batch_size, build_model_config(training)
+    if run.is_tuning or training.model.parametrisation != "standard":
+        return 0.0
+    scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=run.budgets[0])
+    usual = get_recipe("small").fields(scale)["optimiser"]
+    usual_lr = usual["lr_peak"] * math.sqrt(batch_size / usual["batch_size"])
+    rate = min(max(training.optimiser.lr_peak / usual_lr, PLATEAU_RATES[0]), PLATEAU_RATES[1])
+    return PLATEAU_STEPS * batch_size / rate
+
+
+def _pool_size(sweep: Sweep, config: RunConfig, lookup: DatasetLookup) -> int | None:
+    """Return the images of the pool, from the sweep file or else from `dataset.json`; None if unknown."""
+    if sweep.file.cost.pool_images:
+        return sweep.file.cost.pool_images
+    infos = [lookup(source.path) for source in config.training.data.sources]
+    # data sets that are not packed yet: the card says that the epochs are unknown
+    return None if None in infos else sum(info.num_samples for info in infos if info)
+
+
+_cached_plan = functools.cache(execution_plan)
+"""Execution plans, computed once for runs that differ only in their seed."""
+
+
+def plan_execution(
+    config: RunConfig, devices: int, device_bytes: int, is_gpu: bool, measuring: int = 0, *, is_linked: bool = True
+) -> ExecutionPlan:
+    """Choose the ZeRO stage and micro-batch of a run on so many devices.
+
+    Args:
+        measuring: bytes that evaluation during training needs on each device.
+        is_linked: whether a fast link joins the devices of a node.
+
+    Raises:
+        DoesNotFitError: the run is too large for its devices.
+    """
+    training = config.training.model_copy(update={"seed": 0})
+    where = {"world_size": devices, "device_bytes": device_bytes, "is_gpu": is_gpu, "is_linked": is_linked}
+    return _cached_plan(training, config.runtime, **where, measuring=measuring)
+
+
+def grace_period_s(num_params: int) -> int:
+    """Return the time that two saves and a step of so many parameters take, s."""
+    save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
+    return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

@@ -1,0 +1,73 @@
+"""Speed of planned runs: the device on which they are priced, and the rates of training and of loading there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
+from aimscale.harness.data.store.dataset_info import DatasetLookup
+from aimscale.harness.device.gpu_specs import CORE_MEMORY_BYTES, DECODED_PER_S, Device, device_here, find_gpu
+from aimscale.harness.run.config import MAX_LOADERS, RunConfig
+from aimscale.harness.run.row import build_model_config
+from aimscale.sweeps.planning.run import Rates, Run
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
+
+ASSUMED_GPU = "H100"
+PHOTOGRAPH_BYTES, MIN_LOADING_SHARE = 51_000, 1 / 12
+"""File size of the images that `DECODED_PER_S` counts, and the share of their time that the smallest image takes.
+Assumption: in between, time is proportional to bytes."""
+
+
+def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
+    """Return the device on which all runs are priced.
+
+    It is `cost.device` if that is given; with a `slurm` section, the GPU that it asks for, an H100 if it names none, or
+    a core of a node; else this machine's GPU, or one of its cores.
+    """
+    cost, slurm = sweep.file.cost, sweep.file.slurm
+    wants_cpu = all(run.wants_cpu for run in runs)
+    if cost.device is not None:
+        name, why, is_gpu = cost.device, "cost.device", "cpu" not in cost.device.lower()
+    elif not sweep.is_for_slurm:
+        found = device_here(wants_cpu=wants_cpu)
+        memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
+        return replace(found, peak_tflops=cost.peak_tflops or found.peak_tflops, memory_bytes=memory_bytes)
+    elif wants_cpu or not slurm.gpus:
+        name, why, is_gpu = "CPU", "one core of a Slurm job", False
+    elif slurm.gpus is True:
+        name, why, is_gpu = ASSUMED_GPU, "assumed of Slurm's GPUs, since slurm.gpus names no type", True
+    else:
+        name, why, is_gpu = slurm.gpus, "slurm.gpus", True
+    spec = find_gpu(name)
+    if is_gpu and spec is None and None in (cost.peak_tflops, cost.memory_gb):
+        raise SweepError(f"{sweep.source}: no data sheet of {why} '{name}'; give cost.peak_tflops and cost.memory_gb")
+    usual_bytes = spec.memory_gb * 1e9 if spec else CORE_MEMORY_BYTES * slurm.cpus_per_task
+    return Device(
+        name=name,
+        is_gpu=is_gpu,
+        why=why,
+        memory_bytes=round(usual_bytes if cost.memory_gb is None else cost.memory_gb * 1e9),
+        peak_tflops=cost.peak_tflops,
+        cores=slurm.cpus_per_task if sweep.is_for_slurm else None,
+    )
+
+
+def expected_rates(config: RunConfig, num_devices: int, device: Device, mfu: float, lookup: DatasetLookup) -> Rates:
+    """Estimate how fast a run trains on so many devices."""
+    training, runtime = config.training, config.runtime
+    model = build_model_config(training)
+    flops = executed_flops_per_image(model, mean_scored_tokens(model, training.objective.prefix)).train
+    peak = device.flops_per_s(training.optimiser.precision) * (1 if device.is_gpu else runtime.num_threads)
+    file_bytes = 0.0
+    for source in training.data.sources:
+        info = lookup(source.path)
+        file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
+    cores = device.cores or MAX_LOADERS + 1
+    loaders = max(1, min(runtime.loader_processes(is_gpu=device.is_gpu, cores=cores), cores))
+    return Rates(
+        mfu=mfu,
+        flops_per_image=flops,
+        compute_per_s=num_devices * mfu * peak / flops,
+        loaded_per_s=num_devices * loaders * DECODED_PER_S / max(MIN_LOADING_SHARE, file_bytes / PHOTOGRAPH_BYTES),
+    )

@@ -1,0 +1,120 @@
+"""A planned sweep: its file, runs, cost cards and states, made once by a verb and handed on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from aimscale.harness.results.pending import NOTE
+from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import CostCard, Run
+from aimscale.sweeps.planning.sweepfile import Place, Sweep, SweepError, load_sweep
+from aimscale.sweeps.state.record import RunRecord, unplanned_runs
+from aimscale.sweeps.state.run_state import RunState, State, read_state
+
+
+class PlannedSweep:
+    """Sweep with its runs, what each costs, and how each stands; all in the order of the sweep file.
+
+    Each part is made when it is first used, and once; `look` reads the states again.
+
+    Attributes:
+        sweep: sweep file with its directories.
+        is_thorough: whether the files of finished runs are read as well: some may be lost or changed.
+    """
+
+    def __init__(self, sweep: Sweep, *, is_thorough: bool = False) -> None:
+        self.sweep, self.is_thorough = sweep, is_thorough
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.sweep.name!r}, {len(self.runs)} runs)"
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Runs of the sweep."""
+        return tuple(plan(self.sweep))
+
+    @functools.cached_property
+    def cards(self) -> tuple[CostCard, ...]:
+        """Cost card of each run."""
+        return tuple(cost_cards(self.sweep, self.runs))
+
+    @functools.cached_property
+    def states(self) -> tuple[RunState, ...]:
+        """State of each run, as it was read last."""
+        return self._read_states(())
+
+    @functools.cached_property
+    def unplanned(self) -> tuple[str, ...]:
+        """Ids of run directories outside the plan, from an earlier version of the sweep file."""
+        return unplanned_runs(self.sweep, self.runs)
+
+    @property
+    def longest_first(self) -> list[Run]:
+        """Runs in the order in which they start."""
+        cards = sorted(self.cards, key=lambda card: (-card.device_hours, -card.flops_executed))
+        return [card.run for card in cards]
+
+    def startable(self, *, retry: bool = False) -> list[Run]:
+        """Return the runs that a launch would start, longest first; with `retry`, those that it would try again too."""
+        starts = (each for each in self.states if each.state.startable or (retry and each.state.retryable))
+        run_ids = {each.record.name for each in starts}
+        return [run for run in self.longest_first if run.run_id in run_ids]
+
+    def card(self, run_id: str) -> CostCard:
+        """Return the cost card of a run."""
+        return self._cards[run_id]
+
+    @functools.cached_property
+    def _cards(self) -> dict[str, CostCard]:
+        return {card.run.run_id: card for card in self.cards}
+
+    def look(self) -> tuple[RunState, ...]:
+        """Read the states of the runs again; runs that were finished are not looked at again."""
+        self.states = self._read_states(self.__dict__.get("states", ()))
+        return self.states
+
+    def _read_states(self, before: Sequence[RunState]) -> tuple[RunState, ...]:
+        finished = {each.record.name: each for each in before if each.state is State.FINISHED}
+        return tuple(
+            finished.get(run.run_id)
+            or read_state(run, RunRecord(self.sweep.run_dir(run.run_id)), trust_note=not self.is_thorough)
+            for run in self.runs
+        )
+
+    def of_run(self, run_id: str) -> PlannedSweep:
+        """Return the sweep with one of its runs alone.
+
+        Raises:
+            SweepError: it is not planned, but a directory of an earlier version of the sweep file.
+        """
+        if not (runs := tuple(run for run in self.runs if run.run_id == run_id)):
+            raise SweepError(f"{run_id} is no longer planned by {self.sweep.source}; print its log without --follow")
+        part = PlannedSweep(self.sweep, is_thorough=self.is_thorough)
+        part.runs = runs
+        return part
+
+    def cleared_states(self) -> tuple[RunState, ...]:
+        """Return the states as they are when `launch --retry` has cleared failures and cancellations."""
+        return tuple(replace(each, state=State.PAUSED) if each.state.retryable else each for each in self.states)
+
+    def forget_notes(self) -> None:
+        """Remove the notes that nothing is missing from runs that miss something, for workers, which trust them."""
+        for each in self.states:
+            if each.missing:
+                (each.record.root / NOTE).unlink(missing_ok=True)
+
+
+def plan_sweep(name: str | Path, root: Path, place: Place | None = None, *, is_thorough: bool = False) -> PlannedSweep:
+    """Load a sweep as a planned one.
+
+    Args:
+        name, root: as in `load_sweep`.
+        place: replaces where the file says that its runs are executed.
+        is_thorough: see `PlannedSweep`.
+    """
+    sweep = load_sweep(name, root)
+    return PlannedSweep(sweep if place is None else sweep.with_target(place), is_thorough=is_thorough)

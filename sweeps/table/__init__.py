@@ -1,1 +1,0 @@
-"""Tables of a sweep: the status of its runs, and their results."""

@@ -1,0 +1,132 @@
+"""Sweeps of a program, under the real worker and the real supervisor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from programs import TRAIN
+
+from aimscale.analysis.report.page import write_page
+from aimscale.analysis.report.study import read_study
+from aimscale.sweeps.collection import collect
+from aimscale.sweeps.engine import worker
+from aimscale.sweeps.engine.launch import launch
+from aimscale.sweeps.monitor.status import sweep_status
+from aimscale.sweeps.planning.sweepfile import load_sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Any:
+    """Return a function that plans a sweep of `TRAIN`."""
+    (tmp_path / "train.py").write_text(TRAIN)
+
+    def make(hold: float = 0.0, sizes: tuple[int, ...] = (8, 16, 32), **changes: Any) -> PlannedSweep:
+        trainer = {
+            "command": "python train.py {run_dir} {width} {budget} {hold}",
+            "sizes": {f"w{width}": {"width": width} for width in sizes},
+            "params": "100*width",
+            "unit": "tokens",
+            "runtime": {"hold": hold},
+            "stop": {"seconds": 5},
+        }
+        values = {
+            "name": "mine",
+            "trainer": trainer,
+            "sizes": [f"w{width}" for width in sizes],
+            "budgets": [800, 1600, 3200],
+        }
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values | changes))
+        return PlannedSweep(load_sweep(tmp_path / "sweep.yaml", tmp_path / "root"))
+
+    return make
+
+
+def num_trained(planned: PlannedSweep) -> list[int]:
+    paths = [planned.sweep.run_dir(run.run_id) / "trained-by" for run in planned.runs]
+    return [len(path.read_text().splitlines()) if path.exists() else 0 for path in paths]
+
+
+def supervisors() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children() if "aimscale.harness.program" in each.cmdline()]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_program_is_launched_collected_and_reported(planned: Any, tmp_path: Path) -> None:
+    sweep = planned()
+    result = launch(sweep, devices=2)
+    assert len(result.finished) == 9
+    assert num_trained(sweep) == [1] * 9
+    again = planned()
+    assert not launch(again, devices=2).finished
+    status = sweep_status(again)
+    assert {line.unit for line in status.runs} == {"tokens"}
+    found = collect(again)
+    assert (found.num_rows, found.num_complete) == (9, 9)
+    page = write_page(read_study([found.table], {}, ())).read_text()
+    assert "D counts tokens" in page
+    assert "D: tokens" in page
+    for word in ("training images", "images seen", "pixel", "Frozen-feature"):
+        assert word not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["program", "supervisor"])
+def test_a_run_whose_process_is_killed_goes_on_from_its_checkpoint(
+    victim: str, planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = planned(hold=0.3, sizes=(8,), budgets=[800])
+
+    def kill() -> None:
+        (run,) = sweep.runs
+        deadline = time.monotonic() + 60
+        while not (sweep.sweep.run_dir(run.run_id) / "checkpoint").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (supervisor,) = supervisors()
+        chosen = supervisor if victim == "supervisor" else supervisor.children()[0]
+        os.kill(chosen.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = launch(sweep, devices=1)
+    thread.join()
+    assert len(result.finished) == 1
+    assert num_trained(sweep) == [2]
+    points = [point["images_seen"] for point in sweep.states[0].record.read_curve()]
+    assert points == sorted({*points}) == [100 * step for step in range(1, 9)]
+    lines = (sweep.sweep.run_dir(sweep.runs[0].run_id) / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) <= 9, "one step is trained again at most"
+
+
+def test_a_forecast_that_fails_ends_no_launch(planned: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("SVD did not converge")
+
+    monkeypatch.setattr(worker, "write_forecasts", fail)
+    result = launch(planned(sizes=(8,), budgets=[800]), devices=1)
+    assert len(result.finished) == 1
+    assert "no new forecasts of runs: SVD did not converge" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_off_its_forecast_is_ended_before_half_of_its_budget(planned: Any) -> None:
+    sizes = (8, 16, 32)
+    launch(planned(sizes=sizes, budgets=[3200]), devices=2)
+    larger = planned(hold=1.5, sizes=(*sizes, 64), budgets=[3200])
+    slow = larger.runs[-1]
+    path = larger.sweep.base_dir / "train.py"
+    path.write_text(TRAIN.replace("loss * (", "1.3 * loss * ("))
+    result = launch(larger, devices=1, stop_sd=3)
+    status = larger.look()[-1].status
+    assert result.failed == (slow.run_id,)
+    assert status.state == "off-track"
+    assert 0 < status.images_done <= 1600
+    assert "image" not in (status.reason or "")
