@@ -65,8 +65,8 @@ def evaluations(
     from aimscale.harness.probe.run import load_budget, probe_run
     from aimscale.harness.run.config import run_config
     from aimscale.harness.run.directory import RunDir
-    from aimscale.harness.run.row import model_of
-    from aimscale.harness.train.validation import HeldOut, validate
+    from aimscale.harness.run.row import build_model_config
+    from aimscale.harness.validation.losses import HeldOut, validate
 
     def evaluate(places: list[tuple[Any, float]], *, num_images: int, epochs: int) -> list[list[float]]:
         fit, test = (
@@ -88,7 +88,7 @@ def evaluations(
         for number, (group, share) in enumerate(places):
             monkeypatch.setattr("aimscale.harness.probe.features.extraction.CACHE_SHARE", share)
             run = RunDir.create(tmp_path / f"run-{number}", config)
-            write_weights(AIM(model_of(config.training)).state_dict(), run.model_file(64))
+            write_weights(AIM(build_model_config(config.training)).state_dict(), run.model_file(64))
             model, section = load_budget(run, config, 64, group.device), config.evaluation.validation
             images = HeldOut(open_dataset(test), section, config.training.model, group, max_bad_fraction=0.0)
             loss = validate(model, images, group).loss

@@ -16,18 +16,53 @@ from safetensors.torch import load_file
 
 import aimscale.harness.log.record
 from aimscale.aim.errors import UserError
+from aimscale.harness.evaluate.run import evaluate
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.train.attempt import train
+from aimscale.harness.train.run import train
 
-OF_ONE_RUN = {*("wall_s", "device_hours", "images_per_s", "mfu", "finished_at", "git_commit", "run_id", "config_hash")}
+OF_ONE_RUN = {
+    *(
+        "weights_crc32",
+        "wall_s",
+        "device_hours",
+        "images_per_s",
+        "mfu",
+        "finished_at",
+        "git_commit",
+        "run_id",
+        "config_hash",
+    )
+}
 """Fields of a row that no two runs share."""
 
 
-def train_in(rank: int, path: Path) -> None:
-    """Train in a process as a launcher starts it, and exit as a trainer does."""
+def train_alone_in(rank: int, path: Path) -> None:
+    """Train in a process as a launcher starts it, and exit as the program does."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         sys.exit(train(path))
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+def train_in(rank: int, path: Path) -> None:
+    """Train in a process as a launcher starts it, evaluate on the first rank alone, and exit as the programs do."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        exit_code = train(path)
+        if exit_code == 0 and rank == 0:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            exit_code = evaluate([path])
+        sys.exit(exit_code)
+    except UserError as error:
+        sys.exit(error.exit_code)
+
+
+def evaluate_in(rank: int, *paths: Path) -> None:
+    """Evaluate in a process as a launcher starts it, and exit as the program does."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        sys.exit(evaluate(paths))
     except UserError as error:
         sys.exit(error.exit_code)
 

@@ -1,11 +1,11 @@
-"""The reference of the Python API: every public name of `aimscale.analysis`, from its docstring."""
+"""The reference of the Python API: every public name of `aimscale.analysis` and `aimscale.sweeps`, by its docstring."""
 
 from __future__ import annotations
 
 import inspect
 import types
 
-from aimscale import analysis
+from aimscale import analysis, sweeps
 
 INTRODUCTION = """\
 # Python API
@@ -13,12 +13,17 @@ INTRODUCTION = """\
 `from aimscale.analysis import ...` imports neither torch nor the trainer. Every result has `headline()`, `table`,
 `summary()` and `to_json()`. [The gallery](gallery.md) shows the figures with their calls.
 """
+SWEEPS = """\
+## Sweeps
+
+`from aimscale.sweeps import ...` plans and launches; [a page](your-own-data.md#from-python) shows how.
+"""
 GROUPS = {
     "Tables": ("table",),
     "Laws": ("fitting",),
     "Compute-optimal frontiers": ("optimum",),
     "Learning rates": ("tuning",),
-    "Loss and accuracy": ("accuracy",),
+    "Loss and accuracy": ("correlation",),
     "What a change does": ("effects",),
     "Forecasts and what to run next": ("forecasts", "next"),
     "Figures": ("plots",),
@@ -43,4 +48,8 @@ def markdown() -> str:
             parts.append(f"The laws, by name:\n\n{laws}")
     if names:
         raise ValueError(f"no heading for {', '.join(names)}")
+    parts.append(SWEEPS)
+    for name in dir(sweeps):
+        kind = "autoclass" if inspect.isclass(getattr(sweeps, name)) else "autofunction"
+        parts.append(f"```{{eval-rst}}\n.. {kind}:: aimscale.sweeps.{name}\n```\n")
     return "\n".join(parts)

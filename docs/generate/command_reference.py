@@ -12,7 +12,7 @@ import typer.cli
 import typer.main
 
 from aimscale.sweeps.cli.main import GROUPS, app
-from aimscale.sweeps.plan.sweepfile import preset_names
+from aimscale.sweeps.planning.sweepfile import preset_names
 
 INTRODUCTION = """\
 # Commands

@@ -14,8 +14,8 @@ import yaml
 from aimscale.aim.config import HeadRule, known_sizes, model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.run.config import EvaluationConfig, RuntimeConfig, Section, TrainingConfig
-from aimscale.sweeps.plan.recipes import get_recipe, recipe_names
-from aimscale.sweeps.plan.sweepfile import SweepFile
+from aimscale.sweeps.planning.recipes import get_recipe, recipe_names
+from aimscale.sweeps.planning.sweepfile import SweepFile
 
 Schema = dict[str, Any]
 """JSON schema of a section or a field."""

@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from aimscale.analysis import correlate, probe_frame, read_table
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.plots.style import png_bytes
 from aimscale.analysis.report.study import Study, study_tables
-from aimscale.analysis.report.summary import HEADS, findings, trust, verdict
-from aimscale.analysis.table.read import read_tables
+from aimscale.analysis.report.summary import findings, verdict
+from aimscale.analysis.table.runs import Runs
+from aimscale.analysis.table.select import read_tables
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "docs/figures/demo"
@@ -63,17 +63,15 @@ def read_seeds(folder: Path) -> pd.DataFrame:
 
 def ranges(seeds: pd.DataFrame) -> str:
     """Say in a sentence what all seeds show."""
-    said = Counter(seeds["verdict"])
-    verdicts = " and ".join(f"{each} {said[each]} times" for each in HEADS.values() if said[each])
     errors = [f"{_span(seeds[v] * 100)} % (a straight line: {_span(seeds[f'{v}_line'] * 100)} %)" for v in ("N", "D")]
     torch = " and ".join(sorted(seeds["torch"].unique()))
     known = [f"{seeds[f'{v}_tests'].astype(bool).sum()} times" for v in "ND"]
     return (
-        f"We ran the demo {len(seeds)} times, with {seeds['seed'].nunique()} seeds, on torch {torch}. *Can it be "
-        f"trusted* was answered {verdicts}. α was {_span(seeds['alpha'])} and β {_span(seeds['beta'])}. The error on "
+        f"We ran the demo {len(seeds)} times, with {seeds['seed'].nunique()} seeds, on torch {torch}. α "
+        f"was {_span(seeds['alpha'])} and β {_span(seeds['beta'])}. The error on "
         f"the left-out largest size was {errors[0]}, and on the largest budget {errors[1]}. Without the largest size, "
-        f"the exponents were identified {known[0]}, and without the largest budget {known[1]}. The correlation of loss "
-        f"and k-NN accuracy was {_span(seeds['r'])}."
+        f"the exponents were identified {known[0]}, and without the largest budget {known[1]}. Over all "
+        f"rows, where both follow compute, loss and k-NN accuracy correlated by {_span(seeds['r'])}."
     )
 
 
@@ -84,13 +82,13 @@ def _span(values: pd.Series) -> str:
 
 def _seeds(seeds: pd.DataFrame) -> Iterator[str]:
     """Write a row per seed, and what they have in common."""
-    heads = "seed | torch | can it be trusted | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
+    heads = "seed | torch | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
     yield f"| {heads} | raw pixels |"
-    yield "|---" * 10 + "|"
+    yield "|---" * 9 + "|"
     for row in seeds.to_dict("records"):
         errors = (f"{100 * row[v]:.2g} % ({100 * row[f'{v}_line']:.2g} %)" for v in ("N", "D"))
         yield (
-            f"| {row['seed']} | {row['torch']} | {row['verdict']} | {row['alpha']:.2f} | {row['beta']:.2f} | "
+            f"| {row['seed']} | {row['torch']} | {row['alpha']:.2f} | {row['beta']:.2f} | "
             f"{' | '.join(errors)} | {row['r']:.2f} | {100 * row['least']:.0f} to {100 * row['most']:.0f} % | "
             f"{100 * row['pixels']:.0f} % |"
         )
@@ -99,15 +97,14 @@ def _seeds(seeds: pd.DataFrame) -> Iterator[str]:
 
 
 def seed_row(folder: Path) -> dict[str, Any]:
-    """Summarise the runs of one seed: the report's judgement, its law, hold-outs and accuracies."""
+    """Summarise the runs of one seed: its law, hold-outs and accuracies."""
     study = study_of(folder)
     joint: Fit = study.get("law")
     tests = {test.variable: test for test in joint.heldout}
     probes, *_, r = study.probes, *correlate(study.probes, methods=("pearson",))
-    pixels = probe_frame(read_table(folder / "baselines.parquet")).set_index("size")["top1"]["raw-pixels"]
+    pixels = probe_frame(read_table(folder / "baselines.parquet")).frame.set_index("size")["top1"]["raw-pixels"]
     return {
         "seed": study.frame["seed"].iloc[0],
-        "verdict": HEADS[trust(joint, study.get("compute-optimal frontier")).colour],
         "law": joint.law.name,
         "alpha": joint.params["alpha"],
         "beta": joint.params["beta"],
@@ -127,10 +124,10 @@ def _torch(folder: Path) -> str:
     return str(run["starts"][0]["packages"]["torch"].rpartition(".")[0])
 
 
-def _accuracy(table: pd.DataFrame, folder: Path) -> Iterator[str]:
+def _accuracy(table: Runs, folder: Path) -> Iterator[str]:
     """Write a row per task and kind of probe: accuracies at least and most compute, of baselines, and correlations."""
-    probes = probe_frame(table).sort_values("flops_train")
-    baselines = probe_frame(read_table(folder / "baselines.parquet")).set_index(["task", "kind", "size"])["top1"]
+    probes = probe_frame(table).frame.sort_values("flops_train")
+    baselines = probe_frame(read_table(folder / "baselines.parquet")).frame.set_index(["task", "kind", "size"])["top1"]
     names = list(dict.fromkeys(baselines.index.get_level_values("size")))
     yield (
         f"| task, probe | least compute | most compute | {' | '.join(names)} | Pearson with loss, at equal compute | "

@@ -14,15 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from aimscale.analysis.accuracy.correlation import correlate
+from aimscale.analysis.correlation import correlate
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.effects.result import Contrast
 from aimscale.analysis.publication.card import About
 from aimscale.analysis.publication.folder import publish
 from aimscale.analysis.report.study import CORRELATION, HELD_OUT
-from aimscale.analysis.table.read import probe_frame, read_tables
+from aimscale.analysis.table.runs import Runs
+from aimscale.analysis.table.select import probe_frame, read_tables
 
 STUDIES = Path(__file__).parents[1] / "study"
 PUBLISHED = STUDIES / "published"
@@ -127,7 +126,7 @@ def directions() -> str:
     return "\n".join([*_lines(rows), ""])
 
 
-def _lines(rows: pd.DataFrame) -> Iterator[str]:
+def _lines(rows: Runs) -> Iterator[str]:
     yield "| change | validation loss, % | FLOPs, % | linear, points | attentive | k-NN |"
     yield "|---|---|---|---|---|---|"
     ignored = {"data_fingerprint": ["unique_images"]}
@@ -160,7 +159,7 @@ def _bold(found: Contrast, value: float, low: float, high: float) -> str:
     return text if not found.is_significant else f"**{text}**"
 
 
-def _flops(rows: pd.DataFrame, by: str, level: str) -> str:
+def _flops(rows: Runs, by: str, level: str) -> str:
     ignored = ["unique_images"] if by == "data_fingerprint" else []
     found = contrast(rows, by=by, ignore=ignored, measures=["flops_train"]).contrasts
     ratio = next(each.ratio for each in found if each.level == level)

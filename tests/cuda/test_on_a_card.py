@@ -18,18 +18,19 @@ from torch.profiler import profile
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.device.memory import WORKSPACE_BYTES, held_bytes, kept_bytes_per_image
 from aimscale.harness.distributed.group import ALONE, Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection, run_config
 from aimscale.harness.step.checkpoint import load_checkpoint
 from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, fragment_of
+from aimscale.harness.step.engine import Engine, flat_slice
 from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.sweeps.engine.launch import launch
-from aimscale.sweeps.plan.sweepfile import load_sweep
+from aimscale.sweeps import launch
+from aimscale.sweeps.planning.sweepfile import load_sweep
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -119,9 +120,9 @@ def test_a_resumed_run_holds_the_same_bits(
     for one, other in zip(first.fragments(), second.fragments(), strict=True):
         states = [(each, holder.adam_state(each.flat)) for each, holder in ((one, first), (other, second))]
         for name in ("exp_avg", "exp_avg_sq"):
-            mine, its = (fragment_of(state[name], fragment) for fragment, state in states)
+            mine, its = (flat_slice(state[name], fragment) for fragment, state in states)
             assert torch.equal(mine, its), (one.name, name)
-        assert torch.equal(fragment_of(one.flat, one), fragment_of(other.flat, other)), one.name
+        assert torch.equal(flat_slice(one.flat, one), flat_slice(other.flat, other)), one.name
     writer.close()
     assert losses(second, 2) == pytest.approx(losses(first, 2), rel=1e-4)
 
@@ -234,5 +235,5 @@ def test_runs_of_a_launch_take_the_card(write_images: Callable[..., str], tmp_pa
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({"name": "s", "sizes": ["w64-d2"], "budgets": [64], "seeds": [0, 1], "base": base}))
-    result = launch(load_sweep(path, tmp_path / "root"), devices=1, show_progress=False)
+    result = launch(load_sweep(path, tmp_path / "root"), devices=1)
     assert len(result.finished) == 2

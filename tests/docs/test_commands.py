@@ -10,7 +10,7 @@ Comments that a reader does not see say what a fenced block is:
     <!-- shows -->                the next block is what the last run printed, line by line, numbers within 5 %;
                                   `...` stands for anything
 
-Every bash and python block must say which it is.
+Every bash and python block must say which it is, or that it is a file.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def test_every_block_says_whether_it_is_run(page: Path) -> None:
     for block in read_blocks(page.read_text()):
         where = f"{page.relative_to(ROOT)}:{block.line}"
         if block.language in ("bash", "sh", "shell", "console", "python"):
-            assert block.kind in ("run", "not run"), f"{where}: say <!-- run --> or <!-- not run: REASON -->"
+            assert block.kind in ("run", "not run", "file"), f"{where}: say <!-- run --> or <!-- not run: REASON -->"
         assert block.kind != "not run" or block.detail, f"{where}: say why it is not run"
         assert block.kind != "given" or block.detail in GIVEN, f"{where}: nobody makes '{block.detail}'"
     assert page_mark(page) in ("", "slow", "slurm")

@@ -20,9 +20,7 @@ def test_pages_have_the_numbers_of_the_committed_tables(page: Path) -> None:
 def test_the_demo_shows_what_its_pages_promise() -> None:
     seeds = pd.read_csv(demo.TABLES / demo.SEEDS)
     first = demo.seed_row(demo.TABLES)
-    assert first["verdict"] == seeds["verdict"][0] == "Yes"
     assert first["alpha"] == pytest.approx(seeds["alpha"][0], abs=1e-3)
-    assert (seeds["verdict"] == "Yes").mean() >= 0.8
     assert (seeds["N"] < seeds["N_line"] / 1.5).all()
     assert (seeds["D"] < seeds["D_line"]).all()
     assert (seeds["N_tests"] & seeds["D_tests"]).mean() >= 0.8

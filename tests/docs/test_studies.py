@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from generate import studies
 
-from aimscale.analysis.publication.folder import verify
+from aimscale.analysis.publication.verification import verify
 
 
 @pytest.mark.parametrize("study", studies.PROBED)

@@ -18,9 +18,9 @@ from simulated_tables import Cell, cells, each_table, markdown, parser, run
 
 from aimscale.analysis import fit
 from aimscale.analysis.cli.laws import tested
+from aimscale.analysis.display import Flag
 from aimscale.analysis.fitting.problem import OBJECTIVES
 from aimscale.analysis.fitting.result import Fit, held_out_cautions
-from aimscale.analysis.words import Flag
 
 CANNOT_TEST = "cannot test"
 CAUTIONS = {"The": CANNOT_TEST, "Fitted": "no better than a line", "Only": "few inside"}
@@ -64,7 +64,7 @@ def measure(objective: str, cell: Cell, num: int) -> dict[str, float]:
     for scales, rng in each_table(cell, num):
         df = cell.measured(scales, rng)
         result = fit(df, "chinchilla", y="loss", objective=objective)
-        names = set(shown(tested(result, df, ["C"] if cell.design.isoflop else ["N", "D"])))
+        names = set(shown(tested(result, df, ["C"] if cell.design.isoflop else ["N", "D"], None)))
         counts.update(names | ({ANY} if any(map(is_accusation, names)) else set()))
     return {name: count / num for name, count in counts.items()}
 

@@ -19,12 +19,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from aimscale.harness.data.stream.stream import Batch, open_stream
+from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.schedule import Schedule
 from aimscale.harness.train import loop
-from aimscale.harness.train.attempt import train
+from aimscale.harness.train.run import train
 
 HALF = 0.5
 """Share of the largest budget at which a fault begins."""

@@ -29,8 +29,10 @@ from trainers import rows
 from aimscale.harness.data.store.pack import Listing, pack_images
 from aimscale.harness.run.directory import RunDir
 
-MOMENTS = ("start", "train", "save", "probe")
-VICTIMS = ("launcher", "torchrun", "rank0", "rank1", "server", "worker")
+MOMENTS = ("start", "train", "save", "evaluate", "probe")
+OF_EVALUATION = ("evaluate", "probe")
+"""Moments of the program that evaluates the run: its start, and its middle."""
+VICTIMS = ("launcher", "parent", "rank0", "rank1", "server", "worker")
 BUDGET = 512
 LIMIT_S = 120.0
 
@@ -38,8 +40,8 @@ LIMIT_S = 120.0
 def cells() -> Iterator[str]:
     """Names of all cells that there are."""
     for ranks, workers, moment, victim in itertools.product((1, 2), (0, 2), MOMENTS, VICTIMS):
-        has_victim = {"torchrun": ranks == 2, "rank1": ranks == 2} | dict.fromkeys(("server", "worker"), workers)
-        if has_victim.get(victim, True) and (moment != "probe" or victim not in ("server", "worker")):
+        has_victim = {"parent": ranks == 2, "rank1": ranks == 2} | dict.fromkeys(("server", "worker"), workers)
+        if has_victim.get(victim, True) and (moment not in OF_EVALUATION or victim not in ("server", "worker")):
             yield f"{ranks}-{workers}-{moment}-{victim}"
 
 
@@ -103,14 +105,14 @@ def processes(run: Path) -> Iterator[tuple[int, int, list[str], dict[str, str]]]
 
 
 def find_victim(run: Path, victim: str) -> int | None:
-    """Return the id of a run's torchrun or rank, or of its last rank's fork server or loader process."""
+    """Return the id of the process that started a run's ranks, of a rank, or of its last rank's server or loader."""
     found = [*processes(run)]
-    if victim == "torchrun":
-        return next((pid for pid, _, words, _ in found if "torch.distributed.run" in words), None)
+    if victim == "parent":
+        return next((pid for pid, _, words, _ in found if "aimscale.harness.distributed.ranks" in words), None)
     ranks = {
         int(environment.get("RANK", "0")): pid
         for pid, _, words, environment in found
-        if str(run) in words and "torch.distributed.run" not in words
+        if str(run) in words and "aimscale.harness.distributed.ranks" not in words
     }
     if victim.startswith("rank"):
         return ranks.get(int(victim.removeprefix("rank")))
@@ -126,8 +128,10 @@ def is_moment(run: RunDir, moment: str) -> bool:
     """Return whether a run does now what the name says."""
     if moment == "start":
         return run.lock.exists()
+    if moment == "evaluate":
+        return run.evaluation.lock.exists()
     if moment == "probe":
-        return run.read_status().phase.startswith("probe")
+        return run.evaluation.read_status().phase.startswith("probe")
     if moment == "save":
         return any(run.path.glob(".writer-*/writing-checkpoints-*/part-*"))
     return run.metrics.exists() and run.metrics.read_bytes().count(b"\n") > 5
@@ -163,7 +167,7 @@ def try_cell(folder: Path, cell: str, whole: Any) -> str:
     run = RunDir(path.parent)
     until(lambda: is_moment(run, moment), process)
     pid = process.pid if victim == "launcher" else until(lambda: find_victim(run.path, victim), process)
-    attempts = run.path / "attempts.jsonl"
+    attempts = (run.evaluation if moment in OF_EVALUATION else run).path / "attempts.jsonl"
     before = attempts.read_bytes() if attempts.exists() else b""
     os.kill(pid, signal.SIGKILL)
     killed, noticed_s = time.monotonic(), None
@@ -176,8 +180,8 @@ def try_cell(folder: Path, cell: str, whole: Any) -> str:
     if process.returncode:
         code = launch(sweep, root, int(ranks), log).wait()
         how += "" if code == 0 else f"; that one ended with {code}: {log.read_text().strip().splitlines()[-1]}"
-    if run.is_held():  # by ranks that outlived their launcher, and which the next one left alone
-        until(lambda: not run.is_held())
+    if run.is_held() or run.evaluation.is_held():  # by ranks that outlived their launcher, which the next left alone
+        until(lambda: not run.is_held() and not run.evaluation.is_held())
         how += f", and by ranks that outlived it, {time.monotonic() - killed:.0f} s after the kill"
     is_equal = run.model_file(BUDGET).exists() and outcome(run) == whole
     has_traceback = "Traceback" in log.read_text()

@@ -259,10 +259,12 @@ def execute(case: Case, folder: Path, out: int) -> None:
     from aimscale.sweeps.cli.main import main
 
     if limit:  # runs end at once
-        from aimscale.sweeps.engine import devices, launch
+        from aimscale.sweeps.engine import launch
+        from aimscale.sweeps.planning.aim_run import AimRun
 
         launch.raise_on_problems = lambda *_: None  # type: ignore[assignment]
-        devices.TRAIN_COMMAND = (str(Path(__file__).parents[1] / "sweeps" / "stand_in.py"),)  # type: ignore[assignment]
+        stand_in = str(Path(__file__).parents[1] / "sweeps" / "stand_in.py")
+        AimRun.command = lambda run, stage, run_dir: [stand_in, str(run_dir)]  # type: ignore[method-assign]
         limit(folder)
 
     sys.argv = ["aimscale", *words]

@@ -25,9 +25,10 @@ import pandas as pd
 from aimscale.analysis import trajectory
 from aimscale.harness.log.expected import PERSISTENT, Expected
 from aimscale.harness.run.directory import RunDir
-from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.table.on_track import expected_losses, num_params, points
+from aimscale.sweeps.engine.forecasts import expected_losses, points
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.planning.sweepfile import load_sweep
 
 SWEEP = """
 name: ontrack-{kind}
@@ -97,13 +98,13 @@ def forecasts(runs: Runs) -> Iterator[tuple[Run, pd.DataFrame, float, pd.DataFra
     """Yield each run with its points, how many times the largest N of smaller runs it has, and their points: those of
     all seeds, and of its own seed alone, as most sweeps have."""
     for run, rows in runs:
-        for largest in sorted({num_params(each) for each, _ in runs if num_params(each) < num_params(run)}):
-            chosen = [(each, points) for each, points in runs if num_params(each) <= largest]
+        for largest in sorted({each.num_params for each, _ in runs if each.num_params < run.num_params}):
+            chosen = [(each, points) for each, points in runs if each.num_params <= largest]
             own = [(each, points) for each, points in chosen if each.cell["seed"] == run.cell["seed"]]
             sizes, own_sizes = ({each.cell["size"] for each, _ in some} for some in (chosen, own))
             for some in (chosen, own) if sizes == own_sizes else (chosen,):
                 if len(sizes) > 1:
-                    yield run, rows, num_params(run) / largest, pd.concat([points for _, points in some])
+                    yield run, rows, run.num_params / largest, pd.concat([points for _, points in some])
 
 
 def watched(expected: Expected, losses: dict[int, float]) -> tuple[float, int | None]:
@@ -122,12 +123,12 @@ def watched(expected: Expected, losses: dict[int, float]) -> tuple[float, int | 
 def coverage(kind: str, runs: Runs) -> Iterator[dict[str, Any]]:
     """Yield, for each forecast, the share of points inside, and whether the sound run raised an alarm."""
     for run, rows, times, reference in forecasts(runs):
-        both = rows.merge(trajectory(reference, num_params(run)).table, on=["images_seen", "is_budget"])
+        both = rows.merge(trajectory(reference, run.num_params).table, on=["images_seen", "is_budget"])
         inside = both["val_loss"].between(both["low"], both["high"])
         off = np.log(both["val_loss"] / both["loss"])
         during = rows[~rows["is_budget"]]
         largest, alarm = watched(
-            expected_losses(reference.to_dict("records"), num_params(run)),
+            expected_losses(reference.to_dict("records"), run.num_params),
             dict(zip(during["images_seen"].tolist(), during["val_loss"].tolist(), strict=True)),
         )
         yield {
@@ -152,9 +153,9 @@ def faults(out: Path, kind: str, runs: Runs) -> Iterator[dict[str, Any]]:
         run = next((run for run, _ in runs if run.run_id == folder.parent.name), None)
         if name not in faulty_runs.FAULTS or run is None:
             continue
-        smaller = pd.concat([rows for each, rows in runs if num_params(each) < num_params(run)])
+        smaller = pd.concat([rows for each, rows in runs if each.num_params < run.num_params])
         losses = {point["images_seen"]: point["val_loss"] for point in RunDir(folder).read_curve()}
-        largest, alarm = watched(expected_losses(smaller.to_dict("records"), num_params(run)), losses)
+        largest, alarm = watched(expected_losses(smaller.to_dict("records"), run.num_params), losses)
         start = faulty_runs.HALF * run.budgets[-1]
         sound = next(rows for each, rows in runs if each is run)
         sound = sound[~sound["is_budget"]].set_index("images_seen")["val_loss"].iloc[-LAST:]

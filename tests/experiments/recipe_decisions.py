@@ -4,11 +4,13 @@ False alarms and power are those of the studies' own tables: of every size two s
 recipes, as they are and with the losses of one raised. Decisions are those between tables of the board that differ in
 their data or set-up: fitted to runs below a share of the largest compute, judged by the lowest losses near the largest.
 
-    python tests/experiments/recipe_decisions.py NUM_DRAWS
+    python tests/experiments/recipe_decisions.py 20
+    python tests/experiments/recipe_decisions.py 40 --only simulated
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from aimscale.analysis import AnalysisError, read_table, recipes
 from aimscale.analysis.table.select import fresh_part, main_part
 
 ROOT = Path(__file__).parents[2]
+PARTS = ("simulated", "decisions", "alarms")
 STUDIES = ("main", "cifar")
 RAISED = (0.0, 0.005, 0.01, 0.02)
 SHARES = (4, 10, 30)
@@ -34,7 +37,8 @@ FAMILIES = (
 
 def same_recipe_twice(study: str, rng: np.random.Generator) -> pd.DataFrame:
     """Take two seeds of every size that has them, under the names of two recipes."""
-    table = fresh_part(main_part(read_table(next(ROOT.glob(f"docs/study/published/*/data/{study}.parquet"))))[0])[0]
+    path = next(ROOT.glob(f"docs/study/published/*/data/{study}.parquet"))
+    table = fresh_part(main_part(read_table(path))[0])[0].frame
     parts = []
     for _, rows in table.groupby("params_total"):
         seeds = rng.permutation(rows["seed"].unique())[:2]
@@ -56,33 +60,91 @@ def alarms(study: str, num_draws: int) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby("raised").mean().assign(study=study)
 
 
+def tables_of(pair: tuple[str, str]) -> pd.DataFrame:
+    """Read two tables of the board as one of two recipes."""
+    tables = [pd.read_csv(ROOT / f"tests/board/{name}.csv", comment="#").assign(recipe=name) for name in pair]
+    return pd.concat([each[["N", "D", "C", "loss", "recipe"]] for each in tables], ignore_index=True)
+
+
+def law_free(both: pd.DataFrame, pair: tuple[str, str]) -> pd.Series:
+    """Return the gain at every C of the level that it lowers: by which factor more the baseline needs, on the line
+    through its lowest losses in log-log; NaN where it does not reach that far."""
+    lowest = [both[both["recipe"] == name].groupby("C")["loss"].min() for name in pair]
+    falling = [each[each < each.cummin().shift(fill_value=np.inf)] for each in lowest]
+    (c, y), (own, wanted) = ((np.log(each.index), np.log(each.to_numpy())) for each in falling)
+    return pd.Series(np.exp(np.interp(-wanted, -y, c, np.nan, np.nan) - own), np.exp(own), name="free")
+
+
 def decisions() -> pd.DataFrame:
-    """Return the decisions between pairs of tables by their runs below shares of the largest compute of both."""
+    """Return the gains between pairs of tables beside those that no law is behind: at every budget from all rows, and
+    at the largest of them from the rows below shares of the compute (and below the half of it, in logarithms)."""
     rows = []
     pairs = [pair for family in FAMILIES for pair in itertools.combinations(family, 2)]
     for pair in pairs:
-        tables = [pd.read_csv(ROOT / f"tests/board/{name}.csv", comment="#").assign(recipe=name) for name in pair]
-        both = pd.concat([each[["N", "D", "loss", "recipe"]] for each in tables], ignore_index=True)
-        compute = both["N"].astype(float) * both["D"]
-        top = compute.groupby(both["recipe"]).max().min()
-        lowest = np.log(both[compute.between(top / 1.5, 1.5 * top)].groupby("recipe")["loss"].min())
-        for share in SHARES:
-            below = both[compute <= 1.01 * top / share]
+        both = tables_of(pair)
+        top, free = both.groupby("recipe")["C"].max().min(), law_free(both, pair).dropna()
+        half = top / both[both["recipe"] == pair[1]]["C"].drop_duplicates().median()
+        for share in (1.0, half, *SHARES):
+            below = both[both["C"] <= 1.01 * top / share]
+            ahead = float(free.index[-1] / below[below["recipe"] == pair[1]]["C"].max())
             try:
-                (found,) = recipes(below, by="recipe", baseline=pair[0], y="loss")
-            except AnalysisError:  # too few runs below
+                (found,) = recipes(below, by="recipe", baseline=pair[0], y="loss", beyond=max(ahead, 1.01))
+            except AnalysisError as error:  # too few runs below
+                print(pair, share, error, file=sys.stderr)
                 continue
-            ahead = found.table.iloc[(np.log(found.table["C"] / (6 * top))).abs().argmin()]
-            gap = float(lowest[pair[1]] - lowest[pair[0]])
-            is_told = ahead["low"] > 1 or ahead["high"] < 1
-            rows.append({"pair": " ".join(pair), "share": share, "gap": gap, "is_told": is_told})
-            rows[-1] |= {"is_right": (ahead["gain"] > 1) == (gap < 0)}
+            last, truth = found.table.iloc[-1], float(free.iloc[-1])
+            rows.append({"pair": " ".join(pair), "share": "half" if share == half else share, "law-free": truth})
+            rows[-1] |= last[["gain", "low", "high"]].to_dict() | {"inside": last["low"] <= truth <= last["high"]}
+            rows[-1] |= {"is_told": not last["low"] <= 1 <= last["high"], "is_right": (last["gain"] > 1) == (truth > 1)}
+            rows[-1] |= {"trend": found.trend[0], "p": found.trend_p, "decision": found.decision}
+            if share == 1.0 and found.law is None:  # at every budget
+                each = found.table.set_index(found.table["C"].round(-9))
+                each = each.join(free.set_axis(free.index.to_numpy().round(-9)), how="inner")
+                rows[-1]["budgets"] = f"{each['free'].between(each['low'], each['high']).sum()} of {len(each)}"
     return pd.DataFrame(rows)
 
 
+def simulated(num: int) -> pd.DataFrame:
+    """Return how often a gain that is the same everywhere lies inside what is printed of the table's own compute, and
+    how often a trend is told, by the grid's sizes and amounts of data; .3 % noise, nothing shared."""
+    rows, rng = [], np.random.default_rng(0)
+    for (sizes, budgets), gain in itertools.product(((3, 2), (4, 2), (5, 4), (7, 5)), (1.0, 1.1, 1.5)):
+        n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e5, 1e7, sizes), np.geomspace(1e6, 1e8, budgets)))
+        for _ in range(num):
+            tables = []
+            for name, more in (("old", 1.0), ("new", gain**0.5)):
+                loss = 0.3 + 20 * (more * n) ** -0.38 + 60 * (more * d) ** -0.40
+                noise = np.exp(0.003 * rng.standard_normal(len(n)))
+                tables.append(pd.DataFrame({"N": n, "D": d, "loss": loss * noise, "recipe": name}))
+            try:
+                (found,) = recipes(pd.concat(tables, ignore_index=True), by="recipe", baseline="old", y="loss")
+            except AnalysisError:
+                found = None
+            printed = found is not None and found.is_known
+            own = found.table[~found.table["beyond"]] if printed else pd.DataFrame({"low": [], "high": []})
+            inside = ((own["low"] <= gain) & (own["high"] >= gain)).mean()
+            told = found.trend_p <= 0.01 if printed else np.nan
+            rows.append(
+                {"grid": f"{sizes} x {budgets}", "gain": gain, "printed": printed, "inside": inside, "trend": told}
+            )
+    return pd.DataFrame(rows).groupby(["grid", "gain"]).mean()
+
+
+def main() -> None:
+    """Print the tables that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("num", type=int, help="draws of seeds, and simulated tables a cell")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
+    options = parser.parse_args()
+    if "simulated" in options.only:
+        print(simulated(options.num).to_string(), flush=True)
+    if "decisions" in options.only:
+        found = decisions()
+        print(found.to_string())
+        print(found.groupby(["share", "is_told"])["is_right"].agg(["mean", "size"]).to_string(), flush=True)
+    for study in STUDIES if "alarms" in options.only else ():
+        print(alarms(study, options.num).to_string(), flush=True)
+
+
 if __name__ == "__main__":
-    found = decisions()
-    print(found.to_string())
-    print(found.groupby(["share", "is_told"])["is_right"].agg(["mean", "size"]).to_string(), flush=True)
-    for study in STUDIES:
-        print(alarms(study, int(sys.argv[1])).to_string(), flush=True)
+    main()

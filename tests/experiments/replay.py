@@ -15,9 +15,8 @@ import pandas as pd
 
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.problem import huber_log
-from aimscale.analysis.laws.base import Array, Law
-from aimscale.analysis.laws.catalogue import find_law
-from aimscale.analysis.next.proposal import buy
+from aimscale.analysis.laws import Array, Law, find_law
+from aimscale.analysis.next import buy
 
 OBJECTIVE = huber_log(0.01)
 """Few points are fitted: a wide quadratic zone wastes none."""

@@ -7,14 +7,18 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
+from unittest.mock import patch
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
 
 from aimscale.analysis import laws
+from aimscale.analysis.fitting import problem
 
 Array = np.ndarray
 T = TypeVar("T")
@@ -47,6 +51,8 @@ class Design:
     seeds: int = 1
     isoflop: bool = False
     """Sizes, powers of two, about the optimum of each budget C, in place of a grid of N and D."""
+    is_random: bool = False
+    """Whether every row has a D of its own, drawn at random (one seed: the design is always the same)."""
 
     def scales(self) -> pd.DataFrame:
         """Return the table without its losses."""
@@ -58,6 +64,8 @@ class Design:
         else:
             grid = np.meshgrid(np.geomspace(1e5, 1e7, self.sizes), np.geomspace(1e5, 3e6, self.budgets))
             n, d = (each.ravel() for each in grid)
+        if self.is_random:
+            d = np.exp(np.random.default_rng(0).uniform(np.log(d.min()), np.log(d.max()), len(d)))
         once = pd.DataFrame({"N": n, "D": d, "C": 6 * n * d, "size": [f"{v:.0f}" for v in n]})
         table = pd.concat([once.assign(seed=s) for s in range(self.seeds)], ignore_index=True)
         return table.assign(run_id="n" + table["size"] + "s" + table["seed"].astype(str))
@@ -91,6 +99,9 @@ class Cell:
     design: Design
     errors: str
     """Name in `ERRORS`."""
+    jitter: float | None = None
+    """Standard deviation of ln N and ln D of a row about the grid, in a table of N, D, C and loss alone, as tables that
+    were rounded or read off a figure; None: exact, with names of sizes and runs."""
 
     def measured(self, table: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         """Return the table with losses measured once."""
@@ -98,6 +109,9 @@ class Cell:
         for group in ERRORS[self.errors]:
             codes = self.design.codes(table, group)
             total = total + SHARED_SD * rng.standard_normal(codes.max() + 1)[codes]
+        if self.jitter is not None:
+            n, d = (table[v] * np.exp(self.jitter * rng.standard_normal(len(table))) for v in ("N", "D"))
+            table = pd.DataFrame({"N": n, "D": d, "C": 6 * n * d})
         clean = laws.CHINCHILLA.value({v: table[v].to_numpy() for v in ("N", "D")}, TRUTH)
         return table.assign(loss=clean * np.exp(total))
 
@@ -110,17 +124,25 @@ class Cell:
 DESIGNS = {
     "5 x 4": Design(sizes=5, budgets=4),
     "7 x 5": Design(sizes=7, budgets=5),
+    "9 x 5": Design(sizes=9, budgets=5),
     "5 x 4 x 3": Design(sizes=5, budgets=4, seeds=3),
+    "7 x 5 x 3": Design(sizes=7, budgets=5, seeds=3),
     "iso-FLOP 7 x 6": Design(sizes=7, budgets=6, isoflop=True),
+    "7 x 5 at random D": Design(sizes=7, budgets=5, is_random=True),
 }
 """Sizes x budgets (x seeds)."""
 
 
-def cells(designs: Sequence[str], errors: Sequence[str]) -> list[Cell]:
-    """Return every design with every kind of errors; runs that are sizes (one seed) are told once."""
+def cells(designs: Sequence[str], errors: Sequence[str], jitters: Sequence[float] = ()) -> list[Cell]:
+    """Return every design with every kind of errors and jitter; runs that are sizes (one seed) are told once."""
     return [
-        Cell(name=f"{name}, {shared}", design=DESIGNS[name], errors=shared)
-        for name, shared in itertools.product(designs, errors)
+        Cell(
+            name=", ".join([name, shared, *([f"{100 * sd:g} %"] if jitters else [])]),
+            design=DESIGNS[name],
+            errors=shared,
+            jitter=sd,
+        )
+        for name, shared, sd in itertools.product(designs, errors, jitters or [None])
         if shared != "run" or DESIGNS[name].seeds > 1
     ]
 
@@ -131,15 +153,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--tables", type=int, default=200, help="simulated tables a cell")
     found.add_argument("--design", choices=list(DESIGNS), nargs="*", default=list(DESIGNS))
     found.add_argument("--errors", choices=list(ERRORS), nargs="*", default=list(ERRORS))
+    found.add_argument("--jitter", type=float, nargs="*", default=[], help="standard deviations of ln N and ln D")
     found.add_argument("--workers", type=int, default=1, help="processes")
     return found
 
 
+def quick_minima() -> AbstractContextManager[object]:
+    """Find minima to relative changes of 1e-7 in place of 1e-13, in half of the time: ends of intervals move by 1e-5 of
+    themselves."""
+    return patch.object(problem, "FINE", 1e-7)
+
+
 def each_table(cell: Cell, num: int) -> Iterator[tuple[pd.DataFrame, np.random.Generator]]:
-    """Yield the cell's scales and a generator, the same for table i however many follow."""
-    scales = cell.design.scales()
+    """Yield the cell's scales and a generator, of the cell's own and the same for table i however many follow."""
+    scales, of_cell = cell.design.scales(), crc32(cell.name.encode())
     for i in range(num):
-        yield scales, np.random.default_rng([0, i])
+        yield scales, np.random.default_rng([i, of_cell])
 
 
 def run(job: Callable[[str, Cell, int], T], what: str, chosen: Sequence[Cell], num: int, workers: int) -> dict[str, T]:

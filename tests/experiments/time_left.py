@@ -13,11 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from aimscale.sweeps.plan.costs import cost_cards
-from aimscale.sweeps.plan.planner import plan
-from aimscale.sweeps.plan.sweepfile import load_sweep
-from aimscale.sweeps.table.status import SweepStatus, sweep_status
-from aimscale.sweeps.table.views import format_duration
+from aimscale.sweeps.monitor.layout import format_duration
+from aimscale.sweeps.monitor.status import SweepStatus, sweep_status
+from aimscale.sweeps.state.planned_sweep import plan_sweep
 
 EVERY_S = 2.0
 SHARES = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 0.9)
@@ -25,14 +23,13 @@ SHARES = (0.05, 0.1, 0.15, 0.25, 0.5, 0.75, 0.9)
 
 def watched_launch(name: str, root: Path) -> tuple[list[tuple[float, SweepStatus]], float]:
     """Launch a sweep; (seconds since its start, status) again and again, and the seconds that it took."""
-    sweep = load_sweep(name, root)
-    runs = plan(sweep)
-    cards = cost_cards(sweep, runs)
+    planned = plan_sweep(name, root)
     started, seen = time.monotonic(), []
     words = [sys.executable, "-m", "aimscale", "launch", name, "--root", str(root)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        seen.append((time.monotonic() - started, sweep_status(sweep, cards)))
+        planned.look()
+        seen.append((time.monotonic() - started, sweep_status(planned)))
         time.sleep(EVERY_S)
     return seen, time.monotonic() - started
 

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from slurm_cluster import running_slurm
 
-from aimscale.sweeps.engine.launch import launch
+from aimscale.sweeps import launch
 from aimscale.sweeps.engine.slurm_worker import launch_slurm
-from aimscale.sweeps.plan.planner import Run, plan
-from aimscale.sweeps.plan.sweepfile import Sweep, load_sweep
+from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.planning.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.slurm.submit import Submission
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
 
 Losses = dict[str, list[tuple[int, float]]]
@@ -73,7 +75,7 @@ class Fault:
         return [RunRecord(self.sweep.run_dir(run.run_id)) for run in self.runs]
 
     def launch(self, **options: Any) -> list[Submission]:
-        return launch_slurm(self.sweep, self.runs, allow_dirty=True, **options)
+        return launch_slurm(PlannedSweep(self.sweep), allow_dirty=True, **options)
 
     def job(self, index: int = 0) -> str:
         """Return the id of the Slurm job that executes a run, or did last."""
@@ -156,7 +158,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Losses:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep_values(data, seeds=[0, 1])))
     sweep = load_sweep(path, folder / "root")
-    result = launch(sweep, devices=2, show_progress=False)
+    result = launch(sweep, devices=2)
     assert len(result.finished) == 2
     records = [RunRecord(sweep.run_dir(run_id)) for run_id in result.finished]
     return {r.path.name: [(row["images_seen"], row["val_loss"]) for row in r.read_rows()] for r in records}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 from aimscale.sweeps.engine.launch import cancel
+from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.slurm import commands as slurm
+from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
 Losses = dict[str, list[tuple[int, float]]]
 
@@ -44,6 +47,18 @@ def test_time_limit_saves_requeues_and_finishes(fault: Any, undisturbed: Losses)
     assert ends[-1] == 0
     assert 75 in ends, "the first attempt's steps take four minutes"
     assert set(ends[:-1]) <= {75, -signal.SIGTERM}, "there is nothing to save before the imports are through"
+
+
+def test_a_run_slower_than_planned_goes_on_in_a_longer_job(
+    fault: Any, undisturbed: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aimscale.sweeps.slurm.submit.time_limit_min", lambda *_: 5)  # what the plan says
+    case = fault(step_s=8.0)
+    (part,) = case.launch()
+    case.wait(lambda: case.records[0].is_claimed() and case.job() != part.job_id, "another job")
+    assert "TimeLimit=00:10:00" in slurm.command("scontrol", "show", "job", case.job())
+    assert_as_undisturbed(case, undisturbed)
+    assert slurm.jobs()[str(part.job_id)].state == "COMPLETED"
 
 
 def test_one_job_of_an_array_is_requeued_and_never_the_others_nor_leaves_a_process(
@@ -167,11 +182,32 @@ def test_of_two_nodes_the_broken_one_is_blamed_and_not_that_of_the_worker(fault:
     assert "uncorrectable ECC error" in first["reason"]
 
 
+def test_a_node_that_cannot_start_the_interpreter_is_left_out_by_the_next_launch(fault: Any, tmp_path: Path) -> None:
+    """It fails each job within a moment, is free again, and would take all jobs of the sweep from the healthy one."""
+    header = struct.pack("<HHIQQQIHHHHHH", 2, 0xB7, 1, *4 * [0], 64, 56, *4 * [0])  # of a program for another processor
+    (tmp_path / "broken").write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + header)
+    (tmp_path / "python").write_text(
+        f'#!/bin/bash\n[ $SLURMD_NODENAME = node1 ] && exec {tmp_path}/broken "$@"\nexec {sys.executable} "$@"\n'
+    )
+    for name in ("broken", "python"):
+        (tmp_path / name).chmod(0o755)
+    case = fault(budgets=[32], step_s=0, slurm={"python": str(tmp_path / "python")})
+    case.launch()
+    case.wait_empty_queue()
+    (said,) = sweep_status(PlannedSweep(case.sweep), slurm.jobs()).failed_jobs
+    assert "xec format error" in said
+    (part,) = case.launch()
+    assert part.excluded == ("node1",)
+    case.wait_state("finished")
+    case.wait_empty_queue()
+    assert " NodeList=node2" in slurm.command("scontrol", "show", "job", str(part.job_id))
+
+
 def test_cancel_saves_and_does_not_come_back_until_it_is_retried(fault: Any, undisturbed: Losses) -> None:
     case = fault()
     case.launch()
     case.wait_trained()
-    done, failed = cancel(case.sweep)
+    done, failed = cancel(PlannedSweep(case.sweep))
     assert (len(done), failed) == (1, [])
     case.wait_empty_queue()
     assert case.records[0].read_status().state == "preempted"

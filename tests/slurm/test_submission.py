@@ -18,10 +18,9 @@ from aimscale.sweeps.state.record import RunRecord
 LAUNCHER = """
     from pathlib import Path
     from aimscale.sweeps.engine.slurm_worker import launch_slurm
-    from aimscale.sweeps.plan.planner import plan
-    from aimscale.sweeps.plan.sweepfile import load_sweep
-    sweep = load_sweep({path!r}, Path({root!r}))
-    print(sum(part.num_jobs for part in launch_slurm(sweep, plan(sweep), allow_dirty=True)))
+    from aimscale.sweeps.state.planned_sweep import plan_sweep
+    planned = plan_sweep({path!r}, Path({root!r}))
+    print(sum(part.num_jobs for part in launch_slurm(planned, allow_dirty=True)))
 """
 
 
@@ -77,24 +76,26 @@ def test_a_node_on_which_a_run_failed_is_left_out_and_named(fault: Any) -> None:
     assert " NodeList=node2" in slurm.command("scontrol", "show", "job", job)
 
 
-def test_a_large_run_of_two_nodes_is_probed_on_one_and_returns_the_other(fault: Any, labelled: Any) -> None:
+def test_a_run_of_two_nodes_is_evaluated_by_a_job_of_one_that_its_own_job_submits(fault: Any, labelled: Any) -> None:
     task = {"task": "colour", "train": str(labelled / "train"), "test": str(labelled / "test"), "kinds": ["knn"]}
     wide = [{"when": {"size": "rung-32"}, "set": {"devices": 2, "probes": [task]}}]
-    section = {"setup": [], "probe_on_one_node_above": 1000}
-    case = fault(budgets=[32], slurm=section, override=wide)
-    assert (case.runs[0].devices, case.runs[0].probe_devices) == (2, 1)
+    case = fault(budgets=[32], slurm={"setup": []}, override=wide)
+    assert (case.runs[0].devices, case.runs[0].evaluation_devices) == (2, 1)
     (part,) = case.launch()
     assert (part.shape.nodes, part.num_jobs) == (2, 1)
     record = case.records[0]
     case.wait(lambda: any(row.get("probes") for row in record.read_rows()), "a probe")
     case.wait_empty_queue()
-    (log,) = (case.sweep.directory / "slurm").glob("*.out")
-    assert "only probes are left" in log.read_text()
-    assert log.read_text().splitlines()[-1] == "worker ends: nothing is left"
-    assert case.ends() == [[0, 0]]
+    logs = [log.read_text() for log in sorted((case.sweep.directory / "slurm").glob("*.out"))]
+    assert len(logs) == 2
+    assert "of 1 devices: evaluation" in logs[0]
+    assert all(log.splitlines()[-1] == "worker ends: nothing is left" for log in logs)
     assert [row["world_size"] for row in record.read_rows()] == [2]
-    _, second = record.read_attempts()
-    assert second["device_hours"] * 3600 == pytest.approx(second["ended"] - second["started"], rel=0.05), "one device"
+    for of_stage, devices in ((record, 2), (record.evaluation, 1)):
+        (ended,) = of_stage.read_attempts()
+        assert ended["exit_code"] == 0
+        spent_s = ended["device_hours"] * 3600
+        assert spent_s == pytest.approx(devices * (ended["ended"] - ended["started"]), rel=0.05)
     assert case.launch() == []
 
 

@@ -17,7 +17,7 @@ from typing import Any
 num_steps = 0
 hoard: list[bytes] = []
 
-if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run; neither torchrun nor a loader's process
+if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run; neither what starts its ranks nor a loader
     if os.environ.get("FAULT") == "broken" and os.environ.get("SLURMD_NODENAME") == "node2":
         sys.exit("CUDA error: uncorrectable ECC error encountered")
 
@@ -36,7 +36,7 @@ if "aimscale.harness.train" in sys.orig_argv[2:4]:  # a run; neither torchrun no
                 os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "hog" and num_steps == 1 and not (Path(run.path) / "healthy").exists():
             hoard.append(b"x" * 2_000_000_000)
-            time.sleep(20)
+            time.sleep(300)  # until Slurm has looked and killed it, however late it looks
         return step(self, *args, **kwargs)
 
     Engine.step = slow_step  # type: ignore[method-assign]
