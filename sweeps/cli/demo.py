@@ -54,11 +54,17 @@ def command(
     if not data.is_dir():
         write_bundled(data)
 
+    laws = list[str]()
+
     def tell(event: Event) -> str | None:
-        """Word an event of the launch: what the sizes that are trained say so far."""
-        if event.kind == "started":
+        """Word an event of the launch: what the sizes that are evaluated say so far, once."""
+        if event.kind not in ("started", "finished"):
+            return str(event)
+        law = _first_law(planned) if event.kind == "finished" else None
+        if law is None or law in laws:
             return None
-        return _first_law(planned) if event.kind == "finished" else str(event)
+        laws.append(law)
+        return law
 
     with show_progress(planned, tell) as report_progress:
         result = launch(planned, devices=devices, num_smallest_first=FIRST_LAW, report=report_progress)

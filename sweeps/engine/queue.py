@@ -28,7 +28,7 @@ from aimscale.sweeps.state.attempts import Outcome, record_lost_attempt
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import RunState, State, damaged_state, read_stage
 
-NUM_SHARING = 4
+NUM_SHARING = 3
 """Number of runs that are worth a start of the program which evaluates them."""
 
 

@@ -12,6 +12,7 @@ from commands import say
 from aimscale.analysis import probe_frame, read_table
 from aimscale.harness.data.store import bundled
 from aimscale.sweeps.planning import sweepfile
+from aimscale.sweeps.state import planned_sweep
 
 
 @pytest.mark.slow
@@ -25,7 +26,7 @@ def test_the_demo_ends_at_a_report_and_goes_on_where_it_was(tmp_path: Path, monk
         sizes = ["w12-d1-h3", "w16-d2", "w20-d1", "w24-d2"]
         return sweep.with_fields(sizes=sizes, budgets=[960, 1920, 2880], exclude=[], base=base)
 
-    monkeypatch.setattr(sweepfile, "load_sweep", small)
+    monkeypatch.setattr(planned_sweep, "load_sweep", small)
     monkeypatch.setattr(bundled, "_CROPS", {"pretrain": 100, "train": 30, "validation": 20, "test": 30})
     said = say("demo", "--root", tmp_path, "--devices", 1)
     report = tmp_path / "demo/report.html"

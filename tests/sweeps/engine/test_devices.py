@@ -85,7 +85,7 @@ stop_group()
 def test_ranks_of_one_node_listen_on_loopback_alone(write_sweep: Any, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     (run,) = plan(write_sweep(sizes=["rung-32"], devices=2))
-    command = Machine(devices=2).command(run, "train", tmp_path, 2)
+    command = Machine(devices=2).command(run, [tmp_path], 2)
     assert command[-3:-1] == ["-m", "aimscale.harness.train"]
     command[-3:-1] = [str(tmp_path / "rank.py")]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
