@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,6 +141,7 @@ def correlate(
     methods: Sequence[str] = tuple(METHODS),
     partial: str | None = None,
     within: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Correlations:
     """Correlate two columns, with intervals by a cluster jackknife on Fisher's scale.
 
@@ -158,6 +159,7 @@ def correlate(
         partial: positive column (usually flops_train) that is held equal: rows are compared within groups that share
             it, else about a polynomial in its logarithm.
         within: column (such as size) whose groups' means are taken out of both.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         One coefficient per accuracy, comparison and method, each with its interval.
@@ -169,7 +171,7 @@ def correlate(
         >>> table = read_table("results.parquet")
         >>> correlate(table, y="photographs:knn", within="size").table
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     x, y = runs.column(x), runs.column(y)
     partial, within = (name and runs.column(name) for name in (partial, within))
     if unknown := [m for m in methods if m not in METHODS]:

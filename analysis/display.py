@@ -316,6 +316,7 @@ _IS_COMMAND = ContextVar("is_command", default=False)
 _PYTHON = {
     "columns": 'columns={{"{}": "{}"}}', "fix": 'fixed={{"{}": {}}}', "groups": 'groups={{"{}": "{}"}}',
     "ignore": 'ignore=["{}"]', "measure": 'measures=["{}"]', "out": 'out="{}"', "where": 'where=["{}"]',
+    "drop-outliers": "drop_outliers=True", "law": 'law="{}"',
 }  # fmt: skip
 """Option -> the argument that it is in Python, with its value."""
 

@@ -161,6 +161,7 @@ def next_runs(
     unit: str = "GPU-hours",
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
 ) -> Proposal:
     """Choose the runs on offer that leave the forecast at the target the least variance for the budget.
 
@@ -170,6 +171,7 @@ def next_runs(
         budget: what may be spent, in units of the prices.
         unit: its name.
         law: laws to forecast by, as `forecaster` takes them; the worth of runs is by the best of them.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         The runs in the order of choice, and the forecast's spread before and after.
@@ -182,7 +184,7 @@ def next_runs(
         >>> offer = pd.DataFrame({"N": [3e5, 6e5], "D": [5e5, 3e5], "price": [1.0, 2.0]})
         >>> next_runs(table, {"N": 1e6, "D": 1e6}, offer, budget=3).table
     """
-    runs = Runs(table).with_compute()
+    runs = Runs(table, columns).with_compute()
     laws = law if isinstance(law, Forecaster) else forecaster(runs, law=law, y=y)
     worth_law, place = _worth_by(laws, runs, y), laws.place
     named = {v: offer[v].to_numpy(float) for v in ("N", "D", "U", "C") if v in offer}

@@ -6,6 +6,7 @@ Nothing is averaged over tasks, and no loss level is put beside the paper's.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +125,11 @@ class Comparison(Result):
         return "\n\n".join([fact_lines(self.facts()), *tables])
 
 
-def compare(table: Table) -> Comparison:
+def compare(table: Table, *, columns: Mapping[str, str] | None = None) -> Comparison:
     """Put the runs of a results table beside the published models, and beside baselines of the table's folder.
+
+    Args:
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         Tables of tasks and baselines, with flags of what is not comparable.
@@ -133,7 +137,7 @@ def compare(table: Table) -> Comparison:
     Example:
         >>> compare(read_table("results.parquet")).tasks
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     probes = probe_frame(runs.complete()).frame
     shared, others = _shared(probes)
     text = "Losses: the paper's are on IN-1k at 224 px, these on the table's own images."

@@ -9,7 +9,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import TableArguments
+from aimscale.analysis.cli.options import TableArguments, parameter_values
 from aimscale.analysis.display import text_table
 from aimscale.analysis.errors import AnalysisError
 
@@ -40,17 +40,33 @@ def contrast(
             "--as-law", help="Fit the losses of both levels as laws: how the gain in compute changes with compute."
         ),
     ] = False,
+    law: Annotated[
+        str | None,
+        typer.Option(
+            help="With --as-law: the law of compute that both follow but for one gain, power_offset:C or power:C; "
+            "ladders of five rungs or fewer whose N and D move together take the first by themselves."
+        ),
+    ] = None,
+    fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter of that law, E=1.6; may be repeated.")] = None,
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals."""
     runs, (name, _, baseline) = given.read(), by.partition("=")
     if not as_law:
-        options_of = {"measures": measure or [], "ignore": ignore or []}
-        return given.show(analysis.contrast(runs, by=name, baseline=baseline or None, **options_of), ["report"])
+        if law or fix:
+            raise AnalysisError("--law and --fix belong to --as-law; add it.")
+        levels = analysis.contrast(
+            runs, by=name, baseline=baseline or None, measures=measure or [], ignore=ignore or []
+        )
+        return given.show(levels, ["report"])
     if ignore or len(measure or []) > 1:
         raise AnalysisError("--as-law fits one loss, named by --measure, and takes no --ignore; leave these out.")
-    each = analysis.recipes(runs, by=name, baseline=baseline or None, y=(measure or ["val_loss"])[0])
+    values = dict(map(parameter_values, fix or []))
+    fixed = {parameter: numbers[0] for parameter, numbers in values.items()}
+    y = (measure or ["val_loss"])[0]
+    each = analysis.recipes(runs, by=name, baseline=baseline or None, y=y, law=law or "", fixed=fixed)
     after = [line for more in each[1:] for line in ("", more.summary())]
-    given.show(each[0], ["report"], after=after, also={"levels": each} if len(each) > 1 else None)
+    also = {"levels": each} if len(each) > 1 else None
+    given.show(each[0], ["report"], after=after, also=also, drawn={"beside": each[1:]})
 
 
 @options.verb("columns", "where", "figure", "label", "level", "json")

@@ -11,7 +11,7 @@ import typer
 
 from aimscale import analysis
 from aimscale.analysis.cli import options
-from aimscale.analysis.cli.options import TableArguments, can_report, of_law
+from aimscale.analysis.cli.options import TableArguments, can_report, of_law, parameter_values
 from aimscale.analysis.display import human, text_table
 from aimscale.analysis.errors import AnalysisError
 
@@ -58,6 +58,9 @@ def fit(
         list[str] | None,
         typer.Option(help="Test the law on its largest values, left out: N, or D:2 for two; may be repeated."),
     ] = None,
+    drop_outliers: Annotated[
+        bool, typer.Option("--drop-outliers", help="Fit once more without points far beyond the others, and name them.")
+    ] = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
     from aimscale.analysis.fitting.result import EXPONENTS
@@ -70,8 +73,16 @@ def fit(
     values = dict(map(parameter_values, fix or []))
     fixed = {name: each[0] for name, each in values.items() if len(each) == 1}
     bounds = {name: (each[0], each[1]) for name, each in values.items() if len(each) == 2}
-    chosen = laws.law if laws else law
-    result = analysis.fit(runs, chosen, y=y, weights=weights, objective=objective, fixed=fixed, bounds=bounds)
+    result = analysis.fit(
+        runs,
+        laws.law if laws else law,
+        y=y,
+        weights=weights,
+        objective=objective,
+        fixed=fixed,
+        bounds=bounds,
+        drop_outliers=drop_outliers,
+    )
     result = tested(result, runs, hold_out or [], laws)
     after = ["", laws.summary()] if laws else []
     also = {"tuning": tuning, **({"laws": laws.table} if laws else {})}
@@ -103,18 +114,6 @@ def tested(result: Fit, runs: Runs, hold_out: list[str], laws: Forecaster | None
         tests.append(test(result, rows, by=by, num_values=int(count or 1)))
     cautions = mixture_flags(runs, result.law.variables, y)
     return replace(result, cautions=cautions, heldout=tuple(tests))
-
-
-def parameter_values(text: str) -> tuple[str, list[float]]:
-    """Read `name=value` or `name=low:high`."""
-    name, _, written = text.partition("=")
-    try:
-        values = [float(value) for value in written.split(":")]
-    except ValueError:
-        values = []
-    if not 1 <= len(values) <= 2:
-        raise AnalysisError(f"--fix takes numbers such as E=0 or alpha=0.1:1, not {text!r}.")
-    return name.strip(), values
 
 
 @options.verb("y", "columns", "where", "groups", "level", "json")

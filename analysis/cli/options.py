@@ -153,6 +153,7 @@ def verb(*names: str, y: Any = LossColumn) -> Callable[[Callable[..., None]], Ca
         def command(**typed: Any) -> None:
             shared = {name: typed.pop(name) for name in ("tables", *names)}
             shared.pop("level", None)  # its callback has set it
+            _check_labels(shared.get("label"), shared.get("figure"))
             run(TableArguments(**shared), **typed)
 
         _, *own = inspect.signature(run, eval_str=True).parameters.values()
@@ -163,6 +164,26 @@ def verb(*names: str, y: Any = LossColumn) -> Callable[[Callable[..., None]], Ca
         return command
 
     return with_options
+
+
+def _check_labels(labels: Sequence[str] | None, figure: Path | None) -> None:
+    """Raise AnalysisError for labels that no figure can show, before anything is computed."""
+    if labels and figure is None:
+        raise AnalysisError("--label names what a figure shows; add --figure FIGURE.")
+    if wrong := [text for text in labels or [] if "=" not in text]:
+        raise AnalysisError(f"--label takes a name and its words, such as N=Parameters, not {wrong[0]!r}.")
+
+
+def parameter_values(text: str) -> tuple[str, list[float]]:
+    """Read `name=value` or `name=low:high`."""
+    name, _, written = text.partition("=")
+    try:
+        values = [float(value) for value in written.split(":")]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= 2:
+        raise AnalysisError(f"--fix takes numbers such as E=0 or alpha=0.1:1, not {text!r}.")
+    return name.strip(), values
 
 
 def can_report(runs: Runs) -> bool:
@@ -189,32 +210,29 @@ def show(
     words: str = "",
     after: Sequence[str] = (),
     also: Mapping[str, Any] | None = None,
+    drawn: Mapping[str, Any] | None = None,
     following: str = "",
 ) -> None:
-    """Draw a result where a figure is asked for, with `labels` such as N=Parameters, and print it.
+    """Print a result, and draw it where a figure is asked for, with `labels` such as N=Parameters.
 
     It is printed in `words` (by default its summary) with how well the largest size is tuned (of `also`), the lines of
     `after` and what to run next, or as JSON with what there is `also`.
     """
-    if figure is not None:
-        _draw(result, figure, labels or [])
-    elif labels:
-        raise AnalysisError("--label names what a figure shows; add --figure FIGURE.")
     tuning = [f"tuning: {told}"] if (told := (also or {}).get("tuning")) else []
     typer.echo(result.to_json(**(also or {})) if json else "\n".join([words or result.summary(), *tuning, *after]))
+    if figure is not None:
+        _draw(result, figure, labels or [], **(drawn or {}))
     if following and not json:
         say_next(following)
 
 
-def _draw(result: Result, figure: Path, labels: Sequence[str]) -> None:
+def _draw(result: Result, figure: Path, labels: Sequence[str], **drawn: Any) -> None:
     """Draw a result and write the figure; every label must stand in it."""
     from matplotlib.text import Text
 
     pairs = [text.partition("=") for text in labels]
-    if wrong := [name for name, equals, _ in pairs if not equals]:
-        raise AnalysisError(f"--label takes a name and its words, such as N=Parameters, not {wrong[0]!r}.")
-    drawn = result.plot(labels={name.strip(): words.strip() for name, _, words in pairs})
-    shown = "\n".join(text.get_text() for text in drawn.findobj(Text))
+    picture = result.plot(labels={name.strip(): words.strip() for name, _, words in pairs}, **drawn)
+    shown = "\n".join(text.get_text() for text in picture.findobj(Text))
     if lost := [name for name, _, words in pairs if words.strip()[:20].replace("$", r"\$") not in shown]:
         raise AnalysisError(f"--label {lost[0]}: no axis, column or level of this figure has that name.")
-    analysis.save(drawn, figure)
+    analysis.save(picture, figure)

@@ -23,6 +23,9 @@ from aimscale.analysis.table.schema import FOLLOWS, HEAD, is_plain, varies
 
 OTHER_UNIT = ("target", "patch_size", "image_size")
 """Columns whose levels have losses that cannot be subtracted, beside all fields of the objective."""
+SCALES = ("params_total", "images_seen", "unique_images", "N", "D", "U")
+"""Columns of scale, which pairs share to within `SAME_SCALE`."""
+SAME_SCALE = 1e-3
 CAUTIONS = {
     "prefix": ("unseen_prefix", "Every model is validated with a bidirectional prefix; some were trained without one."),
     "patch_order": (
@@ -38,7 +41,13 @@ CAUTIONS = {
 
 
 def contrast(
-    table: Table, *, by: str, baseline: str | None = None, measures: Sequence[str] = (), ignore: Sequence[str] = ()
+    table: Table,
+    *,
+    by: str,
+    baseline: str | None = None,
+    measures: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Contrasts:
     """Compare the levels of a column with everything else equal.
 
@@ -48,6 +57,7 @@ def contrast(
         measures: `val_loss` or another numeric column, `top1`, `top1:TASK`, `top1:TASK:KIND`; empty takes the
             validation loss and every probe.
         ignore: columns that may differ within a pair.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         A difference per measure and level, with its interval and its minimum detectable effect.
@@ -59,7 +69,7 @@ def contrast(
         >>> table = read_table("results.parquet")
         >>> contrast(table, by="size").table
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     by = runs.column(by)
     rows = (runs if by == "params_total" else runs.with_size()).complete()
     if by in rows and not is_plain(rows[by]):
@@ -67,6 +77,7 @@ def contrast(
     wanted = wanted_measures(rows, measures)
     keys, parts = _keys(rows, by, [runs.column(name) for name in ignore], {m.column for m in wanted})
     long = long_format(rows, wanted, by)
+    long = long.assign(**{name: one_scale(long[name]) for name in SCALES if name in keys})
     long = long.assign(level=level_names(long[by]))
     baseline, *levels = _levels(long, by, wanted, baseline)
     asked, flags = _comparable(wanted, by)
@@ -136,6 +147,13 @@ def _levels(long: pd.DataFrame, by: str, asked: Sequence[Measure], baseline: str
         raise AnalysisError(f"Nothing can be compared: {alone} values of {some([m.title for m in asked])}.")
     first = baseline_of(by, baseline, long["level"].value_counts()[levels])
     return [first, *(level for level in levels if level != first)]
+
+
+def one_scale(numbers: pd.Series) -> pd.Series:
+    """Give numbers that differ by less than `SAME_SCALE` the smallest of theirs: batches seldom divide a budget."""
+    values = np.sort(numbers.dropna().unique().astype(float))
+    first = np.r_[True, values[1:] > values[:-1] * (1 + SAME_SCALE)][: len(values)]
+    return numbers.map(dict(zip(values, values[first][np.cumsum(first) - 1], strict=True)))
 
 
 def _pairs(sides: Mapping[str, pd.DataFrame], keys: list[str]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ A size or a budget errs alike under both recipes, so that cancels in the gains t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,15 @@ from scipy.stats import t as student
 
 from aimscale.analysis.display import Flag, Result, flag_words, human, p_value, power_of_ten
 from aimscale.analysis.effects.gains import Gains, Spread, measured_gains, smooth
+from aimscale.analysis.effects.ladder import LADDER_LAWS, Ladder, fit_ladder, is_short
+from aimscale.analysis.effects.ladder import MOST_SEEDS as LADDER_SEEDS
 from aimscale.analysis.effects.result import POWER, baseline_of, level_names
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
 from aimscale.analysis.fitting.diagnostics import ALARM, unidentified
 from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws import Array
-from aimscale.analysis.table.groups import Cost, cost_of
+from aimscale.analysis.table.groups import Cost, cost_of, shared_budgets
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.runs import Runs, Table
 from aimscale.analysis.table.schema import FOLLOWS
@@ -40,6 +42,8 @@ MOST_SEEDS = 10
 """Further seeds that are thought of at most."""
 EXPONENTS = {"alpha", "beta"}
 """Parameters of the baseline's law that its slopes rest on."""
+MOST_SURE = 0.999
+"""Probability above which no digits are shown."""
 GAIN, TIME_GAIN = ("gain", "low", "high"), ("time_gain", "time_low", "time_high")
 """Columns of a gain and its interval."""
 
@@ -66,6 +70,8 @@ class Recipes(Result):
     """Law of the baseline that turned losses into compute; None where gains were read off budgets of compute."""
     flags: tuple[Flag, ...]
     """Cautions, those of the law among them."""
+    probability: float
+    """Probability that the level is better: that its gain at the table's largest compute is above 1."""
     decision: str
     """Further runs that would tell the gain at the table's largest compute from one, in words."""
 
@@ -96,7 +102,9 @@ class Recipes(Result):
             where = "at" if np.isfinite(self.crossover) else f"{'no crossover' if is_aside else 'not known to,'} up to"
             where += f" {power_of_ten(np.nanmin([self.crossover, inside['C'].max()]))} FLOP"
             words = f"with compute the gain {change}: x {_words(self.trend)} ({p_value(self.trend_p)})"
-            facts += [("trend", words), ("crosses over", where)]
+            shown = ">0.999" if self.probability > MOST_SURE else f"{self.probability:.3g}"
+            facts += [("better", f"with a probability of {shown} at the table's largest compute")]
+            facts += [("trend", words), ("crosses over", where)] if np.isfinite(self.trend_p) else []
         return [*facts, ("to decide", self.decision)]
 
     def cells(self) -> list[dict[str, str]]:
@@ -120,7 +128,15 @@ def _words(values: Any, names: Sequence[str] | None = None) -> str:
 
 
 def recipes(
-    table: Table, *, by: str, baseline: str | None = None, y: str = "val_loss", beyond: float = BEYOND
+    table: Table,
+    *,
+    by: str,
+    baseline: str | None = None,
+    y: str = "val_loss",
+    beyond: float = BEYOND,
+    law: str = "",
+    fixed: Mapping[str, float] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[Recipes, ...]:
     """Tell the gain in compute of recipes over a baseline, by compute.
 
@@ -129,6 +145,10 @@ def recipes(
         baseline: recipe to compare with; None takes the paper's, else the one with most rows.
         y: column of the loss.
         beyond: factor beyond the largest compute up to which gains are told.
+        law: law of compute that both recipes follow but for one gain, `power_offset:C` or `power:C`; empty takes it
+            for short ladders alone (`effects.ladder`), and otherwise lets the gain change with compute.
+        fixed: parameters of that law held at a value, such as E.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         A result per other recipe.
@@ -139,7 +159,7 @@ def recipes(
     Example:
         >>> recipes(read_table("two.csv"), by="recipe")[0].table
     """
-    runs = Runs(table).with_compute()
+    runs = Runs(table, columns).with_compute()
     by, y = runs.column(by), runs.column(y)
     if by not in runs:
         raise runs.no_column(by)
@@ -158,18 +178,58 @@ def recipes(
     first = baseline_of(by, baseline, counts := level.value_counts())
     if len(counts) < 2:
         raise AnalysisError(f"All rows have {by} = {first}, so there is nothing to compare.")
-    return tuple(
-        _compared(numbers[level.isin([first, other])], level == other, (by, first, str(other)), flags, beyond)
-        for other in counts.index
-        if other != first
+    results = list[Recipes]()
+    for other in counts.index[counts.index != first]:
+        points = numbers[level.isin([first, other])].assign(G=(level == other).map({False: 1.0, True: 2.0}))
+        names = {"by": by, "baseline": str(first), "level": str(other)}
+        if law or fixed or is_short(points):
+            results.append(_by_ladder(points, names, flags, beyond, fit_ladder(points, law or LADDER_LAWS[0], fixed)))
+        else:
+            results.append(_compared(points, names, flags, beyond))
+    return tuple(results)
+
+
+def _by_ladder(
+    points: pd.DataFrame, names: Mapping[str, str], flags: Sequence[Flag], beyond: float, ladder: Ladder
+) -> Recipes:
+    """Tell the one gain of a short ladder."""
+    inside = np.unique(shared_budgets(points))
+    scales = np.append(inside, inside[-1] * beyond)
+    ends = ladder.log_gain, ladder.log_gain - ladder.half, ladder.log_gain + ladder.half
+    if ends[1] > 0 or ends[2] < 0:
+        decision = f"nothing more: the gain is {'above' if ladder.log_gain > 0 else 'below'} 1"
+    elif seeds := ladder.seeds():
+        more = f"{seeds} more seed{'s' * (seeds > 1)} of both at every rung"
+        decision = f"{more}, which tell a gain of {np.exp(ladder.log_gain):.2f} from 1 with probability {POWER}"
+    else:
+        decision = f"another rung: {LADDER_SEEDS} more seeds do not tell a gain of {np.exp(ladder.log_gain):.2f} from 1"
+    one = f"One gain for all compute ({ladder.law.law.formula})"
+    text = f"{one}: whether it changes with compute is not asked of so few rungs."
+    measured = ladder.measured(points).reindex(scales).to_numpy()
+    columns = dict(zip(GAIN, np.exp(ends), strict=True)) | {"measured": np.exp(measured)}
+    n, d = _along(points, scales, cost_of(points))
+    return Recipes(
+        **names,
+        table=pd.DataFrame({"C": scales, "N": n, "D": d, **columns, "beyond": scales > inside[-1]}),
+        trend=(np.nan,) * 3,
+        trend_p=np.nan,
+        crossover=np.nan,
+        law=ladder.law,
+        flags=(*flags, Flag(kind="one_gain", text=text), *ladder.law.flags),
+        probability=ladder.probability,
+        decision=decision,
     )
 
 
-def _compared(
-    numbers: pd.DataFrame, is_level: pd.Series, names: tuple[str, str, str], flags: Sequence[Flag], beyond: float
-) -> Recipes:
+def _along(points: pd.DataFrame, flops: Array, cost: Cost) -> tuple[Array, Array]:
+    """Return N and D of amounts of compute (m,), in the points' mean ratio."""
+    ratio = float(np.exp(np.mean(np.log(points["D"] / points["N"]))))
+    n = (flops / (cost.kappa * ratio)) ** (1 / (2 + cost.s))
+    return n, ratio * n
+
+
+def _compared(points: pd.DataFrame, names: Mapping[str, str], flags: Sequence[Flag], beyond: float) -> Recipes:
     """Tell the gains of two recipes, called by their column, the baseline and the level."""
-    points = numbers.assign(G=is_level.map({False: 1.0, True: 2.0}))
     cost = cost_of(points)
     gains = measured_gains(points, cost)
     inside = np.unique(gains.flops)
@@ -186,6 +246,8 @@ def _compared(
     measured = gains.near(inside).reindex(range(len(scales))).to_numpy()
     hidden = unidentified(gains.law.law, gains.law.variables(gains.law.data)) if gains.law else frozenset()
     lost = ", ".join(sorted(EXPONENTS & hidden))
+    top = len(inside) - 1
+    half = (high[top] - low[top]) / 2
     outside = int(np.sum((measured < low) | (measured > high)))
     flags = [*flags, *(gains.law.flags if gains.law else ())]
     if lost:
@@ -196,21 +258,20 @@ def _compared(
         flags.append(Flag(kind="off_curve", number=outside, text=text))
         decision = "nothing can be told: see the caution about budgets outside the interval"
     else:
-        top = len(inside) - 1
         spread = (line if is_told else constant).spread(top)
         decision = _decision(gains, spread, (value[top], low[top], high[top]), cost)
     columns = dict(zip((*GAIN, "measured"), np.exp([value, low, high, measured]), strict=True))
     columns |= _in_time(points, value, low, high)
-    ratio = float(np.exp(np.mean(np.log(gains.rows["D"] / gains.rows["N"]))))
-    n = (scales / (cost.kappa * ratio)) ** (1 / (2 + cost.s))
+    n, d = _along(gains.rows, scales, cost)
     return Recipes(
-        **dict(zip(("by", "baseline", "level"), names, strict=True)),
-        table=pd.DataFrame({"C": scales, "N": n, "D": ratio * n, **columns, "beyond": beyond_table}),
+        **names,
+        table=pd.DataFrame({"C": scales, "N": n, "D": d, **columns, "beyond": beyond_table}),
         trend=line.trend,
         trend_p=line.trend_p,
         crossover=_crossover(inside, value, low, high) if is_told else float("nan"),
         law=gains.law,
         flags=tuple(flags),
+        probability=float(student.cdf(value[top] / half * student.ppf(0.975, line.degrees), line.degrees)),
         decision=decision,
     )
 

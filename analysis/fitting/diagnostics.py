@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.linalg import null_space
 from scipy.stats import f as fisher
 
-from aimscale.analysis.display import Flag, human, option, p_value
+from aimscale.analysis.display import Flag, human, option, p_value, some
 from aimscale.analysis.fitting.inference import SMALLEST_DELTA, Estimate, Interval
 from aimscale.analysis.fitting.problem import LOG_LSQ, Problem, make_problem
 from aimscale.analysis.laws import Array, Law
@@ -159,14 +159,29 @@ def _variables(problem: Problem, points: Points) -> Iterator[tuple[Flag, set[str
             yield Flag(kind="collinear", subject=both, number=r, text=text), set()
 
 
-def _outliers(estimate: Estimate, points: Points) -> Iterator[Flag]:
-    """Flag points whose residual lies far beyond the others'."""
+def outliers(estimate: Estimate, points: Points) -> pd.Index:
+    """Find the labels of the points whose residual lies far beyond the others', the farthest first."""
     r = estimate.problem.residual(estimate.vector)
     scale = max(1.4826 * float(np.median(np.abs(r - np.median(r)))), estimate.components.point, SMALLEST_DELTA)
-    if num := int(np.sum(np.abs(r) > OUTLIER_SCALES * scale)):
-        row = str(points.index[int(np.argmax(np.abs(r)))])
-        text = f"{num} points lie beyond {OUTLIER_SCALES:g} robust standard deviations (farthest: row {row})."
-        yield Flag(kind="outliers", subject=row, number=float(num), text=text)
+    farthest = np.argsort(-np.abs(r), kind="stable")
+    return points.index[farthest[np.abs(r)[farthest] > OUTLIER_SCALES * scale]]
+
+
+def _outliers(estimate: Estimate, points: Points) -> Iterator[Flag]:
+    """Flag them, by their names where the table names runs."""
+    if len(labels := outliers(estimate, points)):
+        beyond = f"{len(labels)} points lie beyond {OUTLIER_SCALES:g} robust standard deviations"
+        text = (
+            f"{beyond} ({row_names(points, labels)}); leave them out by {option('drop-outliers')} if they are faulty."
+        )
+        yield Flag(kind="outliers", subject=str(labels[0]), number=float(len(labels)), text=text)
+
+
+def row_names(points: Points, labels: pd.Index) -> str:
+    """Name rows of the table by number, with their runs where it names them."""
+    runs = points.rows.frame.get("run_id")
+    named = [str(label) if runs is None else f"{label} ({str(runs[label])[-60:]})" for label in labels]
+    return f"row{'s' * (len(named) > 1)} {some(named)}"
 
 
 def blind_flags(groups: Groups) -> Iterator[Flag]:

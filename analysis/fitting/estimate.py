@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from aimscale.analysis.display import did_you_mean
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, satterthwaite
-from aimscale.analysis.fitting.diagnostics import blind_flags
+from aimscale.analysis.fitting.diagnostics import OUTLIER_SCALES, blind_flags, row_names
 from aimscale.analysis.fitting.inference import estimated
 from aimscale.analysis.fitting.problem import LSQ, Objective, find_objective, make_problem
 from aimscale.analysis.fitting.result import Fit, HeldOut
@@ -22,6 +22,7 @@ from aimscale.analysis.laws import LINK_SIGMOID, Array, Columns, Law, find_law
 from aimscale.analysis.table.groups import SIZE_COLUMNS, scales_of
 from aimscale.analysis.table.points import Points, law_points
 from aimscale.analysis.table.runs import Runs, Table, joined
+from aimscale.analysis.table.schema import Exclusion
 
 COMPUTE = "compute"
 """Weights in proportion to a run's compute: what forecasts are fitted with."""
@@ -40,6 +41,7 @@ def fit(
     fixed: Mapping[str, float] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     zero_allowed: bool = False,
+    drop_outliers: bool = False,
     is_tested: bool = True,
 ) -> Fit:
     """Fit a law to a table.
@@ -54,6 +56,8 @@ def fit(
         fixed: parameters held at a value.
         bounds: parameters kept between two values.
         zero_allowed: let variables be zero (an ideal loss), where the law takes no logarithm of them.
+        drop_outliers: fit once more without the points that lie far beyond the others (`Fit.outliers`), which
+            `exclusions` name.
         is_tested: whether to look for what speaks against the law (`lack_of_fit`).
 
     Returns:
@@ -78,6 +82,13 @@ def fit(
     )
     each = None if weights is None else weights_of(points.rows, weights)
     fitted = fit_points(points, law, objective, weights=each, fixed=fixed, bounds=bounds)
+    if drop_outliers and len(labels := fitted.outliers):
+        keep = ~points.index.isin(labels)
+        text = f"beyond {OUTLIER_SCALES:g} robust standard deviations: {row_names(points, labels)}"
+        dropped = Exclusion(kind="outliers", number=len(labels), text=text)
+        points = replace(points.take(keep), exclusions=(*points.exclusions, dropped))
+        each = each if each is None else each[keep]
+        fitted = fit_points(points, law, objective, weights=each, fixed=fixed, bounds=bounds)
     return replace(fitted, weights=weights or "", is_tested=is_tested)
 
 
@@ -222,6 +233,7 @@ def link(
     chance: float | None = None,
     ideal: float | None = None,
     is_tested: bool = True,
+    columns: Mapping[str, str] | None = None,
 ) -> Fit:
     """Fit accuracy as a sigmoid of loss, by least squares.
 
@@ -231,6 +243,7 @@ def link(
         chance: accuracy of guessing, which holds the floor; None fits it.
         ideal: loss at which the accuracy is 1: (ideal, 1) is one more point, as in the OLMo ladder.
         is_tested: whether the law is tested for lack of fit, as in `fit`.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         The sigmoid as a fit, whose variable is L; its curve and interval stay between chance and 1.
@@ -243,7 +256,7 @@ def link(
         >>> photographs = probes[(probes["task"] == "photographs") & (probes["kind"] == "knn")]
         >>> link(photographs).predict({"L": [0.33]})
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     if accuracy not in runs:
         raise runs.no_column(accuracy)
     values = pd.to_numeric(runs[accuracy], errors="coerce")

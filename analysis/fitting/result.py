@@ -21,9 +21,9 @@ from aimscale.analysis.display import (
     plain_types,
     said_once,
 )
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.errors import AnalysisError, UndefinedError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, current_level, half_width, level_words, satterthwaite
-from aimscale.analysis.fitting.diagnostics import Misfit, diagnose, lack_of_fit, misfits, unidentified
+from aimscale.analysis.fitting.diagnostics import Misfit, diagnose, lack_of_fit, misfits, outliers, unidentified
 from aimscale.analysis.fitting.inference import Estimate, Function, Interval, intervals_of
 from aimscale.analysis.fitting.problem import Objective
 from aimscale.analysis.laws import Array, Columns, Law, Params
@@ -262,6 +262,11 @@ class Fit(Result):
         return numbers.iloc[: self.num_points]
 
     @cached_property
+    def outliers(self) -> pd.Index:
+        """Labels of rows far beyond the others: `data.loc[outliers]`; `fit(drop_outliers=True)` leaves them out."""
+        return outliers(self.estimate, self.points)
+
+    @cached_property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Smallest and largest value of each variable among the measured points."""
         return {v: (float(self.data[v].min()), float(self.data[v].max())) for v in self.law.variables}
@@ -370,7 +375,7 @@ class Fit(Result):
         """Log-likelihood of y under independent normal errors of T(y), so that lsq and log_lsq compare."""
         problem = self.estimate.problem
         if self.objective.robust or self.weights:
-            raise AnalysisError("A likelihood needs least squares of equal weights; fit with objective='log_lsq'.")
+            raise UndefinedError("A likelihood needs least squares of equal weights; fit with objective='log_lsq'.")
         n, residual = problem.num_points, problem.residual(self.estimate.vector)
         jacobian = float(np.sum(np.log(problem.y))) if self.objective.log else 0.0
         return -n / 2 * (float(np.log(2 * np.pi * np.mean(residual**2))) + 1) - jacobian

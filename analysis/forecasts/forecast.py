@@ -111,6 +111,7 @@ def forecast(
     *,
     law: Forecaster | Sequence[Law | str] | str = AUTO,
     y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
 ) -> Forecast:
     """Forecast the loss at scales not trained yet, and every probe's accuracy, directly or by way of the loss.
 
@@ -119,6 +120,7 @@ def forecast(
         at: N and D of a run (C, or U of repeated data, where the laws have them), or several; or "N=7e9,D=2B".
         law: "auto", or the laws to try (`forecaster`), or what forecasts the loss.
         y: column of the loss.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         A forecast per scale and quantity, with intervals of the curve and of one run.
@@ -133,7 +135,7 @@ def forecast(
     scales = [{v: float(value) for v, value in each.items()} for each in ([at] if isinstance(at, Mapping) else at)]
     if not scales:
         raise AnalysisError("There is no scale to forecast at; give N and D.")
-    runs, fits = Runs(table), Cache()
+    runs, fits = Runs(table, columns), Cache()
     y = runs.column(y)
     loss = law if isinstance(law, Forecaster) else forecaster(runs, law=law, y=y, cache=fits)
     flags, by = list[Flag](), {y: loss}
@@ -151,10 +153,10 @@ def forecast(
         for number, each in enumerate(scales)
         for name, forecaster_of in by.items()
     ]
-    columns = ["at", *dict.fromkeys(v for each in scales for v in each)]
-    columns += ["quantity", *ENDS, "distance", "rival_lo", "rival_hi"]
+    order = ["at", *dict.fromkeys(v for each in scales for v in each), "quantity", *ENDS]
+    order += ["distance", "rival_lo", "rival_hi"]
     return Forecast(
-        table=pd.concat(rows, ignore_index=True)[columns],
+        table=pd.concat(rows, ignore_index=True)[order],
         scales=tuple(scales),
         forecasters=by,
         exclusions=loss.points.exclusions,

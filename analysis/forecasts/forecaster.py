@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Result, human, percent
+from aimscale.analysis.display import Result, human, option, percent
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width
 from aimscale.analysis.fitting.estimate import COMPUTE, fit_points, held_out
@@ -238,7 +238,12 @@ class Forecaster(Result):
 
 
 def forecaster(
-    table: Table, *, law: Sequence[Law | str] | str = AUTO, y: str = "val_loss", cache: Cache | None = None
+    table: Table,
+    *,
+    law: Sequence[Law | str] | str = AUTO,
+    y: str = "val_loss",
+    cache: Cache | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Forecaster:
     """Weigh laws of a loss by how well each predicts a table's own larger runs from its smaller ones.
 
@@ -246,6 +251,7 @@ def forecaster(
         law: laws to try: "auto", "auto:C" for those of C alone, names with commas, or laws.
         y: column to forecast, a loss or another positive quantity that falls with scale.
         cache: where fits are left for accuracies of the same runs.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         The laws with their weights; `forecast` takes it in the place of `law`.
@@ -257,7 +263,7 @@ def forecaster(
         >>> table = read_table("results.parquet")
         >>> forecaster(table, law="chinchilla,coupled").predict({"N": 1e6, "D": 1e6})
     """
-    points, laws = candidate_points(Runs(table), law, y)
+    points, laws = candidate_points(Runs(table, columns), law, y)
     return weigh(points, laws, partial(fit_laws, laws=laws, cache={} if cache is None else cache))
 
 
@@ -381,7 +387,8 @@ def weigh(points: Points, laws: tuple[Law, ...], fit: Callable[[Points], tuple[F
     fits = {name: each for name, each in all_fits.items() if not isinstance(each, str)}
     if not fits:
         name, reason = next(iter(missing.items()))
-        raise AnalysisError(f"No law can be fitted to forecast with; {name}: {reason}")
+        few = f" Few rungs are forecast by their compute alone: {option('law', 'auto:C')}." * ("C" in points.numbers)
+        raise AnalysisError(f"No law can be fitted to forecast with; {name}: {reason}{few}")
     misses = dict[float, tuple[pd.DataFrame, Array]]()
     for times in CUTS:
         below = points.compute <= points.compute.max() / times

@@ -139,7 +139,12 @@ class Approaches(Result):
 
 
 def frontier(
-    table: Table, *, y: str = "val_loss", law: Law | Fit | str = "chinchilla", laws: Forecaster | None = None
+    table: Table,
+    *,
+    y: str = "val_loss",
+    law: Law | Fit | str = "chinchilla",
+    laws: Forecaster | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Approaches:
     """Draw the compute-optimal frontier by Chinchilla's approaches 2 and 3, naming those that the table does not allow.
 
@@ -147,6 +152,7 @@ def frontier(
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
         law: that of approach 3, or a fit of it to this table.
         laws: those of the forecast, which stand in for it where its own test rejects it; None weighs them here.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         A frontier per approach, or the flags that say why there is none.
@@ -158,7 +164,7 @@ def frontier(
         >>> table = read_table("results.parquet")
         >>> frontier(table).at(1e13)
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     y = runs.column(y)
     compute_points(runs, y)  # raises before an approach is blamed for a missing column
 

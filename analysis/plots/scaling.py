@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -124,6 +124,7 @@ def plot_points(
     ax: Axes | None = None,
     *,
     curves: pd.DataFrame | None = None,
+    columns: Mapping[str, str] | None = None,
     labels: Labels = None,
 ) -> Figure:
     """Draw measurements, with a line through those of each value of another column, or the curves of their runs.
@@ -133,6 +134,7 @@ def plot_points(
         by: the other column, such as the size's parameters.
         curves: points during training of the same runs, with the same columns and `run_id`: a line per run.
         labels: column or letter -> words on its axis and above the legend.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Raises:
         AnalysisError: the table has no such column.
@@ -140,7 +142,7 @@ def plot_points(
     Example:
         >>> plot_points(read_table("results.parquet"), "flops_train", by="params_total")
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     x, y, by = runs.column(x), runs.column(y), by and runs.column(by)
     if absent := [name for name in (x, y, by) if name and name not in runs]:
         raise runs.no_column(absent[0])
@@ -254,24 +256,29 @@ def _compute(by: Forecaster, at: Mapping[str, Any]) -> Any:
 
 
 @styled()
-def plot_recipes(result: Recipes, ax: Axes | None = None, *, color: Any = None, labels: Labels = None) -> Figure:
+def plot_recipes(
+    result: Recipes, ax: Axes | None = None, *, beside: Sequence[Recipes] = (), color: Any = None, labels: Labels = None
+) -> Figure:
     """Draw the gain in compute with its interval, dotted beyond the table's own compute.
 
     Args:
         ax: where to draw; None makes a figure.
+        beside: other recipes of the same comparison, drawn beside it.
         color: colour of the gain.
         labels: words for the levels, and for C on its axis.
     """
     words = labels or {}
-    level, baseline = (words.get(name, name) for name in (result.level, result.baseline))
-    ax, color = ax or new_figure()[1][0], cycled(0) if color is None else color
-    inside, columns = result.table[~result.table["beyond"]], ("C", "gain", "low", "high")
-    beyond = result.table.iloc[len(inside) - 1 :]
-    style.draw(ax, inside, columns, color, label=f"{level} against {baseline}", linestyle="-")
-    style.draw(ax, beyond, columns, color, linestyle=":")
+    ax, columns = ax or new_figure()[1][0], ("C", "gain", "low", "high")
+    for number, each in enumerate((result, *beside)):
+        level, baseline = (words.get(name, name) for name in (each.level, each.baseline))
+        inside, line_color = each.table[~each.table["beyond"]], color or cycled(number)
+        beyond = each.table.iloc[len(inside) - 1 :]
+        style.draw(ax, inside, columns, line_color, label=f"{level} against {baseline}", linestyle="-")
+        style.draw(ax, beyond, columns, line_color, linestyle=":")
     ax.axhline(1, color=MUTED, linewidth=0.9)
     label = partial(style.axis_label, labels={"gain": "gain in compute (factor)", **words})
-    return style.finish(ax, ("flops_train", result.table["C"]), ("gain", result.table[["low", "high"]]), label)
+    tables = pd.concat([each.table for each in (result, *beside)])
+    return style.finish(ax, ("flops_train", tables["C"]), ("gain", tables[["low", "high"]]), label)
 
 
 @styled()

@@ -22,6 +22,8 @@ from aimscale.analysis.table.schema import CANONICAL, KNOWN, PROBE_FIELDS, Colum
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their own
 Named = tuple[pd.DataFrame, dict[str, str], list[Exclusion]]
 """A frame under our names, what the file calls its columns, and the rows that were left out."""
+FROM_PATH = "path:"
+"""What a column begins with that a regular expression finds in the name or folder of a run."""
 _LOOKS = re.compile(r"(?<![a-z])acc(?:uracy)?(?![a-z])|top[-_ @]?[15](?!\d)", re.IGNORECASE)
 _TYPES: dict[str, Callable[[Any], Any]] = {"string": str, "list<int64>": lambda values: [int(each) for each in values]}
 _FIELDS = {field.name: _TYPES.get(field.dtype, float) for field in PROBE_FIELDS if field.dtype != "json"}
@@ -72,6 +74,8 @@ def _computed(text: str, theirs: pd.DataFrame, ours: pd.DataFrame, source: str |
     """Make a column of others, by their names or a law's letters."""
     letters = {letter: ours[name] for letter, name in CANONICAL.items() if name in ours}
     columns: dict[str, pd.Series] = {**theirs, **ours, **letters}
+    if text.startswith(FROM_PATH):
+        return _from_path(text.removeprefix(FROM_PATH), theirs, source)
     try:
         formula = parse_formula(text)
         numbers = {name: to_numbers(columns[name]) for name in formula.names if name in columns}
@@ -82,6 +86,20 @@ def _computed(text: str, theirs: pd.DataFrame, ours: pd.DataFrame, source: str |
             f"{source} has no column {text:.80} that {option('columns')} names{reason}; "
             f"{column_words(theirs.columns, text[:80])}"
         ) from error
+
+
+def _from_path(pattern: str, frame: pd.DataFrame, source: str | Path) -> pd.Series:
+    """Find a column in the names of runs (their folders, mostly), or in the table's own where it names none."""
+    names = frame["run_id"].map(str) if "run_id" in frame else pd.Series(str(source), frame.index)
+    try:
+        cells = names.map(lambda name: match[match.re.groups and 1] if (match := re.search(pattern, name)) else None)
+    except re.error as error:
+        raise AnalysisError(f"{option('columns')}: {pattern!r:.80} is no regular expression: {error}") from error
+    if cells.isna().all():
+        raise AnalysisError(
+            f"{option('columns')}: {pattern!r:.80} is found in no name of a run, such as {names.iloc[0]}"
+        )
+    return cells
 
 
 def _without_words(frame: pd.DataFrame, called: str) -> tuple[pd.DataFrame, list[Exclusion]]:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.display import Flag
+from aimscale.analysis.display import Flag, option
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.laws import CHINCHILLA, Array, Law
 from aimscale.analysis.table.columns import named_like_accuracy
@@ -57,7 +57,7 @@ class Points:
     exclusions: tuple[Exclusion, ...]
     """Rows left out, here and when the table was read."""
     flags: tuple[Flag, ...] = ()
-    """Cautions about the best of tuned columns, where one was chosen."""
+    """Cautions about the best of tuned columns, where one was chosen, and about words of `status`."""
     num_rows: int
     """Rows of the table as it was given: what was chosen from it (--where) is no part of it any more."""
     variables: tuple[str, ...] = ()
@@ -152,13 +152,17 @@ def usable_rows(
     if absent := [name for name in columns.values() if name not in runs]:
         raise runs.no_column(absent[0])
     values, keep = runs.numbers(columns), pd.Series(True, runs.index)
-    exclusions, flags = list(runs.exclusions), tuple[Flag, ...]()
+    exclusions, flags = list(runs.exclusions), list[Flag]()
 
     def leave_out(kind: str, subject: str, text: str, out: Array | pd.Series) -> None:
         if number := int((keep & out).sum()):
             exclusions.append(Exclusion(kind=kind, subject=subject, number=number, text=text))
         keep[out] = False
 
+    for word, number in runs.unknown_statuses().items():
+        unknown = f"{number} rows with status {word!r:.40} are kept, which no tool is known to write"
+        text = f"{unknown}; if these runs are not done, leave them out by {option('where', f'status!={word:.40}')}."
+        flags.append(Flag(kind="status", subject=str(word), number=int(number), text=text))
     leave_out("status", "", "not complete (status)", ~runs.index.isin(runs.complete().index))
     for name, column in columns.items():
         called, number = runs.called(column), values[name]
@@ -170,13 +174,19 @@ def usable_rows(
     leave_out("repeat", "", "that repeat another row exactly", repeats)
     if best_by and (tuned := runs[keep].tuned_columns(used=columns.values())):
         y = columns[best_by]
-        best, flags = _best_settings(runs[keep].assign(**{y: values[best_by]}), y, tuned, columns.values())
-        subject = flags[0].subject if flags else ""
+        best, choices = _best_settings(runs[keep].assign(**{y: values[best_by]}), y, tuned, columns.values())
+        subject = choices[0].subject if choices else ""
+        flags += choices
         others = (~best).reindex(runs.index, fill_value=False)
         leave_out("best of", subject, f"not the best {subject} of their cell", others)
     left_out = tuple(exclusions)
     return Points(
-        rows=runs[keep], numbers=values[keep], columns=columns, exclusions=left_out, flags=flags, num_rows=len(runs)
+        rows=runs[keep],
+        numbers=values[keep],
+        columns=columns,
+        exclusions=left_out,
+        flags=tuple(flags),
+        num_rows=len(runs),
     )
 
 

@@ -7,45 +7,41 @@ A file may be a stranger's: plain ones are read, inside of their folder, of a li
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import itertools
 import re
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.table.files import MAX_BYTES, check_file, files_of
+from aimscale.analysis.table.logs import FROM_LOG, panel_points, run_logs
 from aimscale.analysis.table.runs import Runs
-from aimscale.analysis.table.schema import KNOWN, SCHEMA_VERSION
+from aimscale.analysis.table.schema import KNOWN, SCHEMA_VERSION, is_done
 
-MAX_BYTES = 10**9
-"""Limit on the bytes of a file that is read, and on those that its values take in memory."""
 MAX_VALUES = 10**8
 """Limit on the values of a Parquet file, whose pages may hold one value many times in few bytes."""
 _RUN_NAMES = ("Name", "name", "run_path")
 """Columns that name a run of W&B, in its export, in the table that its guide makes with its API, and in marin's."""
-
-MAX_YAML_BYTES, MAX_YAML_VALUES = 10**7, 10**5
 
 
 def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Runs:
     """Read a results table, or anybody's table of results, under our names.
 
     Args:
-        path: a `.parquet`, `.csv`, `.tsv` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among them; a
-            sweep's folder that holds `results.parquet`; or a folder of other people's runs (`run_logs`).
+        path: a `.parquet`, `.csv`, `.tsv`, `.xlsx` or JSON-lines (`.jsonl`) file, an export of Weights & Biases among
+            them; a sweep's folder that holds `results.parquet`; or a folder of other people's runs (`run_logs`).
         columns: our name (or letter) -> the name in the file, or a formula of columns such as `6 * N * D` or
             `1 - accuracy` (a name with other characters in backticks; see `analysis.formulas`); a file's own N, D, U, C
-            and L are taken for the laws' letters, other columns that are not named keep their names. TASK:KIND -> an
-            accuracy from 0 to 1, TASK:chance and TASK:ideal -> its chance level and the loss at which it is 1: entries
-            of `probes`.
+            and L are taken for the laws' letters, other columns that are not named keep their names. `path:PATTERN`
+            takes the group of a regular expression that is found in the name or folder of a run, `log:PATTERN` the one
+            found in the lines of text logs. TASK:KIND -> an accuracy from 0 to 1, TASK:chance and TASK:ideal -> its
+            chance level and the loss at which it is 1: entries of `probes`.
 
     Returns:
         Known columns typed as the schema says (an integer column with gaps becomes float64, `probes` a list of
@@ -54,38 +50,18 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Ru
     Example:
         >>> read_table("losses.csv", {"N": "params", "D": "images", "L": "loss"})
     """
-    path = Path(path)
-    frame = read_file(next(files_of(path, "results.parquet"), path))
+    path, columns = Path(path), dict(columns or {})
+    patterns = {ours: text.removeprefix(FROM_LOG) for ours, text in columns.items() if text.startswith(FROM_LOG)}
+    columns |= {name: name for name in patterns}
+    frame = read_file(next(files_of(path, "results.parquet"), path), patterns)
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame, of_wandb = from_wandb(frame, path)
-    return Runs(frame, of_wandb | dict(columns or {}), source=path)
+    return Runs(frame, of_wandb | columns, source=path)
 
 
-def files_of(folder: Path, pattern: str) -> Iterator[Path]:
-    """Yield the files of a folder that a pattern or a name finds, sorted; folders are passed over.
-
-    Raises:
-        AnalysisError: one is a pipe or a device, is too large, or lies elsewhere, behind a link.
-    """
-    for path in sorted(folder.glob(pattern)):
-        if not path.is_dir():
-            check_file(path)
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise AnalysisError(f"{path} links to a file outside of {folder}; put a copy of that file in its place")
-            yield path
-
-
-def check_file(path: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Raise AnalysisError for what would be waited for, or read without end."""
-    if not path.is_file():
-        raise AnalysisError(f"{path} is a pipe or a device; save what it gives to a file first")
-    if path.stat().st_size > max_bytes:
-        raise AnalysisError(f"{path} has more than {max_bytes:.0e} bytes; give a smaller one")
-
-
-def read_file(path: Path) -> pd.DataFrame:
-    """Read a table as it stands."""
+def read_file(path: Path, patterns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Read a table as it stands; of a folder the logs, by patterns where there are any (`run_logs`)."""
     if path.exists() and not path.is_dir():
         check_file(path)
     if not path.exists():
@@ -94,9 +70,12 @@ def read_file(path: Path) -> pd.DataFrame:
         hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
         raise AnalysisError(f"there is no table {path}; {hint}")
     if path.is_file() and path.suffix not in _READERS:
-        raise AnalysisError(f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+        raise AnalysisError(
+            f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or the "
+            "folder of a log"
+        )
     try:
-        frame = run_logs(path) if path.is_dir() else _READERS[path.suffix](path)
+        frame = run_logs(path, patterns) if path.is_dir() else _READERS[path.suffix](path)
         if not frame.columns.is_unique:
             name = frame.columns[frame.columns.duplicated()][0]
             raise AnalysisError(f"{path} has two columns named '{name}'; rename one of them")
@@ -145,6 +124,18 @@ def _read_text(path: Path) -> pd.DataFrame:
     return frame.assign(**texts)
 
 
+def _read_excel(path: Path) -> pd.DataFrame:
+    """Read the first sheet."""
+    with zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
+            raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
+    try:
+        frame = pd.read_excel(path, dtype=_TEXTS)
+    except ImportError as error:
+        raise AnalysisError(f"{path} is a sheet of Excel; pip install openpyxl, or save it as .csv") from error
+    return frame.rename(columns=str)
+
+
 _TEXTS = {name: "string" for name, column in KNOWN.items() if column.dtype == "string"}
 """Columns that are never numbers, though a hash such as 24476e35 looks like one."""
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
@@ -152,6 +143,7 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": _read_text,
     ".tsv": _read_text,
     ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=_TEXTS),
+    ".xlsx": _read_excel,
 }
 SUFFIXES = tuple(_READERS)
 """Endings of files that are tables."""
@@ -159,6 +151,8 @@ SUFFIXES = tuple(_READERS)
 
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """Give nested cells columns such as `config.model.width`, and map names of W&B's as `read_table`'s `columns` do."""
+    if (points := panel_points(frame)) is not None:
+        return points, {}
     if is_api := {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES):
         try:  # a CSV has dictionaries as text
             told = frame[["config", "summary"]].map(lambda c: ast.literal_eval(c) if isinstance(c, str) else c)
@@ -172,118 +166,10 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
         if any(cells):
             inner = pd.json_normalize(cells).set_index(frame.index).add_prefix(f"{name}.")
             frame = frame.drop(columns=name).join(inner[[each for each in inner if each not in frame]])
+    states = [name for name in ("State", "Status", "state", "run_status") if name in frame and "status" not in frame]
+    if states and frame[states[0]].dropna().map(lambda word: is_done(str(word)) is not None).all():
+        frame = frame.assign(status=frame[states[0]])
     if not (is_api or "_step" in frame or {*frame} >= {"Name", "State"}):
         return frame, {}
     called = [name for name in _RUN_NAMES if name in frame and "run_id" not in frame]
-    if "State" in frame:
-        frame = frame.assign(status=frame["State"].where(frame["State"] != "finished", "complete"))
     return frame, {"run_id": called[0]} if called else {}
-
-
-def run_logs(folder: Path) -> pd.DataFrame:
-    """Read a folder of runs as points: a row per run and step, with its settings.
-
-    The last row of a run has the last value of every metric and the status `complete`, those before it `during`.
-    """
-    frames = []
-    for run, settings, points, status in (each for reader in _LOG_READERS for each in reader(folder) if len(each[2])):
-        points = points.sort_index()
-        points.iloc[-1] = points.ffill().iloc[-1]
-        statuses = [*["during"] * (len(points) - 1), status]
-        told = {name: value for name, value in settings.items() if name not in points}
-        frames.append(points.reset_index().assign(**told, run_id=run, status=statuses))
-    if not frames:
-        expected = "results.parquet nor runs of TensorBoard, MLflow or Lightning"
-        raise AnalysisError(f"{folder} holds neither {expected}; give another folder, or `aimscale collect` a sweep")
-    return pd.concat(frames, ignore_index=True)
-
-
-_Run = tuple[str, dict[str, Any], pd.DataFrame, str]
-"""Identity of a run (its folder, or MLflow's id: names may stand twice), settings, metrics by step, and status."""
-
-
-def _mlflow_store(folder: Path) -> Iterator[_Run]:
-    """Read MLflow's database, `mlflow.db`."""
-    for file in files_of(folder, "**/mlflow.db"):
-        with contextlib.closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as store:
-            read = {name: pd.read_sql(f"SELECT * FROM {name}", store) for name in ("runs", "params", "metrics")}
-        for run in read["runs"].to_dict("records"):
-            params, metrics = (read[name][read[name]["run_uuid"] == run["run_uuid"]] for name in ("params", "metrics"))
-            points = metrics.pivot_table(index="step", columns="key", values="value", aggfunc="last")
-            settings = {key: _value(value) for key, value in zip(params["key"], params["value"], strict=True)}
-            yield run["run_uuid"], settings, points, "complete" if run["status"] == "FINISHED" else "unfinished"
-
-
-def _mlflow_files(folder: Path) -> Iterator[_Run]:
-    """Read MLflow's folder of files, `mlruns`: lines `time value step` in a file for every metric."""
-    for meta in files_of(folder, "**/meta.yaml"):
-        files = [*files_of(meta.parent, "metrics/**/*")]
-        names = [each.relative_to(meta.parent / "metrics").as_posix() for each in files]
-        values = [pd.read_csv(each, sep=" ", header=None).groupby(2)[1].last() for each in files]
-        points = pd.DataFrame(dict(zip(names, values, strict=True))).rename_axis("step")
-        settings = {each.name: _value(each.read_text()) for each in files_of(meta.parent, "params/*")}
-        status = "complete" if _yaml(meta).get("status") == "3" else "unfinished"  # FINISHED
-        yield meta.parent.name, settings, points, status
-
-
-def _lightning(folder: Path) -> Iterator[_Run]:
-    """Read the folders of Lightning's CSV logger: `metrics.csv`, and `hparams.yaml` beside it."""
-    for file in files_of(folder, "**/metrics.csv"):
-        points = pd.read_csv(file).groupby("step").last()
-        yield file.parent.as_posix(), _hparams(file.parent), points, "complete"
-
-
-def _tensorboard(folder: Path) -> Iterator[_Run]:
-    """Read the scalars of TensorBoard's event files, and settings that `add_hparams` or Lightning wrote."""
-    files = sorted({each.parent for each in files_of(folder, "**/events.out.tfevents.*")})
-    if not files:
-        return
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-    except ImportError as error:
-        raise AnalysisError(f"{folder} holds event files of TensorBoard; pip install tensorboard") from error
-    for parent in files:
-        events = EventAccumulator(str(parent), size_guidance={"scalars": 0}).Reload()
-        settings = _hparams(parent)
-        for tag, content in events.summary_metadata.items():
-            if tag == "_hparams_/session_start_info":
-                given = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
-                settings |= {name: getattr(value, value.WhichOneof("kind")) for name, value in sorted(given.items())}
-        scalars = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        yield parent.as_posix(), settings, pd.DataFrame(scalars).rename_axis("step"), "complete"
-
-
-def _hparams(folder: Path) -> dict[str, Any]:
-    """Read Lightning's hyperparameters, nested ones under dotted names."""
-    told = [_yaml(file) for file in files_of(folder, "hparams.yaml")]
-    return {str(name): _value(v) for name, v in pd.json_normalize(told).iloc[0].items()} if any(told) else {}
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping of texts, whatever Python tags say."""
-    check_file(path, MAX_YAML_BYTES)
-    values = yaml.load(path.read_text(), yaml.BaseLoader) or {}
-    if not isinstance(values, dict) or _num_values(values, {}) > MAX_YAML_VALUES:
-        raise AnalysisError(f"{path} is no mapping, or has more than {MAX_YAML_VALUES} values; write it again")
-    return values
-
-
-def _num_values(value: Any, sizes: dict[int, int]) -> int:
-    """Count the values of a document, each alias as what it stands for; one that contains itself has too many."""
-    if isinstance(value, dict | list) and id(value) not in sizes:
-        sizes[id(value)] = MAX_YAML_VALUES + 1  # until it is counted
-        inner = value.values() if isinstance(value, dict) else value
-        sizes[id(value)] = sum(_num_values(each, sizes) for each in inner)
-    return sizes.get(id(value), 1)
-
-
-def _value(text: Any) -> Any:
-    """Read a hyperparameter, which was written as a text."""
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return text
-
-
-_LOG_READERS = (_mlflow_store, _mlflow_files, _lightning, _tensorboard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import pandas as pd
 
 from aimscale.analysis.display import option, told_apart
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.formulas import FormulaError, parse_formula
 from aimscale.analysis.laws import Array
 from aimscale.analysis.table.columns import looks_like_accuracy, named, to_numbers
 from aimscale.analysis.table.groups import Groups, codes_of, groups_of
@@ -28,11 +30,16 @@ from aimscale.analysis.table.schema import (
     TUNED,
     TUNED_BY_OTHERS,
     Exclusion,
+    is_done,
     is_plain,
     missing_column,
     varies,
 )
 
+MOST_NAMES = 0.9
+"""Words that take more values than this share of the rows name runs."""
+MOST_RATES = 20
+"""Rates, batches and decays that take more values, seldom one twice, are those of steps, not of runs."""
 KINDS = ("sizes", "budgets")
 """Kinds of groups that a user may name."""
 
@@ -136,10 +143,23 @@ class Runs:
         return self.with_rows(self._frame.reset_index(drop=True))
 
     def complete(self) -> Runs:
-        """Keep rows whose `status` is complete or `during` training, or that do not say (a foreign table)."""
+        """Keep rows whose `status` says done, in the word of any tool (`is_done`), or `during` training, or that do not
+        say; in a table of others' those, too, whose word is none of a tool's (`unknown_statuses`)."""
         if "status" not in self:
             return self
-        return self[self["status"].isna() | self["status"].isin(("complete", "during"))]
+        return self[self["status"].isna() | self._is_done().isin((True,)) | self._is_unknown()]
+
+    def unknown_statuses(self) -> pd.Series:
+        """Count the rows of every `status` of a foreign table that no tool is known to write."""
+        return self["status"][self._is_unknown()].value_counts() if "status" in self else pd.Series(dtype=int)
+
+    def _is_done(self) -> pd.Series:
+        return self["status"].map(lambda word: is_done(str(word)), na_action="ignore").astype(object)
+
+    def _is_unknown(self) -> pd.Series:
+        """Find the rows (n,) whose word for their status is none that is known; our tables hold none."""
+        is_ours = self["schema_version"].notna() if "schema_version" in self else False
+        return self["status"].notna() & self._is_done().isna() & ~pd.Series(is_ours, self.index)
 
     def described(
         self, names: Mapping[str, str] | None = None, left_out: Sequence[Exclusion] = (), *, by_loss_of: int = 0
@@ -236,6 +256,7 @@ class Runs:
         A word that stands for one size and one seed is the name of a run.
         """
         reserved, frame = {*KNOWN, FOLDER, *CANONICAL, *self._labels, *measured}, self._frame
+        reserved |= self.sources
         plain = self.varying([name for name in self if name not in reserved and is_plain(self[name])])
         scale, settings = self.varying(("params_total", "seed")), []
         for name in [name for name in plain if not looks_like_accuracy(frame, name)]:
@@ -244,8 +265,11 @@ class Runs:
             if numbers.notna().equals(frame[name].notna()):  # 44M and 26.2 %, too
                 whole = (numbers.dropna() % 1 == 0).all()  # batches and depths; measurements seldom are
                 is_setting = (2 if whole else 3) * num_values <= len(frame)
+                is_setting &= not self._is_scheduled(name)
             else:
-                is_name = len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == num_values
+                is_name = num_values > MOST_NAMES * len(frame) >= 5 or (
+                    len(scale) == 2 and len(frame[[name, *scale]].drop_duplicates()) == num_values
+                )
                 is_setting = num_values < len(frame) and not is_name
             settings += [name] if is_setting else []
         return settings
@@ -263,7 +287,25 @@ class Runs:
         """List the learning rates, batches and weight decays that take several values, but for columns in use."""
         names = [str(name) for name in self._frame.select_dtypes("number") if TUNED_BY_OTHERS.match(str(name))]
         foreign = [name for name in names if name not in {*KNOWN, *self.setup_columns()}]
-        return [name for name in self.varying((*TUNED, *foreign)) if name not in used]
+        names = self.varying((*TUNED, *foreign))
+        return [name for name in names if name not in used and not self._is_scheduled(name)]
+
+    def _is_scheduled(self, name: str) -> bool:
+        """Tell whether a number changes within runs, as a rate that is logged beside a step does."""
+        values = self._frame[name]
+        if "run_id" in self and self["run_id"].duplicated().any():
+            return bool(values.groupby(self["run_id"]).nunique().gt(1).any())
+        return values.nunique() > max(MOST_RATES, len(values) / 2)
+
+    @property
+    def sources(self) -> set[str]:
+        """Columns of the file that formulas of others were counted from."""
+        names = set[str]()
+        for text in self.names.values():
+            if text not in self:  # a plain name is gone, renamed
+                with contextlib.suppress(FormulaError):
+                    names |= {name for name in parse_formula(text).names if name in self}
+        return names
 
     def experiment_columns(self) -> list[str]:
         """List the columns that may tell experiments apart and vary: those of the design and the set-up, settings of a

@@ -130,6 +130,48 @@ PROVENANCE = ("sweep", FOLDER)
 """Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
 
 
+_DONE = {
+    "complete",
+    "completed",
+    "finished",
+    "done",
+    "success",
+    "succeeded",
+    "successful",
+    "ok",
+    "during",
+    "terminated",
+}
+_NOT_DONE = {
+    *(
+        "failed",
+        "fail",
+        "failure",
+        "error",
+        "errored",
+        "crashed",
+        "killed",
+        "canceled",
+        "cancelled",
+        "canceling",
+        "aborted",
+    ),
+    *("running", "pending", "queued", "scheduled", "created", "initializing", "starting", "resuming", "recovering"),
+    *("preempted", "suspended", "paused", "pausing", "stopped", "stopping", "interrupted", "unfinished", "incomplete"),
+    *("timeout", "timed_out", "out_of_memory", "oom", "node_fail", "boot_fail", "deadline", "revoked", "requeued"),
+    *("active", "completing", "configuring", "cancelling", "submitted", "waiting", "pruned", "diverged", "unknown"),
+    *("failed_setup", "failed_precheck", "failed_driver", "failed_no_resource", "failed_controller", "lost", "nan"),
+}
+
+
+def is_done(status: str) -> bool | None:
+    """Tell whether a run is done by the word of a tool (W&B, MLflow, Lightning, Determined, Ray, Optuna, SkyPilot,
+    stable-pretraining, Slurm; `during`: a point of training); None where the word is none of theirs."""
+    word = status.lower().rpartition(".")[2].partition(" by ")[0].strip(" +").replace("-", "_").replace(" ", "_")
+    word = word.removeprefix("state_")
+    return True if word in _DONE else False if word in _NOT_DONE else None
+
+
 def varies(values: pd.Series) -> bool:
     """Tell whether a column takes several values, missing ones aside."""
     return len(pd.unique(values.dropna())) > 1

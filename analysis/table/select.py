@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import f as fisher
 from scipy.stats import ttest_1samp
 
 from aimscale.analysis.display import Flag, human, option, some
@@ -39,7 +40,9 @@ REPEATS_FROM = 1.01
 FEW_PASSES = 4.0
 """Passes over a pool that are worth nearly as much as new data (Muennighoff et al. 2023)."""
 CHANCE = 0.01
-"""Probability of chance below which losses of two folders differ."""
+"""Probability of chance below which losses of two folders, or of a column's values, differ."""
+MIN_FREE = 3
+"""Degrees of freedom below which nothing is tested."""
 
 
 def read_tables(
@@ -236,7 +239,9 @@ def mixture_flags(runs: Runs, variables: Sequence[str], y: str = "val_loss") -> 
     training. Sweeps and folders count where their losses of equal cells differ: they may well be one experiment."""
     of_law = {*variables, *(CANONICAL.get(v, v) for v in variables)}
     rows, flags = runs.complete(), list[Flag]()
+    ours = {*rows.design_columns(), *PROVENANCE}
     names = [n for n in rows.experiment_columns() if n not in PROVENANCE or _differ(rows.frame, n, y)]
+    names = [n for n in names if n in ours or _matters(rows.frame, n, y)]
     names += ["unique_images"] * (most_passes(rows) > REPEATS_FROM)
     names += ["images_seen"] * ("params_total" in of_law) + ["params_total"] * ("images_seen" in of_law)
     for name in [name for name in names if name in rows and name not in of_law and varies(rows[name])]:
@@ -276,6 +281,29 @@ def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
     one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
     differences = (one - other).dropna().groupby(level=cell[0]).mean()
     return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)
+
+
+def _matters(rows: pd.DataFrame, name: str, y: str) -> bool:
+    """Test whether losses differ by a column's values beside a smooth function of N and D, as they do not by a colour
+    or by D / N; where there are too few rows to tell, they may."""
+    scale = [each for each in ("params_total", "N", "images_seen", "D") if each in rows]
+    logs = np.log(rows[[*scale, y]].apply(pd.to_numeric, errors="coerce").where(lambda each: each > 0)).dropna()
+    if not scale or logs.empty:
+        return True
+    x = logs[scale].to_numpy()
+    smooth = np.column_stack(
+        [np.ones(len(x)), x, *(x[:, i] * x[:, j] for i in range(len(scale)) for j in range(i + 1))]
+    )
+    levels = pd.get_dummies(rows.loc[logs.index, name].astype(str), dtype=float).to_numpy()
+    ranks, squares = list[int](), list[float]()
+    for basis in (smooth, np.column_stack([smooth, levels])):
+        solution, _, rank, _ = np.linalg.lstsq(basis - basis.mean(0) * (basis.std(0) > 0), logs[y], rcond=1e-9)
+        ranks.append(int(rank))
+        squares.append(float(((logs[y] - (basis - basis.mean(0) * (basis.std(0) > 0)) @ solution) ** 2).sum()))
+    more, free = ranks[1] - ranks[0], len(logs) - ranks[1]
+    if more == 0 or free < MIN_FREE:
+        return more > 0
+    return bool(fisher.sf((squares[0] - squares[1]) / more / (squares[1] / free), more, free) < CHANCE)
 
 
 def most_passes(rows: Runs) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -47,7 +48,14 @@ MIN_ROWS = 8
 """Rows of the lowest losses that count for two settings, whose parabola has six coefficients."""
 
 
-def rates(table: Table, *, y: str = "val_loss", lr: str = "lr_peak", batch: str | None = None) -> Rates:
+def rates(
+    table: Table,
+    *,
+    y: str = "val_loss",
+    lr: str = "lr_peak",
+    batch: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Rates:
     """Find the best learning rate (and batch) of every size and amount of data, and what other settings lose.
 
     Rows of equal N and D that differ in their setting are a cell. Near its minimum ln loss is a parabola in the
@@ -60,6 +68,7 @@ def rates(table: Table, *, y: str = "val_loss", lr: str = "lr_peak", batch: str 
         y: column of the loss.
         lr: column of the learning rate.
         batch: column of the batch; None takes `batch_size` where cells have three values of it or more.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         Optima, their laws, and the regret of every cell: the share of its loss that its best row lost by its setting.
@@ -72,7 +81,7 @@ def rates(table: Table, *, y: str = "val_loss", lr: str = "lr_peak", batch: str 
         >>> found.table
         >>> found.laws["lr"].predict(N=1e9, D=1e9)
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     names = _setting_columns(runs, lr, batch)
     wanted = {"N": runs.column("N"), "D": runs.column("D"), **names, "y": runs.column(y)}
     used = usable_rows(runs, wanted)
@@ -214,6 +223,7 @@ def tuned(
     lr: str = "lr_peak",
     batch: str | None = None,
     known_rates: Rates | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Runs:
     """Correct the losses of a table to those of runs at their best settings, for laws to be fitted to.
 
@@ -227,6 +237,7 @@ def tuned(
         lr: column of the learning rate.
         batch: column of the batch, as `rates` takes it.
         known_rates: rates of this table, where they were fitted before.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
 
     Returns:
         The rows that were kept, with corrected losses.
@@ -238,7 +249,7 @@ def tuned(
         >>> table = read_table("tuned.csv")
         >>> fit(tuned(table), "chinchilla").intervals["alpha"]
     """
-    runs = Runs(table)
+    runs = Runs(table, columns)
     known_rates = known_rates or rates(runs, y=y, lr=lr, batch=batch)
     optima, data, y = known_rates.table, known_rates.points.numbers, runs.column(y)
     _refuse_unknown(runs, known_rates)

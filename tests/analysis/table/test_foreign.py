@@ -1,14 +1,15 @@
 """Tables of others: their formats, their names, columns that can be computed, and the best of what they tuned."""
 
 import contextlib
+import inspect
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from commands import answer, say
+from commands import answer, refused, say
 
-from aimscale.analysis import contrast, correlate, fit, read_table, read_tables
+from aimscale.analysis import contrast, correlate, fit, forecast, frontier, rates, read_table, read_tables
 from aimscale.analysis.display import in_command
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.columns import parse_columns
@@ -187,3 +188,81 @@ def test_what_to_run_next_keeps_the_loss_that_was_named_and_runs(theirs, tmp_pat
     last = say("fit", *given.split()).splitlines()[-1]
     assert last == f"next: aimscale frontier {given}", "a report needs val_loss"
     say(*last.split()[2:])
+
+
+def test_a_rate_that_is_logged_beside_every_step_is_no_setting(theirs):
+    """A schedule's rate was taken for a tuned one: 591 of 1,002 rows of a table were dropped as not the best."""
+    curves = theirs[theirs["lr"] == 3e-4].drop(columns="lr").reset_index(drop=True)
+    scheduled = curves.assign(run_id=(curves.index // 4).astype(str), lr=np.linspace(1e-3, 1e-5, len(curves)))
+    assert "lr" not in Runs(scheduled).tuned_columns()
+    assert fit(scheduled, columns=NAMES, y="loss").num_points == len(curves)
+    assert Runs(theirs).tuned_columns() == ["lr"]
+
+
+def test_what_scale_determines_or_losses_ignore_is_no_mixture(theirs, tmp_path):
+    """`color` and `chinchilla_multiple` were called varied designs; following the advice destroyed the fit."""
+    grid = theirs[theirs["lr"] == 3e-4]
+    ratio = (grid["tokens"] / grid["num_params"] / 20).round(3).astype(str) + "xC"
+    colors = pd.qcut(grid["loss"], 8, labels=[f"#{i}{i}{i}" for i in range(8)]).astype(str)
+    apart = np.arange(len(grid)) % 2
+    plain = grid.assign(chinchilla_multiple=ratio, color=colors, side=np.where(apart, "left", "right"))
+    plain.to_csv(tmp_path / "plain.csv", index=False)
+    flags = answer("fit", tmp_path / "plain.csv", "--columns", COLUMNS)["flags"]
+    assert "mixed" not in {each["kind"] for each in flags}
+    plain.assign(loss=plain["loss"] * (1 + 0.05 * apart)).to_csv(tmp_path / "mixed.csv", index=False)
+    flags = answer("fit", tmp_path / "mixed.csv", "--columns", COLUMNS)["flags"]
+    assert "side" in {each["subject"] for each in flags if each["kind"] in ("mixed", "experiments")}
+
+
+def test_pairs_share_scales_to_a_thousandth_and_neither_names_nor_what_scales_were_counted_from():
+    """Five tries at LAION's table: D differed in its last digits, a name in every row, and two columns made of D."""
+    rows = [
+        {"arch": f"B-{n:.0f}", "gmacs": n, "seen": d * (1 + 1e-9 * i), "total": n * d, "acc": 0.5 + 0.01 * i + n / 1e3}
+        for n in (4.0, 17.0, 40.0)
+        for d in (3e9, 13e9)
+        for i in (0, 1)
+    ]
+    table = pd.DataFrame(rows).assign(data=["a", "b"] * 6, name=[f"Model-{i}" for i in range(12)])
+    columns = {"N": "gmacs", "D": "seen", "C": "total*2", "L": "1-acc"}
+    result = contrast(table, by="data", baseline="a", columns=columns)
+    assert result.table["num_pairs"].tolist() == [6]
+    assert result.table["difference"].tolist() == pytest.approx([-0.01])
+
+
+def test_outliers_are_named_and_dropped_only_when_asked_and_said(theirs, tmp_path):
+    grid = theirs[theirs["lr"] == 3e-4].reset_index(drop=True).assign(run_id=[f"run-{i}" for i in range(20)])
+    grid.loc[[3, 11], "loss"] *= 1.3
+    law = fit(grid, columns=NAMES, y="loss")
+    assert sorted(law.outliers) == [3, 11]
+    (flag,) = [each for each in law.flags if each.kind == "outliers"]
+    assert "run-3" in str(flag)
+    assert "run-11" in str(flag)
+    clean = fit(grid, columns=NAMES, y="loss", drop_outliers=True)
+    assert (law.num_points, clean.num_points) == (20, 18)
+    assert "rows 3 (run-3), 11 (run-11)" in str(clean.exclusions) or "run-11" in str(clean.exclusions[-1])
+    grid.to_csv(tmp_path / "t.csv", index=False)
+    assert "2 rows beyond 6 robust" in say("fit", tmp_path / "t.csv", "--columns", COLUMNS, "--drop-outliers")
+
+
+def test_a_fit_without_a_likelihood_has_none_and_can_be_looked_through(theirs):
+    law = fit(theirs, columns=NAMES, y="loss")
+    assert not hasattr(law, "aic")
+    assert {"params", "outliers"} <= {name for name, _ in inspect.getmembers(law)}
+
+
+def test_every_function_that_takes_a_table_takes_columns(theirs):
+    grid = theirs[theirs["lr"] == 3e-4].drop(columns=["lr", "note"])
+    names = {**NAMES, "C": "flops"}
+    assert forecast(grid, "N=1e10,D=1e11", columns=names).table["value"].notna().all()
+    assert not frontier(grid, columns=names).table.empty
+    assert correlate(grid, x="L", y="flops", columns=names).table.shape[0]
+    assert rates(theirs, lr="lr", columns=names).table.shape[0]
+
+
+def test_a_label_that_no_figure_shows_does_not_cost_the_result(theirs, tmp_path, capsys):
+    theirs.to_csv(tmp_path / "t.csv", index=False)
+    words = ("fit", tmp_path / "t.csv", "--columns", COLUMNS)
+    assert "N=Parameters" in refused(*words, "--figure", tmp_path / "f", "--label", "N")
+    assert "--figure" in refused(*words, "--label", "N=Parameters")
+    assert "gmacs" in refused(*words, "--figure", tmp_path / "f", "--label", "gmacs=Size")
+    assert "alpha" in capsys.readouterr().out

@@ -134,3 +134,101 @@ def test_the_apis_dictionaries_are_columns(tmp_path: Path) -> None:
     pd.DataFrame({**runs, "summary": ["nan)", ""]}).to_csv(tmp_path / "damaged.csv")
     with pytest.raises(AnalysisError, match="no dictionary"):
         read_table(tmp_path / "damaged.csv")
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "settings"),
+    [
+        ("training_metrics.json", "iteration", "config.yaml"),  # DINOv3, CAPI and Franca, imitated
+        ("metrics.jsonl", "step", "hparams.yaml"),  # lightly-train, imitated
+        ("log.txt", "epoch", "args.json"),  # MAE and Pixio, imitated
+    ],
+)
+def test_json_lines_of_any_name_are_runs_with_settings_beside_them(tmp_path, name, step, settings) -> None:
+    for size in (22, 86):
+        run = tmp_path / f"vit-{size}M"
+        write_lines(run / name, [{step: i, "val/loss": loss(size * 1e6, i * 1e8), "lr": 1 / i} for i in (1, 2, 3)])
+        (run / settings).write_text(json.dumps({"optim": {"batch": 2048}, "note": "x"}))
+    runs = read_table(tmp_path, {"N": r"path:-(\d+M)", "D": f"{step}*1e8", "L": "val/loss"})
+    assert sorted(runs["params_total"].unique()) == [22e6, 86e6]
+    assert set(runs["optim.batch"]) == {2048}
+    assert runs["status"].tolist() == ["during", "during", "complete"] * 2
+    assert runs["val_loss"].tolist() == pytest.approx([loss(n, d) for n in (22e6, 86e6) for d in (1e8, 2e8, 3e8)])
+    with pytest.raises(AnalysisError, match="no name of a run"):
+        read_table(tmp_path, {"N": "path:depth-(.+)"})
+    with pytest.raises(AnalysisError, match="regular expression"):
+        read_table(tmp_path, {"N": "path:("})
+
+
+def test_a_trainers_last_state_is_read_once_a_run(tmp_path) -> None:
+    """As Hugging Face's Trainer writes it (imitated): a state in every checkpoint, a model's settings beside it."""
+    for steps, run in ((200, "done"), (100, "stopped")):
+        for step in (100, steps):
+            history = [{"step": i, "eval_loss": 5 - i / 100, "epoch": i / 50} for i in range(50, step + 1, 50)]
+            folder = tmp_path / run / f"checkpoint-{step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"global_step": step, "max_steps": 200, "train_batch_size": 8, "log_history": history}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+            (folder / "config.json").write_text(json.dumps({"hidden_size": 64, "architectures": ["X"]}))
+    runs = read_table(tmp_path, {"D": "step*train_batch_size", "N": "12*hidden_size**2", "L": "eval_loss"})
+    assert sorted(runs.complete()["images_seen"]) == [400, 400, 800, 1200, 1600]
+    assert runs["status"].value_counts().to_dict() == {"during": 4, "complete": 1, "unfinished": 1}
+
+
+def test_numbers_are_found_in_text_by_regular_expressions(tmp_path) -> None:
+    """Lines of nanoGPT's output (as its train.py prints them) and of nanochat's."""
+    for width in (64, 128):
+        lines = [f"step {i}: train loss {4 - i / 500:.4f}, val loss {4.1 - i / 500:.4f}" for i in (0, 250, 500)]
+        noise = ["number of parameters: 0.20M", "iter 0: loss 4.2, time 100.00ms, mfu -100.00%"]
+        (tmp_path / f"width-{width}.log").write_text("\n".join([*noise, *lines]) + "\n")
+    columns = {"step": r"log:^step (\d+):", "L": r"log:val loss (\S+)", "D": "step*16384", "N": r"path:width-(\d+)"}
+    runs = read_table(tmp_path, {**columns, "N": columns["N"]})
+    assert runs["params_total"].tolist() == [128] * 3 + [64] * 3
+    assert runs["images_seen"].tolist() == [0, 250 * 16384, 500 * 16384] * 2
+    assert runs["val_loss"].iloc[:3].tolist() == [4.1, 3.6, 3.1]
+    (tmp_path / "chat.log").write_text("Step 00250 | Validation bpb: 0.9134\n")
+    assert read_table(tmp_path, {"L": r"log:bpb: (\S+)"})["val_loss"].tolist() == [0.9134]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnalysisError, match="log:val loss"):
+        read_table(tmp_path / "empty")
+
+
+def test_a_panel_of_wandb_is_points(tmp_path) -> None:
+    """As the app exports a chart (imitated): a column a run, its least and its largest value beside it."""
+    frame = pd.DataFrame({"Step": [1, 2, 3]})
+    for n in (10, 40):
+        values = [loss(n * 1e6, d * 1e8) for d in (1, 2, 3)]
+        for suffix in ("", "__MIN", "__MAX"):
+            frame[f"run-{n}M - val_loss{suffix}"] = values if n == 40 else [*values[:2], np.nan]
+    frame.to_csv(tmp_path / "panel.csv", index=False)
+    runs = read_table(tmp_path / "panel.csv", {"N": r"path:(\d+M)", "D": "Step*1e8"})
+    assert runs["status"].tolist() == ["during", "complete", "during", "during", "complete"]
+    assert runs["val_loss"].tolist() == pytest.approx(
+        [loss(n * 1e6, d * 1e8) for n, ds in ((10, (1, 2)), (40, (1, 2, 3))) for d in ds]
+    )
+
+
+def test_a_sheet_of_excel_is_a_table(tmp_path) -> None:
+    pytest.importorskip("openpyxl")
+    frame = pd.DataFrame({"n": [1e6, 2e6], "d": [1e9, 1e9], "loss": [3.5, 3.25]})
+    frame.to_excel(tmp_path / "t.xlsx", index=False)
+    assert read_table(tmp_path / "t.xlsx", {"N": "n", "D": "d", "L": "loss"})["val_loss"].tolist() == [3.5, 3.25]
+
+
+@pytest.mark.parametrize("done", ["completed", "FINISHED", "STATE_COMPLETED", "SUCCEEDED", "TrialState.COMPLETE", "ok"])
+def test_every_tools_word_for_done_is_done(tmp_path, done) -> None:
+    states = [done] * 30 + ["failed", "CANCELLED by 1000", "RUNNING"] + ["brewed"]
+    rows = [{"N": n, "D": d, "L": loss(n, d), "state": "x"} for n in SIZES for d in np.geomspace(1e8, 1e10, 7)][:34]
+    frame = pd.DataFrame(rows).assign(status=states)
+    law = fit(frame, "chinchilla", y="L")
+    assert law.num_points == 31
+    assert [str(each) for each in law.exclusions] == ["3 rows not complete (status)"]
+    (flag,) = [each for each in law.flags if each.kind == "status"]
+    assert "1 rows with status 'brewed'" in str(flag)
+    frame.drop(columns="status").assign(State=[*states[:33], done]).to_csv(tmp_path / "t.csv", index=False)
+    assert len(read_table(tmp_path / "t.csv").complete()) == 31

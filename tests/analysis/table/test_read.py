@@ -55,7 +55,8 @@ def test_a_value_that_does_not_fit_is_refused_by_name():
         ("quote.csv", 'N,val_loss\n1,"2\n', "quote.csv"),
         ("cut.parquet", "PAR1 and then nothing", "cut.parquet"),
         ("cut.jsonl", '{"a": 1}\n{"a": ', "cut.jsonl"),
-        ("results.xlsx", "x", ".parquet, .csv, .tsv or .jsonl"),
+        ("results.xlsx", "x", "cannot read"),
+        ("results.dta", "x", ".parquet, .csv, .tsv, .jsonl or .xlsx"),
         ("probes.csv", "val_loss,probes\n0.5,[1]\n", "'probes' of row 1"),
     ],
 )
