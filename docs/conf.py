@@ -60,6 +60,20 @@ def write_generated(app: Any) -> None:
     gallery.write_reports(REPORTS)
 
 
+def write_llms(app: Any, error: Exception | None) -> None:
+    """List the pages for programs that read a site by its `llms.txt`: title, address and first sentence of each."""
+    if error is not None or app.builder.format != "html":
+        return
+    lines = ["# aimscale", "", "> Scaling laws of autoregressive image models: train, fit, forecast, compare.", ""]
+    for page in sorted(app.env.found_docs):
+        text = re.sub(r"<!--.*?-->", "", Path(app.env.doc2path(page)).read_text(), flags=re.DOTALL)
+        paragraphs = [part for part in text.split("\n\n") if part.strip()[:1].isalpha()]
+        sentence = " ".join(paragraphs[0].split()).split(". ")[0].rstrip(".:") if paragraphs else ""
+        sentence = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", sentence)  # without links
+        lines.append(f"- [{app.env.titles[page].astext()}]({page}.html)" + f": {sentence}." * bool(sentence))
+    Path(app.outdir, "llms.txt").write_text("\n".join([*lines, ""]))
+
+
 def without_study(app: Any, page: str, source: list[str]) -> None:
     """Leave the pages of studies out of the index where there are none: a pattern that matches nothing is a warning."""
     if page == "index" and not any(Path(app.srcdir, "study").glob("*.md")):
@@ -78,3 +92,4 @@ def setup(app: Any) -> None:
     app.connect("builder-inited", write_generated)
     app.connect("doctree-read", keep_intervals_whole)
     app.connect("source-read", without_study)
+    app.connect("build-finished", write_llms)

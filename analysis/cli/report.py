@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,8 +12,11 @@ from aimscale import analysis
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import TableArguments, show
 
+if TYPE_CHECKING:
+    from aimscale.analysis.report.study import Study
 
-@options.verb("columns", "where", "groups")
+
+@options.verb("columns", "where", "groups", "json")
 def report(
     given: TableArguments,
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html beside the first table.")] = None,
@@ -31,12 +35,27 @@ def report(
     columns, groups = parse_columns(given.columns or []), parse_groups(given.groups or [])
     study = read_study(given.tables, columns, given.where or [], groups)
     page = write_page(study, out, figures)
+    if given.json:
+        return typer.echo(dumps(_answers(study, page), indent=2, allow_nan=False))
     typer.echo(f"Report: {page.resolve()}")
     if figures is not None:
         typer.echo(f"Figures: {figures.resolve()}")
     if study.get("forecast") is not None:
         scale = ",".join(f"{name}={value:.4g}" for name, value in next_scales(study)[-1].items())
         options.say_next(given.then(f"forecast --at {scale}"))
+
+
+def _answers(study: Study, page: Path) -> dict[str, Any]:
+    """Give the page's sentences and all of its numbers in plain types."""
+    from aimscale.analysis.publication.folder import page_numbers
+    from aimscale.analysis.report.summary import findings, verdict
+
+    return {
+        "page": str(page.resolve()),
+        "findings": [f"{each.title}. {each.caption}" for each in findings(study)],
+        "verdict": {line.question: line.answer for line in verdict(study)},
+        "numbers": page_numbers(study),
+    }
 
 
 def compare(

@@ -93,6 +93,23 @@ def list_sizes(wanted: bool) -> None:
 Sizes = Annotated[
     bool, typer.Option("--sizes", callback=list_sizes, is_eager=True, help="List the named sizes and their parameters.")
 ]
+
+
+def print_schema(wanted: bool) -> None:
+    """Print the JSON Schema of a sweep file, if that is asked for."""
+    if wanted:
+        from aimscale.sweeps.planning.schema import sweep_schema
+
+        typer.echo(json.dumps(sweep_schema(), indent=1))
+        raise typer.Exit
+
+
+AsSchema = Annotated[
+    bool,
+    typer.Option(
+        "--schema", callback=print_schema, is_eager=True, help="Print the JSON Schema of sweep files, for editors."
+    ),
+]
 Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
 
 
@@ -106,6 +123,7 @@ def plan(
     data: Annotated[Path | None, typer.Option(help="As in `init`, with --suggest.")] = None,
     gpu: Annotated[str | None, typer.Option(help="As in `init`, with --suggest.")] = None,
     sizes: Sizes = False,
+    schema: AsSchema = False,
     as_json: AsJson = False,
 ) -> None:
     """List the runs of a sweep, what each costs, what is there already, and what would stop it; nothing is written."""
