@@ -41,11 +41,10 @@ def study_of(folder: Path) -> Study:
 
 
 def first_lines(folder: Path = TABLES) -> str:
-    """Write README's text about a run of the demo: the report's own findings and summary, but for what to run next."""
+    """Write README's text about a run of the demo: the report's own findings, and whether to trust them."""
     study = study_of(folder)
     lines = [f"- **{each.title}.** {each.caption}" for each in findings(study)]
-    lines += [f"- **{line.question.rstrip('?')}**: {line.answer}" for line in verdict(study)[:-1]]
-    lines += ["", ranges(read_seeds(folder))]
+    lines += [f"- **{line.question.rstrip('?')}**: {line.answer}" for line in verdict(study)[:1]]
     text = "\n".join([*lines, ""])
     return text.replace("alpha", "α").replace("beta", "β")
 

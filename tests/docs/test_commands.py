@@ -117,7 +117,19 @@ def study(home: Path) -> None:
         shutil.copy(table, home.parent / "work")
 
 
-GIVEN: dict[str, Callable[[Path], None]] = {"images": images, "results.parquet": results, "study": study}
+def clone(home: Path) -> None:
+    """A public table, where a clone has it."""
+    table = Path("tests/board/chinchilla-kyo.csv")
+    (home.parent / "work" / table.parent).mkdir(parents=True)
+    shutil.copy(ROOT / table, home.parent / "work" / table)
+
+
+GIVEN: dict[str, Callable[[Path], None]] = {
+    "clone": clone,
+    "images": images,
+    "results.parquet": results,
+    "study": study,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

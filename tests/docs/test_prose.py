@@ -14,7 +14,7 @@ from aimscale.sweeps.cli.main import app
 
 MOST_COLUMNS_OF_CODE = 107
 """What the site shows of a block without scrolling in a window of 1280 pixels."""
-MOST_OPTIONS, MOST_OPTIONS_OF_A_VERB = 176, 14  # every verb that fits takes --level, most take --groups
+MOST_OPTIONS, MOST_OPTIONS_OF_A_VERB = 185, 15  # every verb that fits takes --level, most take --groups
 NOT_OUR_WORDS = {
     r"(?<!model )cards?": "GPU, cost, task or file",
     r"trunk": "backbone, or stable phase",
