@@ -80,19 +80,25 @@ class Looks:
 
 def may_become_free(run_state: RunState, job_id: str | None = None) -> bool:
     """Return whether a worker may yet start a run: no device was free for it, it could not be read for a moment, its
-    own worker is silent or unseen, or belongs to an earlier start of the job `job_id`, which Slurm will end."""
+    own worker is gone, silent or unseen, or belongs to an earlier start of the job `job_id`, which Slurm will end."""
     is_of_job = job_id is not None and run_state.worker is not None and run_state.worker.facts.get("job_id") == job_id
     return (
         run_state.state.startable
         or run_state.may_pass
         or run_state.is_unlocked
+        or (run_state.is_orphan and job_id is None and _age_s(run_state) < LOST_AFTER_S)
         or (run_state.state.active and (is_of_job or _is_silent(run_state)))
     )
 
 
 def _is_silent(run_state: RunState) -> bool:
+    return SILENT_AFTER_S < _age_s(run_state) < LOST_AFTER_S
+
+
+def _age_s(run_state: RunState) -> float:
+    """Return the time since the run's last sign of life, s."""
     heartbeat = run_state.status.heartbeat
-    return heartbeat is not None and SILENT_AFTER_S < time.time() - heartbeat < LOST_AFTER_S
+    return float("inf") if heartbeat is None else time.time() - heartbeat
 
 
 def describe_wait(awaited: RunState, others: Iterable[str], seconds: float) -> str:
@@ -100,7 +106,9 @@ def describe_wait(awaited: RunState, others: Iterable[str], seconds: float) -> s
     name, host = awaited.run.run_id, awaited.status.host
     who = "is silent" if _is_silent(awaited) else "is executed by an earlier start of this job"
     what = f"{name} {who} on {host}, and is taken over once its process is gone"
-    if awaited.is_unlocked:
+    if awaited.is_orphan and not _is_silent(awaited):
+        what = f"{name} is executed on {host} although its launch is gone, and what follows it is done once it ends"
+    elif awaited.is_unlocked:
         what = f"{name} was at work on {host} just now, and is taken over unless it goes on"
     elif awaited.may_pass:
         what = f"{name} cannot be read or started, and is tried again ({awaited.reason})"

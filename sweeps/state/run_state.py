@@ -105,6 +105,8 @@ class RunState:
     """Worker that claims it, or claimed it last; not read of a finished run."""
     may_pass: bool = False
     """Whether it counts as damaged because of an error that a file server gives for a while."""
+    is_orphan: bool = False
+    """Whether its program goes on although the worker that started it is gone, so that nobody would go on with it."""
     is_unlocked: bool = False
     """Whether another host wrote its status just now although its lock is not seen: `running` until that is old."""
 
@@ -189,9 +191,10 @@ def _read_stage(
     to_do = [each for each in missing if each.what != "training"] if is_evaluation else to_train
     worker = record.claimant() if to_do or status.state != "finished" else None
     state, reason, is_unlocked = State.PAUSED, f"{status.reason_class}: {status.reason}", False
+    is_held = record.is_held()
     # A failure counts only for the configuration that failed: with other probes or paths the run may start again.
     has_failed = status.state in ("failed", "diverged") and not may_retry(attempts, status.reason_class)
-    if record.is_held():
+    if is_held:
         state, reason = State.RUNNING, f"on {status.host}"
     elif not to_do and to_train:
         state, reason = State.WAITING, "its training goes first"
@@ -224,6 +227,7 @@ def _read_stage(
         missing=tuple(missing),
         attempts=tuple(attempts),
         worker=worker,
+        is_orphan=is_held and not (holds_claim or record.is_claimed()),
         is_unlocked=is_unlocked,
     )
 

@@ -82,21 +82,30 @@ def test_interrupting_saves_and_launching_again_goes_on(
     assert [starts(record) for record in records] == [2, 2]
 
 
-def test_a_killed_worker_leaves_live_runs_alone_and_dead_ones_resumable(
+def test_a_killed_worker_leaves_live_runs_alone_until_they_end_and_dead_ones_resumable(
     write_sweep: Any, start: Any, stand_in: Any, launch: Any
 ) -> None:
+    """The next launch ended beside the live run, which nobody evaluated then."""
     sweep = write_sweep()
     records, first = both_at_work(sweep, start)
     first.kill()
     first.wait()
     live, dead = records
     os.kill(int((dead.path / "starts").read_text()), signal.SIGKILL)
+    pid, is_alone = int((live.path / "starts").read_text()), list[bool]()
+
+    def end_it() -> None:
+        wait_for(lambda: starts(dead) == 2, "start of the dead run")
+        is_alone.append(starts(live) == 1 and live.is_held())
+        os.kill(pid, signal.SIGTERM)
+
+    ending = threading.Thread(target=end_it)
+    ending.start()
     result = launch(sweep, devices=2, command=stand_in())
-    assert result.finished == (dead.path.name,)
-    assert [decision.state for decision in result.skipped] == ["running"]
-    assert [starts(live), starts(dead)] == [1, 2]
-    os.kill(int((live.path / "starts").read_text()), signal.SIGTERM)
-    wait_for(lambda: not live.is_held(), "end of the live run")
+    ending.join()
+    assert is_alone == [True]
+    assert {*result.finished} == {live.path.name, dead.path.name}
+    assert [starts(live), starts(dead)] == [2, 2]
 
 
 @pytest.mark.parametrize(("behaviour", "kind", "tries"), [("crash", "code", 2), ("die", "oom", 2)])
