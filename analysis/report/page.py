@@ -26,6 +26,8 @@ from aimscale.analysis.report.summary import findings, verdict
 from aimscale.analysis.table.read import files_of
 from aimscale.analysis.table.schema import written_aside
 
+SIGNS = {"green": "✓", "amber": "!", "red": "✗"}
+"""Trust -> the sign before its words, for those who do not see its colour."""
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}
 
 
@@ -87,6 +89,7 @@ def write_page(
             made_at=made_at or timestamp(),
             findings=leading,
             verdict=verdict(study),
+            signs=SIGNS,
             missing=study.missing,
             sections=laid_out,
         )

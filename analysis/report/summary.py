@@ -54,22 +54,29 @@ def findings(study: Study) -> list[PageFigure]:
 
 def _law_finding(law: Fit, whose: str) -> PageFigure:
     """Tell how the largest scales are predicted when they are left out, and how a straight line fares."""
-    told = [
-        f"Fitted without the largest {SCALES.get(test.variable, test.variable)}, the law predicts its loss with a mean "
-        f"error of {percent(test.mean_abs_relative_error)}, a straight line with "
-        f"{percent(test.naive_mean_abs_relative_error)}"
-        for test in law.heldout
-    ] or [f"One law of {law.num_points} points, tested on none"]
+    told = [_beside_line(test) for test in law.heldout if test.is_test]
+    told = told or [f"One law of {law.num_points} points, which nothing that was left out tests"]
     details = [f"{each}." for each in told[1:]]
+    details += [f"{_beside_line(test)}; that hardly tests it." for test in law.heldout if not test.is_test]
     details += [f"The figure shows the law of all rows{whose}, {law.law.formula}, with its 95 % interval."]
     return PageFigure("loss-N", told[0], " ".join(details), partial(law.plot, x="N"))
+
+
+def _beside_line(test: HeldOut) -> str:
+    law, line = percent(test.mean_abs_relative_error), percent(test.naive_mean_abs_relative_error)
+    start = (
+        f"Fitted without the largest {SCALES.get(test.variable, test.variable)}, the law predicts its loss with a mean "
+    )
+    return f"{start}error of {law}, a straight line with {line}"
 
 
 def verdict(study: Study) -> list[Line]:
     """Write the summary, whatever the table allows; each line says so where it has no answer."""
     joint, frontier = study.get("law"), study.get("compute-optimal frontier")
-    judged = trust(joint, frontier)
-    lines = [Line("Can it be trusted?", f"{HEADS[judged.colour]}: {judged.answer}", judged.colour)]
+    judged, still_open = trust(joint, frontier), unfinished(study)
+    head = f"Not yet. {still_open} So far" if still_open else HEADS[judged.colour]
+    colour: Colour = "amber" if still_open else judged.colour
+    lines = [Line("Can it be trusted?", f"{head}: {judged.answer}", colour)]
     lines += [Line(fact.question, fact.answer) for fact in judged.facts]
     doubts, num = judged.doubts[:MAX_DOUBTS], len(judged.doubts) - MAX_DOUBTS
     doubts += [f"{num} more stand{'s' * (num == 1)} below, with the law."] * (num > 0)
@@ -79,8 +86,20 @@ def verdict(study: Study) -> list[Line]:
         Line("The law", " ".join(_law(study, joint)) if joint else "None."),
         Line("Compute-optimal", _split(study, frontier)),
         Line("Forecast", _forecast(study)),
-        Line("What to run next", _next(study, joint)),
+        Line("What to run next", "The rest of the sweep." if still_open else _next(study, joint)),
     ]
+
+
+def unfinished(study: Study) -> str:
+    """Say how much of the sweeps is still to come; empty where all runs are there, or the table is of no sweep."""
+    rows = study.frame
+    if not {"run_id", "status", "schema_version"} <= {*rows}:
+        return ""
+    is_open, is_there = (rows["status"] == status for status in ("unfinished", "complete"))
+    if not (num_open := is_open.groupby(rows["run_id"]).any().sum()):
+        return ""
+    num_rows = f"{is_there.sum()} of {len(rows)} rows {'is' if is_there.sum() == 1 else 'are'} there"
+    return f"{num_open} of {rows['run_id'].nunique()} runs have not finished: {num_rows}."
 
 
 def _law(study: Study, joint: Fit) -> Iterator[str]:

@@ -17,6 +17,8 @@ from aimscale.analysis.display import human
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.page import _description, maths, write_report
+from aimscale.analysis.report.study import read_study
+from aimscale.analysis.report.summary import verdict
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 
 E, A, ALPHA, B, BETA = 0.3, 5.0, 0.35, 20.0, 0.5
@@ -153,8 +155,8 @@ def test_the_page_asks_nobody_for_anything(page):
 def test_it_opens_with_the_findings_beside_their_figures_then_says_how_far_to_trust_them(page):
     ids = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert ids[:2] == ["loss-N", "finding-accuracy"]
-    opening = page.text[page.text.index("Fitted without the largest size") : page.text.index("What was run and")]
-    questions = ["a straight line with", "Lower loss, better features on ", "Can it be trusted?"]
+    opening = page.text[page.text.index("Can it be trusted?") : page.text.index("What was run and")]
+    questions = ["Can it be trusted?", "a straight line with", "Lower loss, better features on "]
     questions += [
         "How precise",
         "How it predicts",
@@ -166,7 +168,7 @@ def test_it_opens_with_the_findings_beside_their_figures_then_says_how_far_to_tr
     ]
     places = [opening.index(question) for question in questions]
     assert places == sorted(places)
-    assert re.search(r"(green|amber) ?Can it be trusted\?", opening)
+    assert re.search(r"[✓!] ?Can it be trusted\?", page.text)
     assert re.search(
         r"At 5.12×10¹³ FLOP: N = \S+ \[\S+, \S+\], D = \S+, by approach 3 on the \w+ law. N grows as C", opening
     )
@@ -230,7 +232,7 @@ def test_an_unidentified_law_prints_words_not_digits(tmp_path):
     for row in rows:  # the loss does not depend on N at all
         row["val_loss"] = (0.5 + 2.0 * row["images_seen"] ** -0.5) * (1 + 1e-3 * rng.standard_normal())
     page = Page(write_report(write_sweep(tmp_path, rows)).read_text())
-    assert re.search(r"red ?Can it be trusted\? No: .*α is not identified", page.text)
+    assert re.search(r"✗ ?Can it be trusted\? No: .*α is not identified", page.text)
     assert "More sizes: α is not identified by 4 of them" in page.text
     assert "α not identified, β = " in page.text
 
@@ -360,3 +362,16 @@ def test_a_browser_draws_every_figure_and_sorts_every_table(tmp_path, width):
     assert state["up"] == losses
     assert state["down"] == losses[::-1]
     assert state["overflow"] <= 0
+
+
+def test_an_unfinished_sweep_says_so_first(tmp_path: Path) -> None:
+    """It said "No: run a grid of three sizes by three budgets" of a sweep that was at work."""
+    rows = [row | {"schema_version": 1} for row in sweep_rows(probes=False)]
+    sizes = sorted({row["size"] for row in rows})
+    still_open = [row | {"status": "unfinished", "val_loss": None} if row["size"] != sizes[0] else row for row in rows]
+    first, *_, last = verdict(read_study([write_sweep(tmp_path, still_open)], {}, ()))
+    num = len({row["run_id"] for row in rows})
+    num_open = len({row["run_id"] for row in still_open if row["status"] == "unfinished"})
+    assert first.answer.startswith(f"Not yet. {num_open} of {num} runs have not finished: ")
+    assert first.colour == "amber"
+    assert last.answer == "The rest of the sweep."

@@ -149,7 +149,7 @@ def test_a_sweep_of_few_steps_is_told_to_train_on_more_data(joint):
     def advice(**columns):
         rows = pd.DataFrame({"images_seen": [8_000, 16_000, 64_000], "seed": [0, 0, 1]} | columns)
         study = SimpleNamespace(
-            usable=Runs(rows), whose="", tuning="none", get=lambda name: lost if name == "law" else None
+            usable=Runs(rows), frame=rows, whose="", tuning="none", get=lambda name: lost if name == "law" else None
         )
         return verdict(study)[-1].answer
 
