@@ -27,7 +27,7 @@ source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 nb_execution_mode = "force"  # the notebook is kept without outputs: building the site runs it
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
-exclude_patterns = ["_build", "study/published"]
+exclude_patterns = ["_build"]
 myst_heading_anchors = 4
 smartquotes = False  # it would make a dash of the two hyphens of an option
 

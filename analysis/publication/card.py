@@ -1,10 +1,9 @@
-"""Cards of a published folder and its models as the Hugging Face hub has them, and its description for machines."""
+"""Cards of a published folder and its models as the Hugging Face hub has them."""
 
 from __future__ import annotations
 
 import hashlib
 import html
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,75 +18,16 @@ from aimscale.analysis.display import human
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.report.study import Study
 from aimscale.analysis.report.summary import findings, verdict
-from aimscale.analysis.table.read import read_file
-from aimscale.analysis.table.schema import described
 from aimscale.analysis.table.select import probe_frame
 
-CONTEXT = json.loads(Path(__file__).with_name("croissant-context.json").read_text("utf-8"))
-"""The context that Croissant 1.0 prescribes."""
-TYPES = {"i": "sc:Integer", "f": "sc:Float", "b": "sc:Boolean"}
-"""Kinds of numpy's types -> types of Croissant; all else is text."""
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """Ids that name a folder of a published one, and nothing outside of it."""
-ENCODINGS = {".csv": "text/csv", ".parquet": "application/x-parquet"}
-"""Suffix of a table -> its media type."""
-
-
-def croissant(folder: Path, about: About) -> dict[str, Any]:
-    """Describe the tables of a folder: files with checksums, and columns with type and meaning."""
-    tables = [path for path in sorted((folder / "data").iterdir()) if path.suffix in ENCODINGS]
-    files = [
-        {
-            "@type": "cr:FileObject",
-            "@id": path.name,
-            "name": path.name,
-            "contentUrl": str(path.relative_to(folder)),
-            "encodingFormat": ENCODINGS[path.suffix],
-            "sha256": sha256(path),
-        }
-        for path in tables
-    ]
-    description: dict[str, Any] = {
-        "@context": CONTEXT,
-        "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": "".join(c if c.isalnum() else "-" for c in about.title).strip("-"),
-        "description": f"{about.title}: a row per training run and data budget.",
-        "license": about.licence,
-        "distribution": files,
-        "recordSet": [_records(path) for path in tables],
-    }
-    if about.url:
-        description["url"] = about.url
-    if about.authors:
-        description["creator"] = [{"@type": "sc:Organization", "name": name} for name in about.authors]
-    return description
 
 
 def sha256(path: Path) -> str:
     """Hash a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _records(path: Path) -> dict[str, Any]:
-    """Describe the columns of a table, but for those of lists, such as `probes`, which Croissant 1.0 cannot name."""
-    frame, fields = read_file(path).dropna(axis="columns", how="all"), []
-    for name, values in frame.items():
-        if values.map(pd.api.types.is_list_like).any():
-            continue
-        column = described(str(name))
-        field = {
-            "@type": "cr:Field",
-            "@id": f"{path.stem}/{name}",
-            "name": name,
-            "dataType": TYPES.get(values.dtype.kind, "sc:Text"),
-            "source": {"fileObject": {"@id": path.name}, "extract": {"column": name}},
-        }
-        if column.meaning:
-            field["description"] = column.meaning + (f" ({column.unit})" if column.unit else "")
-        fields.append(field)
-    return {"@type": "cr:RecordSet", "@id": path.stem, "name": path.stem, "field": fields}
 
 
 class About(NamedTuple):

@@ -21,7 +21,7 @@ from aimscale.analysis.display import Result, in_command, plain_types
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.forecasts.forecast import REGISTER
 from aimscale.analysis.plots.style import save
-from aimscale.analysis.publication.card import About, croissant, folder_card, model_cards, sha256
+from aimscale.analysis.publication.card import About, folder_card, model_cards, sha256
 from aimscale.analysis.published import BASELINES_FILE
 from aimscale.analysis.report.page import timestamp, write_page
 from aimscale.analysis.report.study import Study, read_study
@@ -33,7 +33,7 @@ NOT_PRINTED = ("forecaster",)
 NUMBERS, CHECKSUMS = "numbers.json", "SHA256SUMS"
 BESIDE = (BASELINES_FILE, "curves.parquet", REGISTER)
 """Files beside a table that its page reads."""
-VERSION = 2
+VERSION = 3
 """Rises when `numbers.json` changes its form."""
 PACKAGES = ("aimscale", "numpy", "scipy", "pandas", "seaborn", "matplotlib", "pillow", "jinja2", "pyyaml")
 """Packages whose versions words and pictures depend on."""
@@ -150,7 +150,7 @@ def _copy_tables(tables: Sequence[Path], folder: Path) -> tuple[str, ...]:
 
 @in_command()  # whoever publishes or verifies: sentences name options, and are compared
 def write_results(source: Source, folder: Path, about: About, made: Made, add: Callable[[Path], None]) -> None:
-    """Write all that follows from the tables: page, figures, numbers, LaTeX, cards, citation, machines' description."""
+    """Write all that follows from the tables: page, figures, numbers, LaTeX, cards, citation."""
     study = source.study(folder)
     write_page(study, folder, folder / "figures", kinds=("pdf",), made_at=made.at)
     for finding in findings(study):
@@ -165,7 +165,6 @@ def write_results(source: Source, folder: Path, about: About, made: Made, add: C
             texts[f"tables/{title}.tex"] = each.to_latex()
     for run_id, card in model_cards(study.frame, about).items():
         texts[f"models/{run_id}/README.md"] = card
-    texts["croissant.json"] = json.dumps(croissant(folder, about), ensure_ascii=False)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

@@ -18,10 +18,9 @@ import yaml
 from aimscale.analysis.display import option
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.files import check_file, files_of
+from aimscale.analysis.table.schema import STEPS
 
 MAX_YAML_BYTES, MAX_YAML_VALUES = 10**7, 10**5
-STEPS = ("step", "_step", "global_step", "trainer/global_step", "iteration", "iter", "iter_num", "epoch")
-"""What programs call the count that a line of their log stands at, the finest first."""
 CONFIGURATIONS = ("hparams.yaml", "config.yaml", "args.yaml", "config.json", "args.json", "hparams.json")
 """Names of the files of settings that programs write beside a log."""
 TRAINER_STATE = "trainer_state.json"

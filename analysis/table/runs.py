@@ -27,6 +27,7 @@ from aimscale.analysis.table.schema import (
     PROVENANCE,
     SCALE,
     SECTIONS,
+    STEPS,
     TUNED,
     TUNED_BY_OTHERS,
     Exclusion,
@@ -39,7 +40,7 @@ from aimscale.analysis.table.schema import (
 MOST_NAMES = 0.9
 """Words that take more values than this share of the rows name runs."""
 MOST_RATES = 20
-"""Rates, batches and decays that take more values, seldom one twice, are those of steps, not of runs."""
+"""Rates, batches and decays that take more values beside a count of steps are those of steps, not of runs."""
 KINDS = ("sizes", "budgets")
 """Kinds of groups that a user may name."""
 
@@ -295,7 +296,8 @@ class Runs:
         values = self._frame[name]
         if "run_id" in self and self["run_id"].duplicated().any():
             return bool(values.groupby(self["run_id"]).nunique().gt(1).any())
-        return values.nunique() > max(MOST_RATES, len(values) / 2)
+        has_steps = any(varies(self._frame[step]) for step in STEPS if step in self)
+        return has_steps and values.nunique() > MOST_RATES
 
     @property
     def sources(self) -> set[str]:

@@ -122,6 +122,8 @@ TUNED_BY_OTHERS = re.compile(
     re.IGNORECASE,
 )
 """Names of a learning rate, a batch or a weight decay in tables of others; not of the schedule's, nor counts."""
+STEPS = ("step", "_step", "global_step", "trainer/global_step", "iteration", "iter", "iter_num", "epoch")
+"""What programs call the count that a line of their log stands at, the finest first."""
 SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
 DEFAULT = "default"

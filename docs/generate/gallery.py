@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
+from generate import studies
+
 from aimscale.analysis.plots.style import png_bytes
-from aimscale.analysis.report.page import write_report
+from aimscale.analysis.report.page import write_page, write_report
 
 ROOT = Path(__file__).parents[2]
 FIRST = """\
@@ -19,7 +20,7 @@ from aimscale.analysis import plot_accuracy, plot_loss_accuracy, plot_points
 from aimscale.analysis import probe_frame, read_table, read_tables
 
 demo = read_table("docs/figures/demo/results.parquet")
-study = "docs/study/published/cifar/data"
+study = "tests/studies/cifar"
 cifar = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-next.parquet"])
 isoflop = read_table(f"{study}/cifar-isoflop.parquet")
 directions = read_tables([f"{study}/cifar.parquet", f"{study}/cifar-directions.parquet"])
@@ -49,9 +50,8 @@ CALLS = {
     "contrast": ("One change, all else equal", 'figure = contrast(directions, by="prefix").plot()'),
 }
 """Name -> what the figure shows, and the call."""
-STUDIES = ROOT / "docs/study/published"
-REPORTS = ("demo-report", *(f"{folder.name}-report" for folder in sorted(STUDIES.iterdir())))
-"""Sample reports of the site: the demo's, and those of published studies."""
+REPORTS = ("demo-report", *(f"{study}-report" for study in studies.PROBED))
+"""Sample reports of the site: the demo's, and those of the studies."""
 
 
 def markdown(folder: Path) -> str:
@@ -74,7 +74,8 @@ def markdown(folder: Path) -> str:
 def write_reports(folder: Path) -> None:
     """Write the sample reports into a folder that the site takes over as it is."""
     folder.mkdir(exist_ok=True)
-    for study in STUDIES.iterdir():
-        shutil.copyfile(study / "report.html", folder / f"{study.name}-report.html")
+    for study in studies.PROBED:
+        if not (page := folder / f"{study}-report.html").exists():
+            write_page(studies.read(study), page)
     if not (page := folder / "demo-report.html").exists():
         write_report(ROOT / "docs/figures/demo/results.parquet", page)

@@ -1,7 +1,7 @@
-"""Numbers of the pages on the two studies, from the folders that `aimscale publish` wrote of them.
+"""Numbers of the pages on the two studies, from their tables in `tests/studies`.
 
 python docs/generate/studies.py                  # rewrites the tables in docs/study/cifar.md and fashion.md
-python docs/generate/studies.py publish cifar    # first publishes a study anew: where a number of the report changes
+python docs/generate/studies.py renew cifar      # first renews a study's numbers and figures: where the report changes
 """
 
 from __future__ import annotations
@@ -15,32 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.analysis.correlation import correlate
+from aimscale.analysis.display import in_command
 from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.effects.result import Contrast
-from aimscale.analysis.publication.card import About
-from aimscale.analysis.publication.folder import publish
-from aimscale.analysis.report.study import CORRELATION, HELD_OUT
+from aimscale.analysis.publication.folder import page_numbers
+from aimscale.analysis.report.page import write_page
+from aimscale.analysis.report.study import CORRELATION, HELD_OUT, Study, read_study
 from aimscale.analysis.table.runs import Runs
 from aimscale.analysis.table.select import probe_frame, read_tables
 
 STUDIES = Path(__file__).parents[1] / "study"
-PUBLISHED = STUDIES / "published"
+TABLES = Path(__file__).parents[2] / "tests/studies"
+FIGURES = Path(__file__).parents[1] / "figures/study"
+DRAWN = {"cifar": {"loss-N": "loss-N", "finding-accuracy": "accuracy"}, "fashion": {"loss-N": "loss-N"}}
+"""Study -> figure of its report -> its name in `docs/figures/study`."""
 PROBED = {"cifar": ["cifar", "cifar-next"], "fashion": ["main", "isoflop", "isoflop-between"]}
 """Study -> tables whose accuracies and losses its page compares within a size."""
-ABOUT = {
-    "cifar": About(
-        "A study on CIFAR-10, on one core",
-        "Apache-2.0",
-        "CIFAR-10 (Krizhevsky 2009), whose authors state no licence",
-        ("the aimscale maintainers",),
-    ),
-    "fashion": About(
-        "A study on Fashion-MNIST, on two cores",
-        "Apache-2.0",
-        "Fashion-MNIST (Xiao et al. 2017), MIT",
-        ("the aimscale maintainers",),
-    ),
-}
 WHERE = {"cifar": [], "fashion": ["D>=16384"]}
 MARK = "<!-- {}: written by docs/generate/studies.py -->"
 CHANGES = (
@@ -59,26 +49,37 @@ CHANGES = (
 KINDS = ("linear", "attentive", "knn")
 
 
-def publish_again(study: str) -> None:
-    """Publish a study from the tables in its folder, read as they were."""
-    folder = PUBLISHED / study
-    source = json.loads((folder / "numbers.json").read_text())["source"]
+def record(study: str) -> dict[str, Any]:
+    """Read a study's tables, conditions and numbers of the report, by name and subject."""
+    told: dict[str, Any] = json.loads((TABLES / study / "numbers.json").read_text())
+    return told
+
+
+def read(study: str) -> Study:
+    """Study the tables as their report does."""
+    told = record(study)
+    return read_study([TABLES / study / name for name in told["tables"]], {}, told["where"])
+
+
+@in_command()  # sentences name options
+def recomputed(study: str) -> dict[str, Any]:
+    """Compute the numbers of a study's report."""
+    return page_numbers(read(study))
+
+
+def renew(study: str) -> None:
+    """Write a study's numbers and figures anew."""
+    told = record(study) | {"numbers": recomputed(study)}
+    (TABLES / study / "numbers.json").write_text(json.dumps(told, allow_nan=False) + "\n")
     with tempfile.TemporaryDirectory() as aside:
-        out, tables = Path(aside) / study, [folder / each for each in source["tables"]]
-        publish(tables, out, ABOUT[study], where=source["where"])
-        shutil.rmtree(folder)
-        shutil.copytree(out, folder)
-
-
-def published(study: str) -> dict[str, Any]:
-    """Read the numbers of a published study: those of its report, by name and subject."""
-    numbers: dict[str, Any] = json.loads((PUBLISHED / study / "numbers.json").read_text())["numbers"]
-    return numbers
+        write_page(read(study), Path(aside) / "report.html", Path(aside), kinds=("png",))
+        for name, ours in DRAWN[study].items():
+            shutil.copyfile(Path(aside) / f"{name}.png", FIGURES / f"{study}-{ours}.png")
 
 
 def sentences(study: str) -> Iterator[str]:
     """Write what the page on a study says of its laws."""
-    numbers = published(study)
+    numbers = record(study)["numbers"]
     law, tests = numbers["law"][""], numbers[HELD_OUT]
     e, alpha, beta = (_interval(law, name, digits) for name, digits in (("E", 3), ("alpha", 2), ("beta", 2)))
     yield f"L = {e} + A N^-{alpha} + B D^-{beta} ({law['num_points']} points)"
@@ -99,11 +100,11 @@ def _interval(law: Mapping[str, Any], name: str, digits: int) -> str:
 
 def correlations(study: str) -> str:
     """Write a row per task and probe: correlation of loss and accuracy at equal compute, within a size, over all."""
-    folder = PUBLISHED / study / "data"
+    folder = TABLES / study
     rows = read_tables([folder / f"{name}.parquet" for name in PROBED[study]], where=WHERE[study])
     probes = probe_frame(rows)
     lines = ["| probe | at equal compute | within a size | over all runs |", "|---|---|---|---|"]
-    for subject, found in published(study)[CORRELATION].items():
+    for subject, found in record(study)["numbers"][CORRELATION].items():
         task, kind = subject.split(":")
         chosen = probes[(probes["task"] == task) & (probes["kind"] == kind)]
         within = [each for each in correlate(chosen, within="size") if each.method == "pearson"][-1]
@@ -120,7 +121,7 @@ def correlations(study: str) -> str:
 
 def directions() -> str:
     """Write a row per change: loss, compute, and each kind of probe."""
-    tables = PUBLISHED / "cifar/data"
+    tables = TABLES / "cifar"
     rows = read_tables([tables / "cifar.parquet", tables / "cifar-directions.parquet"])
     rows = rows[rows["size"].isin(["w20-d2", "w52-d2"])]
     return "\n".join([*_lines(rows), ""])
@@ -183,8 +184,8 @@ def page_of(study: str) -> Path:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["publish"]:
+    if sys.argv[1:2] == ["renew"]:
         for study in sys.argv[2:]:
-            publish_again(study)
+            renew(study)
     for study in PROBED:
         page_of(study).write_text(rewrite(study))

@@ -113,7 +113,7 @@ def results(home: Path) -> None:
 
 def study(home: Path) -> None:
     """The tables of the studies that the repository keeps."""
-    for table in (ROOT / "docs" / "study" / "published").glob("*/data/*.parquet"):
+    for table in (ROOT / "tests" / "studies").glob("*/*.parquet"):
         shutil.copy(table, home.parent / "work")
 
 

@@ -37,7 +37,7 @@ FAMILIES = (
 
 def same_recipe_twice(study: str, rng: np.random.Generator) -> pd.DataFrame:
     """Take two seeds of every size that has them, under the names of two recipes."""
-    path = next(ROOT.glob(f"docs/study/published/*/data/{study}.parquet"))
+    path = next(ROOT.glob(f"tests/studies/*/{study}.parquet"))
     table = fresh_part(main_part(read_table(path))[0])[0].frame
     parts = []
     for _, rows in table.groupby("params_total"):

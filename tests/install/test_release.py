@@ -123,6 +123,11 @@ def test_a_fresh_environment_without_torch_analyses(dist: Path, tmp_path: Path) 
         return done.stdout + done.stderr
 
     assert json.loads(aimscale("fit", demo, "--json"))
+    code = "from pathlib import Path; from aimscale.analysis.publication.card import About; "
+    code += "from aimscale.analysis.publication.folder import publish; "
+    code += f"publish([Path({str(demo)!r})], Path('published'), About('a demo', 'Apache-2.0'))"
+    done = run([str(python), "-c", code])
+    assert done.returncode == 0, done.stderr
     for words in (
         ("forecast", demo, "--at", "N=1e6,D=1e6"),
         ("frontier", demo),
@@ -131,7 +136,7 @@ def test_a_fresh_environment_without_torch_analyses(dist: Path, tmp_path: Path) 
         ("rates", ROOT / "tests" / "analysis" / "tuning" / "steplaw.csv"),
         ("next", demo, "--target", "N=1e6,D=1e6", "--budget", "1"),
         ("compare", demo),
-        ("verify", ROOT / "docs" / "study" / "published" / "cifar"),
+        ("verify", tmp_path / "published"),
         ("status", "aim-paper"),
         ("doctor",),
     ):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.publication.card import About, croissant, energy, model_cards, sha256
+from aimscale.analysis.publication.card import About, energy, model_cards, sha256
 from aimscale.analysis.publication.folder import _copy_tables, publish
 from aimscale.analysis.publication.verification import compare_numbers, verify
 
@@ -102,14 +102,14 @@ def test_what_is_altered_with_its_checksum_is_found_when_it_is_made_again(copied
         (copied / name).parent.mkdir(parents=True, exist_ok=True)
         (copied / name).touch()
     rewrite_checksums(copied)
-    replace(copied / "SHA256SUMS", f"{sha256(copied / 'croissant.json')}  croissant.json\n", "")
+    replace(copied / "SHA256SUMS", f"{sha256(copied / 'CITATION.cff')}  CITATION.cff\n", "")
     found = verify(copied)
     assert (found.damaged, found.differences, found.not_compared) == ((), (), "")
     assert {*found.altered} == {
         "report.html", "README.md", "CITATION.cff", "tables/law.tex", "tables/forecast.tex", "models/3/README.md",
         "figures/loss-N.pdf",
     }  # fmt: skip
-    assert {*found.unlisted} == {"croissant.json", "more.csv", "data/more.csv", "models/none/weights/a.safetensors"}
+    assert {*found.unlisted} == {"CITATION.cff", "more.csv", "data/more.csv", "models/none/weights/a.safetensors"}
 
 
 def test_a_small_change_of_a_number_or_a_sentence_is_found(copied: Path) -> None:
@@ -223,29 +223,6 @@ def test_the_card_is_the_hubs_and_counts_a_runs_hours_once(published: Path) -> N
     assert energy(frame, ABOUT)[0].startswith("5 device-hours")
     assert energy(frame, ABOUT)[1].startswith("2.5 kWh")
     assert energy(frame, ABOUT)[2].startswith("0.25 kg CO2")
-
-
-def test_the_description_is_valid_croissant(published: Path) -> None:
-    mlcroissant = pytest.importorskip("mlcroissant")
-    description = json.loads((published / "croissant.json").read_text())
-    data = mlcroissant.Dataset(jsonld=published / "croissant.json")
-    assert not data.metadata.ctx.issues.errors
-    records = list(data.records("losses"))
-    assert len(records) == 12
-    assert records[0]["losses/params"] == 1e5
-    assert description["distribution"][0]["contentUrl"] == "data/losses.csv"
-
-
-def test_a_sweeps_own_table_is_described_but_for_its_lists(tmp_path: Path) -> None:
-    """Of `probes`, a list in every row, mlcroissant could make no text."""
-    mlcroissant = pytest.importorskip("mlcroissant")
-    (tmp_path / "data").mkdir()
-    shutil.copy(ROOT / "docs/figures/demo/results.parquet", tmp_path / "data")
-    (tmp_path / "croissant.json").write_text(json.dumps(croissant(tmp_path, ABOUT)))
-    records = list(mlcroissant.Dataset(jsonld=tmp_path / "croissant.json").records("results"))
-    table = pd.read_parquet(tmp_path / "data" / "results.parquet")
-    assert [each["results/val_loss"] for each in records] == table["val_loss"].tolist()
-    assert "results/probes" not in records[0]
 
 
 def test_what_the_page_reads_beside_its_table_goes_along(tmp_path: Path) -> None:

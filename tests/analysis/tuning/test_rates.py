@@ -107,7 +107,7 @@ def test_an_optimum_beyond_the_rates_by_less_than_its_error_counts() -> None:
 @pytest.mark.parametrize("size", [15_072, 60_752, 238_920])
 def test_the_law_of_two_sizes_predicts_the_best_rates_of_the_third(size: int) -> None:
     """Of the nine best rates of the CIFAR-10 study two were missed while curvature had no share in their intervals."""
-    folder = Path(__file__).parents[3] / "docs/study/published/cifar/data"
+    folder = Path(__file__).parents[3] / "tests/studies/cifar"
     table = read_tables([folder / f"cifar{part}.parquet" for part in ("", "-rates", "-tuning")])
     own = rates(table).table.query("found == 'inside' and N == @size")
     ends = rates(table[table["params_total"] != size]).laws["lr"].predict(own)
@@ -251,7 +251,7 @@ def test_one_size_with_three_rates_has_an_optimum_without_an_interval() -> None:
 
 def test_real_rates_of_the_fashion_study() -> None:
     """Three sizes at one amount of data: the best rate falls with size."""
-    found = rates(read_table(Path(__file__).parents[3] / "docs/study/published/fashion/data/learning-rates.parquet"))
+    found = rates(read_table(Path(__file__).parents[3] / "tests/studies/fashion/learning-rates.parquet"))
     assert found.table.sort_values("N")["lr_best"].is_monotonic_decreasing
     assert list(found.laws["lr"].law.variables) == ["N"]
 

@@ -104,7 +104,7 @@ def test_an_analysis_verb_takes_a_sweep_by_its_name_or_file(
     for name in names:
         assert "launch it first" in refused("compare", name)
     folder.mkdir(parents=True)
-    shutil.copy(ROOT / "docs/study/published/cifar/data/cifar.parquet", folder / "results.parquet")
+    shutil.copy(ROOT / "tests/studies/cifar/cifar.parquet", folder / "results.parquet")
     said = set()
     for name in (*names, "aimscale-runs/demo"):
         with pytest.raises(SystemExit, match="0"):

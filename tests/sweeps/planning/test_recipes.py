@@ -43,7 +43,7 @@ def test_the_small_recipe_and_that_of_the_studies_are_their_formulas() -> None:
 
 
 def test_the_small_recipe_has_the_best_rates_measured_on_cifar() -> None:
-    study = ROOT / "docs/study/published/cifar/data"
+    study = ROOT / "tests/studies/cifar"
     found = rates(read_tables([study / f"cifar{part}.parquet" for part in ("", "-rates", "-tuning")]))
     for n, middle in ((15_072, 65_536), (60_752, 65_536), (238_920, 65_536)):  # the middle of three budgets at batch 32
         best = found.laws["lr"].predict({"N": [n], "D": [middle]}).iloc[0]
