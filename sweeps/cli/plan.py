@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -238,7 +239,9 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     num_apart = sum(card.run.evaluation_devices < card.run.devices for card in cards)
     apart = f"; {num_apart} runs are evaluated on fewer devices" if num_apart else ""
     stop = f"up to {format_duration(max(card.stop_s for card in cards))} for a last save"
-    longest = format_duration(total["longest_wall_s"])
+    longest, limit_s = format_duration(total["longest_wall_s"]), 60.0 * sweep.file.slurm.time_limit_min
+    if sweep.is_for_slurm and total["longest_wall_s"] > limit_s:
+        longest += f", in {math.ceil(total['longest_wall_s'] / limit_s)} jobs of {format_duration(limit_s)}"
     time = f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"
     if (trainer := sweep.file.trainer) is not None:
         flops = f"{total['flops_executed']:.3g} FLOPs" if total["flops_executed"] else "FLOPs not known"

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimscale.harness.device.gpu_specs import gpus_here
+from aimscale.harness.device.gpu_specs import find_gpu, gpus_here
 from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.lock import locked
 from aimscale.sweeps.planning.run import Run
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
 RANKS_COMMAND = ("-m", "aimscale.harness.distributed.ranks")
 
@@ -74,6 +75,26 @@ def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine
     # Slurm gives each job devices of its own, and may number them alike.
     is_shared = "SLURM_JOB_ID" not in os.environ
     return Machine(devices=num, gpus=tuple(gpus), memory_bytes=memory_bytes, is_shared=is_shared)
+
+
+def refuse_other_machine(sweep: Sweep, runs: Sequence[Run], machine: Machine, *, is_said: bool) -> None:
+    """Raise SweepError for runs that were planned for GPUs, or for more of them, than this machine has.
+
+    Args:
+        is_said: whether the user said how many devices to take, so that runs on fewer of them are wanted.
+    """
+    device, num_devices = sweep.file.cost.device, max((run.devices for run in runs), default=1)
+    if machine.gpus and num_devices > machine.devices and not is_said:
+        raise SweepError(
+            f"{sweep.source}: a run is planned on {num_devices} devices, and this machine has {machine.devices}; "
+            f"launch it on Slurm (a section `slurm:`), or say --devices {machine.devices} for runs that take longer"
+        )
+    is_on_cpu = all(run.wants_cpu for run in runs)
+    if device and find_gpu(device) and not machine.gpus and not is_on_cpu:
+        raise SweepError(
+            f"{sweep.source}: it is planned for {device} (cost.device), and no GPU is visible here; launch it where "
+            "one is, or take cost.device out to train on this machine's cores"
+        )
 
 
 def visible_gpus() -> list[str]:

@@ -13,7 +13,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.active_run import Command
-from aimscale.sweeps.engine.devices import local_machine
+from aimscale.sweeps.engine.devices import local_machine, refuse_other_machine
 from aimscale.sweeps.engine.forecasts import save_stop_threshold
 from aimscale.sweeps.engine.worker import LaunchResult, Report, Worker, print_events, run_worker
 from aimscale.sweeps.planning.checks import raise_on_problems
@@ -61,6 +61,7 @@ def launch(
     """
     started, runs = time.time(), planned.longest_first
     machine = local_machine(runs, devices=devices)
+    refuse_other_machine(planned.sweep, planned.startable(retry=retry), machine, is_said=devices is not None)
     prepare_launch(planned, retry=retry, stop_sd=stop_sd)
     deadline = float("inf")
     if hours is not None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from aimscale.aim.config import ModelConfig
+from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
@@ -34,6 +34,8 @@ SAVE_BYTES_PER_S = 0.5e9
 
 MAX_DURING_SHARE = 0.1
 """Share of a run's time, 0..1, above which evaluation during training raises a caution."""
+SAME_SIZE = 0.02
+"""Relative difference of parameters up to which a size is the published one of its name."""
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 PLATEAU_RATES = 0.5, 2.0
 """Factors on the rate of the recipe `small` within which the first plateau ends sooner at a higher rate."""
@@ -125,6 +127,8 @@ def _cautions(
     """Yield the cautions about a run's data, schedule and evaluation during training."""
     batch_size = config.training.optimiser.batch_size
     run, epochs, on_plateau = card.run, card.budgets[-1].epochs or 0.0, _plateau_end(card, config.training)
+    if words := _other_than_released(card, config):
+        yield caution("model.head_rule", words)
     if unique and epochs > FAR_TOO_MANY_EPOCHS:
         may_shrink = FAR_TOO_MANY_EPOCHS * unique >= on_plateau
         instead = " or smaller budgets" if may_shrink else ": smaller budgets would lie on the first plateau"
@@ -159,6 +163,26 @@ def _cautions(
             "validation.every_images",
             "a device has no memory for a copy of the weights; nothing is measured during training",
         )
+
+
+def _other_than_released(card: CostCard, config: RunConfig) -> str:
+    """Say how many parameters a size of a published name has here, where the published model has others."""
+    model = config.training.model
+    if model.size not in RELEASED_SIZES:
+        return ""
+    ours, released = (
+        param_count(model_config(model.size, head_rule=rule, head_width=width, head_depth=depth)).total
+        for rule, width, depth in (
+            (model.head_rule, model.head_width, model.head_depth), ("released", None, None),
+        )
+    )  # fmt: skip
+    if abs(ours / released - 1) < SAME_SIZE:
+        return ""
+    here, theirs = (f"{number / 1e9:.3g}B" for number in (ours, released))
+    return (
+        f"{model.size} has {here} parameters with head_rule {model.head_rule}, the published model {theirs}; "
+        "head_rule: released makes the published one"
+    )
 
 
 def _plateau_end(card: CostCard, training: TrainingConfig) -> float:

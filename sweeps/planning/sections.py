@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from aimscale.harness.run.strict import Count, Section
 
@@ -149,6 +150,16 @@ class SlurmSection(Section):
     python: Command | None = None
     """Interpreter of the workers (a venv's, or a command that enters a container with Slurm's commands); null takes the
     launcher's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_extra(cls, values: Any) -> Any:
+        """Say where options of sbatch go that are no field."""
+        unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
+        for key in unknown:
+            if not get_close_matches(str(key), cls.model_fields, cutoff=0.8):
+                raise ValueError(f"unknown key '{key}'; an option of sbatch goes into extra: {{{key}: {values[key]}}}")
+        return values
 
     def gpu_request(self, devices: int) -> int | str | None:
         """Return the value of `--gpus-per-node` for so many devices, or None on CPU nodes."""

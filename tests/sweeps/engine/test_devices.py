@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from aimscale.sweeps.engine import looks, worker
-from aimscale.sweeps.engine.devices import DevicePool, Machine
+from aimscale.sweeps.engine.devices import DevicePool, Machine, refuse_other_machine
 from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.sweepfile import SweepError
 
 
 def test_no_device_serves_two_runs_at_once(write_sweep: Any) -> None:
@@ -92,3 +93,19 @@ def test_ranks_of_one_node_listen_on_loopback_alone(write_sweep: Any, tmp_path: 
     found = json.loads((tmp_path / "found").read_text())
     assert [parent for _, parent in found] == [[], []]
     assert {address for ranks, _ in found for address in ranks} == {"0100007F"}
+
+
+def test_a_sweep_of_gpus_is_not_launched_where_none_is_nor_a_run_on_more_than_there_are(
+    write_sweep: Any, launch: Any, stand_in: Any
+) -> None:
+    """Runs planned on 128 H100s "ran" on two cores, at the GPUs' speed, for 298 days."""
+    gpus = write_sweep(sizes=["rung-32"], cost={"device": "H100"})
+    with pytest.raises(SweepError, match="no GPU is visible here"):
+        launch(gpus, devices=1, command=stand_in())
+    assert not gpus.directory.exists()
+    on_cpu = write_sweep(sizes=["rung-32"], cost={"device": "H100"}, base={"runtime": {"device": "cpu"}})
+    assert launch(on_cpu, devices=1, command=stand_in()).finished
+    many, node = write_sweep(sizes=["rung-32"], devices=16), Machine(devices=8, gpus=tuple("01234567"))
+    with pytest.raises(SweepError, match="16 devices, and this machine has 8"):
+        refuse_other_machine(many, plan(many), node, is_said=False)
+    refuse_other_machine(many, plan(many), node, is_said=True)

@@ -433,3 +433,24 @@ def test_a_plan_says_what_its_grid_cannot_identify(write_sweep: Any, sizes: list
     print_plan(PlannedSweep(sweep), console)
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert sum(line.split()[:2] == ["warn", "fit"] for line in said) == bool(lost)
+
+
+def test_a_published_name_with_other_parameters_is_told(write_sweep: Any) -> None:
+    """A page's sweep of aim-7B planned 10.3 billion parameters, in 2 months more, without a word."""
+
+    def told(size: str, rule: str) -> list[str]:
+        model = {"image_size": 224, "patch_size": 14, "head_rule": rule}
+        sweep = write_sweep(sizes=[size], base={"model": model})
+        return [each.text for each in cost_cards(sweep, plan(sweep))[0].cautions if each.key == "model.head_rule"]
+
+    (text,) = told("aim-7B", "proportional")
+    assert "10.3B" in text
+    assert "6.86B" in text
+    assert told("aim-7B", "released") == told("aim-600M", "proportional") == told("rung-32", "proportional") == []
+
+
+def test_an_option_of_sbatch_among_the_fields_is_told_where_it_goes(write_sweep: Any) -> None:
+    with pytest.raises(UserError, match=r"extra: \{qos: high\}"):
+        write_sweep(slurm={"qos": "high"})
+    with pytest.raises(UserError, match="partition"):
+        write_sweep(slurm={"partitions": "gpu"})
