@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 BASELINES = ("random", "raw-pixels")
 """Baselines that are probed like the runs: the largest model untrained, and raw pixels."""
-FIRST_LAW = 3
-"""Number of trained sizes from which a first law is told; the smallest are trained first."""
 
 
 def command(
@@ -40,7 +38,7 @@ def command(
     from aimscale.sweeps.cli.launch import failed_runs
     from aimscale.sweeps.cli.progress import show_progress
     from aimscale.sweeps.collection import collect
-    from aimscale.sweeps.engine.launch import launch
+    from aimscale.sweeps.engine.launch import FIRST_LAW, launch
     from aimscale.sweeps.state.planned_sweep import plan_sweep
 
     planned = plan_sweep("demo", root)
@@ -88,6 +86,7 @@ def _first_law(planned: PlannedSweep) -> str | None:
     """Fit the sizes that are trained so far; None while they are too few, or once the report is about to come."""
     from aimscale.analysis import AnalysisError, fit, read_table
     from aimscale.sweeps.collection import collect
+    from aimscale.sweeps.engine.launch import FIRST_LAW
 
     rows = read_table(collect(planned).table)
     num = rows["size"][rows["val_loss"].notna()].nunique()

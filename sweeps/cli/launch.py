@@ -119,7 +119,13 @@ def launch(
     else:
         with show_progress(planned) as report:
             result = engine.launch(
-                planned, devices=devices, hours=hours, retry=retry, stop_sd=stop_off_track, report=report
+                planned,
+                devices=devices,
+                hours=hours,
+                retry=retry,
+                stop_sd=stop_off_track,
+                num_smallest_first=engine.FIRST_LAW,
+                report=report,
             )
         print_result(result)
         planned.look()

@@ -25,6 +25,8 @@ from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord, prepare_directory
 from aimscale.sweeps.state.run_state import RunState, State, read_state
 
+FIRST_LAW = 3
+"""Number of sizes from which a first law is told, and later runs are held against a forecast."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,8 @@ def launch(
         hours: time until this machine is gone; all runs are saved before.
         retry: clear failures and cancellations first.
         stop_sd: save and end runs whose loss lies so many standard deviations above their forecast.
-        num_smallest_first: how many of the shortest runs to start with; then the longest follow, which ends sooner.
+        num_smallest_first: how many of the shortest runs to start with, of twice as many or more; then the
+            longest follow, which ends sooner.
         command: replaces the program that executes a run.
         report: called every few moments, to show the worker's events and its progress.
 
@@ -67,7 +70,7 @@ def launch(
     if hours is not None:
         # Runs stop early enough to save before the time is up, but at most half of a short time is kept for that.
         deadline = started + 3600 * hours - min(max(run.grace_s for run in runs), 1800 * hours)
-    shortest = runs[::-1][:num_smallest_first]
+    shortest = runs[::-1][:num_smallest_first] if len(runs) >= 2 * num_smallest_first else []
     waiting = [*shortest, *(run for run in runs if run not in shortest)]
     worker = Worker(sweep=planned.sweep, machine=machine, waiting=waiting, command=command, deadline=deadline)
     worker.skip_finished(planned.states)

@@ -45,7 +45,8 @@ SHAPES = ((224, 14), (96, 8), (64, 8), (32, 8))
 `MIN_MIDDLE_WIDTH` fits into the hours, or the last."""
 MIN_MIDDLE_WIDTH = 96
 PROBE_KINDS: tuple[list[str], ...] = (["linear", "knn"], ["knn"], [])
-"""Kinds of probes: the first that leave `MIN_TRAINING` of the time to training."""
+"""Kinds of probes: the first that leave `MIN_TRAINING` of the time to training. On cores linear ones take longer than
+the training of such models, and tell the same."""
 MIN_TRAINING = 0.6
 CPU_SHARE = 0.5
 """Share of the hours that is planned for a CPU, where runs this small take up to twice what is planned."""
@@ -145,7 +146,8 @@ def _cheapest_probes(request: Request, values: Fields) -> tuple[Sweep, float]:
     folder = os.path.relpath(request.data, request.path.parent)
     test = request.data / "test"
     is_labelled = test.is_dir() and read_info(str(request.data / "train")).classes is not None
-    for kinds in PROBE_KINDS if is_labelled else PROBE_KINDS[-1:]:
+    possible = PROBE_KINDS if request.is_gpu else PROBE_KINDS[1:]
+    for kinds in possible if is_labelled else possible[-1:]:
         task: Fields = {"task": f"{request.path.stem}-classes", "train": f"{folder}/train", "test": f"{folder}/test"}
         task |= {"kinds": kinds, "centre_crop": 1.0}
         if not request.is_gpu:
