@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, rankdata
-from scipy.stats import t as student
 
 from aimscale.analysis.display import Result, by_chance, percent
+from aimscale.analysis.distributions import normal_quantile, t_quantile
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, current_level, level_words, satterthwaite
 from aimscale.analysis.laws import Array
@@ -23,7 +22,10 @@ from aimscale.analysis.table.runs import Runs, Table
 from aimscale.analysis.table.schema import Exclusion
 from aimscale.analysis.table.select import by_probe
 
-METHODS: dict[str, Callable[[Array], Array]] = {"pearson": np.asarray, "spearman": rankdata}
+METHODS: dict[str, Callable[[Array], Array]] = {
+    "pearson": np.asarray,
+    "spearman": lambda values: pd.Series(values).rank().to_numpy(),
+}
 """Coefficient -> what each column becomes before products are averaged."""
 MIN_ROWS = 4
 """Rows, and clusters of rows, that an interval needs: Fisher's variance is 1 / (n - 3)."""
@@ -254,7 +256,7 @@ def _chance_of_all(rows: pd.DataFrame, y: str) -> float | None:
     if y not in ACCURACIES or not {"chance", "n"} <= {*rows.columns}:
         return None
     chance, n = (rows[name].to_numpy(float) for name in ("chance", "n"))
-    highest = chance + norm.isf((1 - CONFIDENCE) / len(rows)) * np.sqrt(chance * (1 - chance) / n)
+    highest = chance + normal_quantile(1 - (1 - CONFIDENCE) / len(rows)) * np.sqrt(chance * (1 - chance) / n)
     return float(np.median(chance)) if (rows[y].to_numpy(float) <= highest).all() else None
 
 
@@ -315,5 +317,5 @@ def _interval(
     independent = max(1, n - 3 - num_means - held.shape[1])
     fisher = (1 + value**2 / 2 if method == "spearman" else 1) / independent  # of ranks: Bonett and Wright (2000)
     tail = 0.5 + current_level() / 2
-    half = max(student.ppf(tail, degrees) * np.sqrt(variances.sum()), norm.ppf(tail) * np.sqrt(fisher))
+    half = max(t_quantile(tail, degrees) * np.sqrt(variances.sum()), normal_quantile(tail) * np.sqrt(fisher))
     return value, float(min(value, np.tanh(z - half))), float(max(value, np.tanh(z + half))), degrees

@@ -265,6 +265,8 @@ def did_you_mean(typed: str, names: Iterable[str], otherwise: str) -> str:
     return f"did you mean {' or '.join(near[:3])}?" if near else f"{otherwise} {some(nearest, MAX_KNOWN)}."
 
 
+MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
+"""Columns of model FLOPs utilisation: which FLOPs over which peak."""
 MAX_NAMED, MAX_KNOWN = 5, 16
 """Names that a sentence lists at most, and known names to choose from."""
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist
-from scipy.stats import chi2
 
 from aimscale.analysis.display import Flag, Result, beyond_words, flag_words, human, percent, power_of_ten, scale_words
+from aimscale.analysis.distributions import chi2_quantile
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
@@ -59,7 +59,9 @@ def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: 
         cheapest = human(prices.min())
         raise AnalysisError(f"The cheapest candidate costs {cheapest}, more than the budget of {human(budget)}.")
     errors = law.estimate.components
-    noise = max(1e-4, errors.total * float(np.sqrt(errors.degrees / chi2.ppf(0.1, errors.degrees))))  # 90 % upper end
+    noise = max(
+        1e-4, errors.total * float(np.sqrt(errors.degrees / chi2_quantile(0.1, errors.degrees)))
+    )  # 90 % upper end
     joint = _posterior(law, candidates, target, noise)
     baskets = [_fill(joint, prices, budget, noise, power) for power in PRICE_POWERS]
     return min(baskets, key=lambda basket: basket[1])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
 from aimscale.analysis.display import Flag, Result, by_chance, fact_lines, flag_words, text_table
+from aimscale.analysis.distributions import normal_quantile
 from aimscale.analysis.effects.result import POWER
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import files_of, read_table
@@ -178,7 +178,7 @@ def beside_runs(probes: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
     gap = both["top1"] - both["baseline_top1"]
     below = np.hypot(both["top1"] - both["top1_lo95"], both["baseline_hi95"] - both["baseline_top1"])
     above = np.hypot(both["top1_hi95"] - both["top1"], both["baseline_top1"] - both["baseline_lo95"])
-    detectable = (1 + norm.ppf(POWER) / norm.ppf(0.975)) / 2 * (below + above)
+    detectable = (1 + normal_quantile(POWER) / normal_quantile(0.975)) / 2 * (below + above)
     both = both.assign(gap=gap, gap_lo95=gap - below, gap_hi95=gap + above, detectable=detectable)
     verdict = np.select([both["gap_lo95"] > 0, both["gap_hi95"] < 0], ["above", "below"], "no significant difference")
     return both.assign(verdict=verdict).reindex(columns=columns)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 from scipy.linalg import solve_triangular
-from scipy.stats import t as student
 
+from aimscale.analysis.distributions import t_above
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import half_width, satterthwaite
 from aimscale.analysis.fitting.diagnostics import SAME_VALUE, SAME_VARIABLE
@@ -266,7 +266,7 @@ def smooth(gains: Gains, flops: Array, *, with_line: bool) -> Smooth:
         low=value - half,
         high=value + half,
         trend=tuple(np.exp([change, change - reach, change + reach])[:, 0].tolist()),
-        trend_p=2 * float(student.sf(np.abs(change / np.maximum(error, 1e-300)), spare)[0]),
+        trend_p=2 * float(t_above(np.abs(change / np.maximum(error, 1e-300)), spare)[0]),
         covariance=best.variance * covariance,
         noise=best.variance * per_loss**2,
         degrees=degrees,

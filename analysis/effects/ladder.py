@@ -15,8 +15,8 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
+from aimscale.analysis.distributions import t_below, t_quantile
 from aimscale.analysis.effects.result import POWER
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
@@ -51,7 +51,7 @@ class Ladder:
     @property
     def probability(self) -> float:
         """Probability that the recipe is better, that its gain is above 1."""
-        return float(student.cdf(self.log_gain / self.error, self.degrees))
+        return float(t_below(self.log_gain / self.error, self.degrees))
 
     def measured(self, points: pd.DataFrame) -> pd.Series:
         """Return the logarithms of the gains that losses at about equal C show, by the slope of the law there."""
@@ -67,7 +67,7 @@ class Ladder:
         `MOST_SEEDS`."""
         runs = self.law.num_points
         for seeds in range(1, MOST_SEEDS + 1):
-            needed = student.ppf([0.5 + CONFIDENCE / 2, POWER], self.degrees + runs * seeds).sum()
+            needed = t_quantile([0.5 + CONFIDENCE / 2, POWER], self.degrees + runs * seeds).sum()
             if needed * self.error / np.sqrt(1 + seeds) < abs(self.log_gain):
                 return seeds
         return None

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from aimscale.analysis.display import Flag, Result, flag_words, human, p_value, power_of_ten
+from aimscale.analysis.distributions import t_below, t_quantile
 from aimscale.analysis.effects.gains import Gains, Spread, measured_gains, smooth
 from aimscale.analysis.effects.ladder import LADDER_LAWS, Ladder, fit_ladder, is_short
 from aimscale.analysis.effects.ladder import MOST_SEEDS as LADDER_SEEDS
@@ -271,7 +271,7 @@ def _compared(points: pd.DataFrame, names: Mapping[str, str], flags: Sequence[Fl
         crossover=_crossover(inside, value, low, high) if is_told else float("nan"),
         law=gains.law,
         flags=tuple(flags),
-        probability=float(student.cdf(value[top] / half * student.ppf(0.975, line.degrees), line.degrees)),
+        probability=float(t_below(value[top] / half * t_quantile(0.975, line.degrees), line.degrees)),
         decision=decision,
     )
 
@@ -303,7 +303,7 @@ def _decision(gains: Gains, spread: Spread, top: tuple[float, float, float], cos
     if low > 0 or high < 0:
         return f"nothing more: at the table's largest compute the gain is {'above' if value > 0 else 'below'} 1"
     n, d = gains.rows[["N", "D"]].to_numpy().T
-    needed = student.ppf([0.5 + CONFIDENCE / 2, POWER], spread.degrees).sum()
+    needed = t_quantile([0.5 + CONFIDENCE / 2, POWER], spread.degrees).sum()
     offers = list[tuple[float, ...]]()
     for seeds in range(1, MOST_SEEDS + 1):
         told = needed * spread.after(seeds) < abs(value)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from aimscale.analysis.display import Flag, Result, by_chance, did_you_mean, flag_words, some
+from aimscale.analysis.distributions import t_quantile
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import Covariance, current_level, level_words, linear_design, sandwich
 from aimscale.analysis.table.groups import groups_of
@@ -74,7 +74,7 @@ def mean_over_pairs(values: pd.Series, pairs: pd.DataFrame) -> Mean:
         within = y - pd.Series(y).groupby(codes).transform("mean").to_numpy()
         se = np.sqrt(within @ within / degrees / n)
     confidence = current_level()
-    half, more = (se * student.ppf([0.5 + confidence / 2, POWER], degrees)).tolist()
+    half, more = (se * t_quantile([0.5 + confidence / 2, POWER], degrees)).tolist()
     ends = {"low": mean - half, "high": mean + half, "detectable": half + more}
     return Mean(difference=mean, **ends, degrees=float(degrees), confidence=confidence, num_budgets=num_budgets)
 

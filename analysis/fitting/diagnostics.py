@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.linalg import null_space
-from scipy.stats import f as fisher
 
 from aimscale.analysis.display import Flag, human, option, p_value, some
+from aimscale.analysis.distributions import f_above
 from aimscale.analysis.fitting.inference import SMALLEST_DELTA, Estimate, Interval
 from aimscale.analysis.fitting.problem import LOG_LSQ, Problem, make_problem
 from aimscale.analysis.laws import Array, Law
@@ -328,7 +328,7 @@ def f_probability(f: float, sizes: Array, traces: Array, of_squares: Array) -> f
     (2,) of their covariances and of the squares of these: of independent ones it is Fisher's; else each is taken for a
     scaled chi-squared (Box 1954)."""
     expected = np.divide(*(traces / sizes))
-    return float(fisher.sf(f / expected, *(traces**2 / of_squares)))
+    return float(f_above(f / expected, *(traces**2 / of_squares)))
 
 
 def unidentified(law: Law, x: Mapping[str, Array], held: Collection[str] = ()) -> frozenset[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from aimscale.analysis.display import did_you_mean
+from aimscale.analysis.distributions import t_above
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, satterthwaite
 from aimscale.analysis.fitting.diagnostics import OUTLIER_SCALES, blind_flags, row_names
@@ -202,7 +202,7 @@ def _mean_error(result: Fit, refit: Fit, points: Runs, test: Array) -> dict[str,
     noise = np.sqrt(estimate.components.variance_of(np.full((1, num), 1 / num), groups))
     spare = satterthwaite(np.stack([errors, noise]), np.array([degrees, [estimate.components.degrees]]))
     off, sd = float(measured.mean() - predicted[0]), float(np.hypot(errors, noise)[0])
-    p = 2 * float(student.sf(abs(off) / max(sd, 1e-300), spare[0]))
+    p = 2 * float(t_above(abs(off) / max(sd, 1e-300), spare[0]))
     return {"mean_error": off, "mean_error_sd": sd, "p": p}
 
 

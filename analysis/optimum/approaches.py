@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from aimscale.analysis.display import Flag, Result, human, p_value, power_of_ten, text_table
+from aimscale.analysis.distributions import t_above
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, level_words
 from aimscale.analysis.fitting.inference import Interval
@@ -205,7 +205,7 @@ def apart_flags(frontiers: Sequence[Frontier]) -> tuple[Flag, ...]:
         moved = first.moves(top).sub(last.moves(top), fill_value=0.0).reindex(first.errors.index)
         shared = np.sqrt(np.diag(moved.T @ first.errors @ moved))
         sd, degrees = np.where(np.isfinite(sd), shared, np.nan), np.full(2, first.exponent_error[1])
-    p_values = 2 * student.sf(np.abs(apart) / np.maximum(sd, 1e-300), degrees)
+    p_values = 2 * t_above(np.abs(apart) / np.maximum(sd, 1e-300), degrees)
     for what, by, p in zip(("the exponent", "N*"), np.abs(apart), p_values, strict=True):
         if p < (1 - CONFIDENCE) / 2:  # nor where nothing tells an error
             words = f"by {by:.2f}" if what != "N*" else f"by a factor of {math.exp(by):.2f}"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from aimscale.analysis.display import accuracy_of, by_chance, capital, flag_words, human, told_apart
+from aimscale.analysis.display import MFU, accuracy_of, by_chance, capital, flag_words, human, told_apart
 from aimscale.analysis.forecasts.forecast import REGISTER, score_words, scores
 from aimscale.analysis.plots.accuracy import plot_accuracy, plot_loss_accuracy
 from aimscale.analysis.plots.scaling import plot_points
@@ -20,7 +20,7 @@ from aimscale.analysis.report.blocks import Block, PageFigure, feature_words, ht
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.read import files_of
-from aimscale.analysis.table.schema import COLUMNS, DESIGN, MFU, described
+from aimscale.analysis.table.schema import COLUMNS, DESIGN, described
 from aimscale.analysis.table.select import read_curves
 
 SETTINGS = (*(column.name for column in COLUMNS if column.role == "design"), "lr_peak", "batch_size")

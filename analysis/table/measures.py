@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from aimscale.analysis.display import MAX_NAMED, accuracy_of, did_you_mean, measured_by, option
+from aimscale.analysis.display import MAX_NAMED, MFU, accuracy_of, did_you_mean, measured_by, option
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.columns import named_like_accuracy
 from aimscale.analysis.table.runs import Runs
-from aimscale.analysis.table.schema import MFU
 from aimscale.analysis.table.select import by_probe
 
 ACCURACIES = ("top1", "last_top1")

@@ -89,8 +89,6 @@ PROBE_FIELDS = _columns("probes")
 """Fields of one entry of the column `probes`."""
 KNOWN = {column.name: column for column in COLUMNS}
 _DESCRIBED = {column.name: column for column in (*_columns("comparison"), *PROBE_FIELDS, *COLUMNS)}
-MFU = {"mfu_published": "published/nominal", "mfu": "executed/measured"}
-"""Columns of model FLOPs utilisation: which FLOPs over which peak."""
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Variable of a law -> its column in a results table, unless the table has a column of the variable's own name."""
 LETTERS = {name: letter for letter, name in CANONICAL.items()}

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import f as fisher
-from scipy.stats import ttest_1samp
 
 from aimscale.analysis.display import Flag, human, option, some
+from aimscale.analysis.distributions import f_above, t_above
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.formulas import MAX_LENGTH
 from aimscale.analysis.table.points import usable_rows
@@ -280,7 +279,9 @@ def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
     means = np.log(losses.where(losses > 0)).groupby([rows[each] for each in (*cell, name)]).mean()
     one, other = (means.xs(value, level=name) for value in rows[name].value_counts().index[:2])
     differences = (one - other).dropna().groupby(level=cell[0]).mean()
-    return len(differences) > 2 and bool(ttest_1samp(differences, 0).pvalue < CHANCE)
+    return len(differences) > 2 and bool(
+        2 * t_above(abs(differences.mean()) / differences.sem(), len(differences) - 1) < CHANCE
+    )
 
 
 def _matters(rows: pd.DataFrame, name: str, y: str) -> bool:
@@ -303,7 +304,7 @@ def _matters(rows: pd.DataFrame, name: str, y: str) -> bool:
     more, free = ranks[1] - ranks[0], len(logs) - ranks[1]
     if more == 0 or free < MIN_FREE:
         return more > 0
-    return bool(fisher.sf((squares[0] - squares[1]) / more / (squares[1] / free), more, free) < CHANCE)
+    return bool(f_above((squares[0] - squares[1]) / more / (squares[1] / free), more, free) < CHANCE)
 
 
 def most_passes(rows: Runs) -> float:

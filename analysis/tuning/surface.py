@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy.stats import f as f_distribution
 
+from aimscale.analysis.distributions import f_above
 from aimscale.analysis.fitting.covariance import half_width, linear_design
 from aimscale.analysis.laws import Array
 
@@ -61,7 +61,7 @@ class Surface:
         if min(more, self.degrees) < 1 or squares == 0:
             return False
         ratio = (other.degrees * other.noise**2 - squares) / more / self.noise**2
-        return bool(f_distribution.sf(ratio, more, self.degrees) < SIGNIFICANT)
+        return bool(f_above(ratio, more, self.degrees) < SIGNIFICANT)
 
     @cached_property
     def optima(self) -> Array:

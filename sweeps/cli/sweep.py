@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
@@ -18,8 +18,6 @@ from rich.live import Live
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.files import check_file, read_file
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, AsJson, Root, SweepName, print_next, select_run_ids
-from aimscale.sweeps.collection import CollectResult
-from aimscale.sweeps.collection import collect as collect_rows
 from aimscale.sweeps.monitor.layout import new_console
 from aimscale.sweeps.monitor.status import SweepStatus, sweep_status
 from aimscale.sweeps.monitor.view import progress_line, status_view
@@ -28,6 +26,9 @@ from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import State
+
+if TYPE_CHECKING:
+    from aimscale.sweeps.collection import CollectResult
 
 LOOK_INTERVAL_S, MAX_LOOK_SHARE = 2.0, 0.05
 """Interval between looks at all runs, s, and maximum share of the time that they may take."""
@@ -219,6 +220,8 @@ def fresh_table(sweep: Sweep) -> Path:
 
 def _collect(planned: PlannedSweep) -> CollectResult:
     """Collect a sweep and say on the error stream what is left out."""
+    from aimscale.sweeps.collection import collect as collect_rows  # pandas takes half a second
+
     found = collect_rows(planned)
     for why in found.damaged.values():
         typer.echo(f"skipped: {why}", err=True)

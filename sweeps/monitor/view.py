@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.aim.errors import some
-from aimscale.analysis.table.schema import MFU
+from aimscale.analysis.display import MFU
 from aimscale.sweeps.monitor.layout import (
     Column,
     KeyValue,
