@@ -35,6 +35,7 @@ def test_a_look_at_a_sweep_imports_neither_torch_nor_statistics(
     modules = imported(name, str(sweep.source), *more, "--root", str(sweep.root))
     assert "aimscale.sweeps.state.run_state" in modules
     assert not {"torch", "scipy.stats", "aimscale.analysis.fitting", *COMPILING} & modules
+    assert not {"pandas", "scipy"} & modules or name == "collect"
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["launch", "--dry-run"]])
@@ -54,3 +55,10 @@ def test_a_plan_opens_all_data_and_compiles_nothing(
 def test_data_info_compiles_nothing(write_images: Any, tmp_path: Path) -> None:
     write_images(tmp_path / "mine", 4)
     assert not COMPILING & imported("data", "info", str(tmp_path / "mine"))
+
+
+def test_a_fit_loads_no_statistics_of_scipy(tmp_path: Path) -> None:
+    rows = [f"{n},{d},{1 + n**-0.3 + d**-0.3}" for n in (1e6, 4e6, 9e6, 3e7) for d in (1e7, 3e7, 1e8)]
+    (tmp_path / "t.csv").write_text("\n".join(["N,D,L", *rows]))
+    modules = imported("fit", str(tmp_path / "t.csv"))
+    assert not [name for name in modules if name.startswith(("scipy.stats", "torch", "matplotlib"))]
