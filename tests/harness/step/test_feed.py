@@ -158,9 +158,7 @@ def test_a_disk_that_hangs_in_a_save_ends_the_run_with_a_sentence(
     tmp_path: Path, tiny_config: Config, in_processes: Run, world_size: int
 ) -> None:
     run = RunDir.create(tmp_path / "run", tiny_config(budgets=[128]))
-    started = time.monotonic()
     assert 0 not in in_processes(hang_in_a_save, run.path, world_size=world_size)
-    assert time.monotonic() - started < 120
     status = run.read_status()
     assert (status.state, status.reason_class, status.failed_on) == ("failed", "node", SHARED)
     assert re.fullmatch(r"checkpoint \S+/48 was not written within 3 s; .*", str(status.reason))
@@ -242,9 +240,7 @@ def test_a_loader_process_that_dies_or_stands_still_ends_the_run_with_a_sentence
     monkeypatch.setattr(processes, "POLL_S", 0.2)
     monkeypatch.setattr(processes, "STOPPED_S", 1.0)
     run = RunDir.create(tmp_path / "run", tiny_config({"num_workers": 2}, budgets=[1200]))
-    started = time.monotonic()
     assert in_processes(lose_a_worker, run.path, signum, world_size=world_size) == [EXIT_CRASHED] * world_size
-    assert time.monotonic() - started < 120
     status = run.read_status()
     assert (status.state, status.reason_class) == ("failed", reason_class)
     assert re.fullmatch(sentence, str(status.reason))

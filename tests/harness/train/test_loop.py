@@ -36,6 +36,7 @@ from aimscale.harness.distributed import job
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
 from aimscale.harness.run.row import build_model_config
+from aimscale.harness.run.schedule import schedule_of
 from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]
@@ -348,6 +349,16 @@ def test_a_branch_equals_a_run_that_had_only_that_budget(whole: Whole) -> None:
         assert (row["val_loss"], row["train_loss"]) == (only["val_loss"], only["train_loss"])
         with np.load(several.validation_file(budget)) as ours, np.load(alone.validation_file(budget)) as theirs:
             assert np.array_equal(ours["loss_sum"], theirs["loss_sum"])
+
+
+def test_steps_have_the_schedules_rates_to_the_digit(whole: Whole, tiny_config: Config) -> None:
+    """Rates of the step after passed all tests, which compared runs with each other."""
+    config = tiny_config(budgets=[64, 128])
+    schedule, batch = schedule_of(config), config.training.optimiser.batch_size
+    told = lines(whole(64, 128))
+    assert {branch for branch, _ in told} >= {64, 128}
+    for (branch, images_seen), line in told.items():
+        assert line["lr"] == schedule.lr(images_seen - batch, branch), (branch, images_seen)
 
 
 def train_with_bad_steps(rank: int, path: Path, bad: set[int]) -> None:

@@ -52,6 +52,12 @@ def test_losses_equal_single_images_on_any_ranks(tiny_data: Path, in_group: Call
         assert losses.num_targets.tolist() == (48 - given.sum(1)).tolist()
 
 
+def test_the_loss_is_the_mean_over_targets_not_over_images() -> None:
+    """Mean of images' means passed all tests: their images had as many targets each."""
+    losses = ValidationLosses(index=np.arange(2), loss_sum=np.array([3.0, 1.0]), num_targets=np.array([10.0, 2.0]))
+    assert losses.loss == 4 / 12
+
+
 def test_bytes_go_to_the_device_and_are_normalised_there(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without values stands for a GPU."""
     placement = Placement(rank=0, world_size=1, local_rank=0, address="", port=0)

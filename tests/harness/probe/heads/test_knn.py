@@ -13,6 +13,7 @@ from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.probe.features.extraction import PooledFeatures
 from aimscale.harness.probe.features.images import Task, holdout_split
 from aimscale.harness.probe.heads.knn import Neighbours, neighbour_votes
+from aimscale.harness.probe.heads.scores import Candidate
 
 
 @pytest.mark.parametrize("ks", [(5, 20), (1, 3)])
@@ -53,3 +54,15 @@ def test_block_sets_share_a_pass_over_the_features(task: Any, monkeypatch: pytes
         assert sum(read) == num_passes * (len(fit) + len(held))
     assert found[0] == found[1]
     assert [each.blocks for each in found[0][:: len(found[0]) // len(sets)]] == sets
+
+
+def test_the_test_split_is_compared_with_all_training_images(task: Any) -> None:
+    """A bank without the hold-out passed all tests; the nearest neighbour of each of its images is itself."""
+    train, _ = task.open()
+    fit, held = holdout_split(train.labels, 0.2, seed=0)
+    whole = Task(section=task.section(), train=train, test=train, seed=0, group=ALONE)
+    features = task.features(train, fit=fit)
+    chosen = Candidate(kind="knn", blocks=(0,), value=1, holdout_top1=0.0, holdout_loss=0.0)
+    predicted = Neighbours(task=whole, features=features).predict(chosen, features.pooled).predicted
+    assert len(held)
+    assert torch.equal(predicted, train.labels)
