@@ -170,7 +170,7 @@ class Measurements:
         unit, program = self.program.unit, self.program
         where = "metrics.pattern finds" if program.metrics.pattern else "metrics.jsonl has"
         if self.measured is None:
-            skipped = f" ({self.num_skipped} lines have no D above 0)" if self.num_skipped else ""
+            skipped = f" (lines without a D above 0: {self.num_skipped})" if self.num_skipped else ""
             return f"it ended with exit code 0, and {where} no line with D and val_loss{skipped}; correct one of them"
         if program.together:
             return f'it ended with exit code 0 and no line has "budget": {budget}; write one at each of {{budgets}}'

@@ -124,7 +124,7 @@ class Supervisor:
         points = run.read_curve()
         self._points = {point["images_seen"]: point["val_loss"] for point in points if "val_loss" in point}
         self._facts = start_facts(config.program, self._environment)
-        self._words, self._left_behind = b"", ""
+        self._words, self._left_behind, self._was_asked_to_end = b"", "", False
 
     def work(self) -> None:
         """Train the missing budgets, then evaluate them.
@@ -162,6 +162,12 @@ class Supervisor:
                 self._record_row(budget, line)
         self._refuse_missing()
 
+    def _raise_if_asked_to_end(self) -> None:
+        """Raise Stopped for a program that ended with success before its work was done, since it was asked to, as
+        Lightning's trainer does."""
+        if self._was_asked_to_end:
+            raise Stopped("ended with exit code 0 when it was asked to; it goes on from its last checkpoint")
+
     def _missing_budgets(self) -> list[int]:
         """Return the budgets without a row, ascending."""
         rows = {row["images_seen"] for row in self._run.read_rows()}
@@ -169,6 +175,7 @@ class Supervisor:
 
     def _refuse_missing(self) -> None:
         if missing := self._missing_budgets():
+            self._raise_if_asked_to_end()
             if self._measurements.not_finite_at is not None:
                 raise ProgramFailed(f"the validation loss at {self._measurements.not_finite_at:,} is not finite", "nan")
             raise ProgramFailed(self._measurements.missing_row_reason(missing[0]) + self._left_behind, "config")
@@ -233,7 +240,8 @@ class Supervisor:
             if process_ids := process.end_leftovers():
                 self._left_behind = f"; it left process {', '.join(map(str, process_ids))} behind, which was ended"
                 print(f"aimscale: the command ended{self._left_behind}: let it wait for what it starts", flush=True)
-        if process.stop_requested_at is not None and code != 0:
+        self._was_asked_to_end = process.stop_requested_at is not None
+        if self._was_asked_to_end and code != 0:
             raise Stopped(self._how_stopped(process, code))
         if code == EXIT_PREEMPTED:
             raise Stopped("it saved and ended by itself (exit code 75)")
@@ -337,6 +345,7 @@ class Supervisor:
         if code := self._execute(words, lambda piece: None):
             raise self._failure(code, f"trainer.evaluate.{name}")
         if (found := read_object(result)) is None:
+            self._raise_if_asked_to_end()
             raise ProgramFailed(f"trainer.evaluate.{name} ended with exit code 0 and wrote no {result}", "config")
         entries = probe_entries(found.get("accuracy") or {}, name)
         measured = {probe_key(entry) for entry in entries}

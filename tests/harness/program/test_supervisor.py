@@ -92,7 +92,7 @@ os.wait()
 BAD = {
     "prints nothing": ("pass", 1, "metrics.jsonl has no line with D and val_loss"),
     "NaN": ("tell(D=50, val_loss=2.0); tell(D=100, val_loss=float('nan'))", 3, "at 100 is not finite"),
-    "D = 0": ("tell(D=0, val_loss=2.0)", 1, "1 lines have no D above 0"),
+    "D = 0": ("tell(D=0, val_loss=2.0)", 1, "lines without a D above 0: 1"),
     "D goes back": (f"{GOOD}; tell(D=10, val_loss=3.0)", 1, "at 10 tokens, and not within 1 % of its budget of 100"),
     "N changes": ("tell(D=1, N=3); tell(D=2, N=4); time.sleep(600)", 1, "N is 4 at D = 2 and was 3"),
     "half a line": ("open(path, 'w').write('{\"D\": 100, \"val_loss\": 1')", 1, "no line with D and val_loss"),
@@ -130,6 +130,10 @@ def test_a_gigabyte_of_output_is_cut_and_read_to_its_end(start: Any, tmp_path: P
 
 STOPPED = {
     "saves": ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))", "saved when it was asked to"),
+    "ends with success": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))",
+        "ended with exit code 0 when it was asked to; it goes on from its last checkpoint",
+    ),
     "dies": ("pass", "ended by SIGTERM; it goes on from its last checkpoint"),
     "does not listen": (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
