@@ -295,7 +295,7 @@ def _matters(rows: pd.DataFrame, name: str, y: str) -> bool:
     smooth = np.column_stack(
         [np.ones(len(x)), x, *(x[:, i] * x[:, j] for i in range(len(scale)) for j in range(i + 1))]
     )
-    levels = pd.get_dummies(rows.loc[logs.index, name].astype(str), dtype=float).to_numpy()
+    levels = pd.get_dummies(pd.factorize(rows.loc[logs.index, name])[0], dtype=float).to_numpy()
     ranks, squares = list[int](), list[float]()
     for basis in (smooth, np.column_stack([smooth, levels])):
         solution, _, rank, _ = np.linalg.lstsq(basis - basis.mean(0) * (basis.std(0) > 0), logs[y], rcond=1e-9)

@@ -208,11 +208,12 @@ class _Batch:
         minutes = time_limit_min(self.planned, runs, num_jobs)
         # Without what changes from one launch to the next: the number of jobs, and the nodes to be excluded.
         digest = _digest(self._script(shape, runs, minutes, (), 1))
+        if not self.dry_run:  # before the first part: its jobs may have begun and written nothing when the next is due
+            self._refuse_failed_script(digest, broken)
         for first in range(0, num_jobs, longest):
             size = min(longest, num_jobs - first)
             script, job_id = self._script(shape, runs, minutes, excluded, size), None
             if not self.dry_run:
-                self._refuse_failed_script(digest, broken)
                 job_id = slurm.command("sbatch", "--parsable", text=script).strip().partition(";")[0]
                 facts = {"launch": self.launch, "script": digest, "request": self.request}
                 record_array(self.sweep, JobArray(job_id=job_id, number=size, shape=shape, broken=broken, **facts))
