@@ -94,6 +94,20 @@ def submit_for(sweep: Sweep, **changes: Any) -> list[Submission]:
     return submit(PlannedSweep(sweep), allow_dirty=True, **changes)
 
 
+def test_jobs_that_begin_while_the_next_part_is_submitted_are_no_broken_script(
+    write_sweep: Any, submitted: Any, program: Any, tmp_path: Path
+) -> None:
+    """Their logs were there, and empty still: the second part of a split array was refused."""
+    sweep, jobs = write_sweep(seeds=[0, 1]), tmp_path / "jobs"
+    logs = sweep.directory / "slurm"
+    begin = f"mkdir -p {logs}; touch {logs}/$((n + 1))_0.out {logs}/$((n + 1))_1.out"
+    program("sbatch", f'n=$(ls {jobs} | wc -l); cat > {jobs}/$n; {begin}; echo "$((n + 1));main"')
+    (tmp_path / "longest").write_text("2")
+    parts = submit_for(sweep)
+    assert len(parts) > 1
+    assert sum(part.num_jobs for part in parts) == 4
+
+
 @pytest.mark.parametrize("stage", ["", "evaluation"])
 def test_a_launch_submits_what_is_lacking_and_no_more(
     write_sweep: Any, submitted: Any, tmp_path: Path, stage: str
