@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis import AnalysisError, read_table, recipes
+from aimscale.analysis.effects.ladder import fit_ladder
 from aimscale.analysis.table.select import fresh_part, main_part
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("simulated", "decisions", "alarms")
+PARTS = ("simulated", "ladders", "decisions", "alarms")
 STUDIES = ("main", "cifar")
 RAISED = (0.0, 0.005, 0.01, 0.02)
 SHARES = (4, 10, 30)
@@ -130,6 +131,27 @@ def simulated(num: int) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(["grid", "gain"]).mean()
 
 
+def ladders(num: int) -> pd.DataFrame:
+    """Return how often the interval of a short ladder holds the gain, and decides wrongly, by rungs, gain and the error
+    that the two runs of a rung share; .2 % noise of each run."""
+    rows, rng = [], np.random.default_rng(0)
+    for rungs, gain, shared in itertools.product((3, 4, 5), (1.0, 1.02, 1.08, 1.5), (0.0, 0.005)):
+        flops = 1e18 * 6.0 ** np.arange(rungs)
+        for _ in range(num):
+            error, tables = shared * rng.normal(size=rungs), []
+            for number, factor in ((1.0, 1.0), (2.0, gain)):
+                loss = 1.6 + 2 * (factor * flops / 1e18) ** -0.1
+                noise = np.exp(error + 0.002 * rng.normal(size=rungs))
+                tables.append(pd.DataFrame({"C": flops, "G": number, "y": loss * noise}))
+            result = fit_ladder(pd.concat(tables, ignore_index=True))
+            off, told = result.log_gain - np.log(gain), abs(result.log_gain) > result.half
+            wrong = told and (gain == 1 or result.log_gain < 0)
+            rows.append(
+                {"rungs": rungs, "shared": shared, "gain": gain, "inside": abs(off) <= result.half, "wrong": wrong}
+            )
+    return pd.DataFrame(rows).groupby(["rungs", "shared", "gain"]).mean()
+
+
 def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     if "simulated" in options.only:
         print(simulated(options.num).to_string(), flush=True)
+    if "ladders" in options.only:
+        print(ladders(options.num).to_string(), flush=True)
     if "decisions" in options.only:
         found = decisions()
         print(found.to_string())
