@@ -165,12 +165,21 @@ def _collect_ended(worker: Worker) -> None:
                 _suspect_node(worker, part)
             elif outcome not in ("finished", "failed"):
                 worker.waiting.insert(0, part.run)
+            elif outcome == "finished" and part.run.stage == "evaluate" and _is_training(worker, part.run):
+                worker.waiting.append(part.run)
         if active_run.parts:  # the end of some cannot be written down yet
             continue
         worker.active.remove(active_run)
         worker.devices.release(active_run.devices)
         if training := [each.run for each in worker.active if each.run.stage == "train"]:
             _write_forecasts(worker, training)
+
+
+def _is_training(worker: Worker, run: Run) -> bool:
+    """Return whether a run that was evaluated trains on, so that there will be more to evaluate."""
+    with contextlib.suppress(OSError, UserError):
+        return RunRecord(worker.sweep.run_dir(run.run_id)).read_status().state != "finished"
+    return True
 
 
 def _record_end(worker: Worker, active_run: ActiveRun, part: Part, exit_code: int) -> Outcome | None:

@@ -12,6 +12,7 @@ import pytest
 import aimscale.sweeps.engine.launch
 from aimscale.analysis.table.read import read_table
 from aimscale.sweeps.collection import collect
+from aimscale.sweeps.engine import looks, queue
 from aimscale.sweeps.engine.devices import RANKS_COMMAND
 from aimscale.sweeps.planning.cards import cost_cards
 from aimscale.sweeps.planning.planner import plan
@@ -83,3 +84,39 @@ def test_one_process_and_two_give_the_same_rows(write_sweep: Any, write_images: 
         assert RunRecord(sweep.run_dir(runs[0].run_id)).read_status().images_planned == card.images_executed
         losses.append(list(table["val_loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+SLOW = """
+import pathlib, sys, time
+from aimscale.harness.step.engine import Engine
+from aimscale.harness.train.run import train
+
+step = Engine.step
+
+def slowly(self, *args, **kwargs):
+    time.sleep(0.5)
+    return step(self, *args, **kwargs)
+
+Engine.step = slowly
+sys.exit(train(pathlib.Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_evaluated_while_it_trained_is_evaluated_to_its_end(
+    write_sweep: Any, write_images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its first budget was evaluated, the worker took the run for done, and its last budget got no losses."""
+    monkeypatch.setattr(queue, "EVALUATION_DELAY_S", 0.0)
+    monkeypatch.setattr(looks, "RESCAN_S", 0.5)
+    write_images(tmp_path / "data" / "train", 64, seed=0, side=20)
+    write_images(tmp_path / "data" / "validation", 8, seed=1, side=20)
+    (tmp_path / "slow.py").write_text(SLOW)
+    sweep = write_sweep(sizes=["rung-32"], budgets=[128, 1024])
+    command = [sys.executable, str(tmp_path / "slow.py")]
+    result = aimscale.sweeps.engine.launch.launch(
+        PlannedSweep(sweep), devices=2, command=lambda path, _: [*command, str(path)]
+    )
+    record = RunRecord(sweep.run_dir(*result.finished))
+    assert len(record.evaluation.read_attempts()) > 1, "else nothing was evaluated while it trained"
+    assert [row["images_seen"] for row in record.read_rows() if "val_loss" in row] == [128, 1024]
