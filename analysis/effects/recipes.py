@@ -240,7 +240,7 @@ def _compared(points: pd.DataFrame, names: Mapping[str, str], flags: Sequence[Fl
     # no trend inside the table but one that is told; beyond it one may go on, end, or begin
     is_told, beyond_table = line.trend_p <= ALARM, scales > inside[-1]
     value = (constant.value + line.value) / 2 if is_told else constant.value
-    both = beyond_table | is_told
+    curve, both = line if is_told else constant, beyond_table | is_told
     low: Array = np.where(both, np.minimum(constant.low, line.low), constant.low)
     high: Array = np.where(both, np.maximum(constant.high, line.high), constant.high)
     measured = gains.near(inside).reindex(range(len(scales))).to_numpy()
@@ -258,7 +258,7 @@ def _compared(points: pd.DataFrame, names: Mapping[str, str], flags: Sequence[Fl
         flags.append(Flag(kind="off_curve", number=outside, text=text))
         decision = "nothing can be told: see the caution about budgets outside the interval"
     else:
-        spread = (line if is_told else constant).spread(top)
+        spread = curve.spread(top)
         decision = _decision(gains, spread, (value[top], low[top], high[top]), cost)
     columns = dict(zip((*GAIN, "measured"), np.exp([value, low, high, measured]), strict=True))
     columns |= _in_time(points, value, low, high)
@@ -271,7 +271,7 @@ def _compared(points: pd.DataFrame, names: Mapping[str, str], flags: Sequence[Fl
         crossover=_crossover(inside, value, low, high) if is_told else float("nan"),
         law=gains.law,
         flags=tuple(flags),
-        probability=float(t_below(value[top] / half * t_quantile(0.975, line.degrees), line.degrees)),
+        probability=float(t_below(value[top] / half * half_width(1.0, np.array(curve.degrees)), curve.degrees)),
         decision=decision,
     )
 

@@ -297,10 +297,11 @@ def _matters(rows: pd.DataFrame, name: str, y: str) -> bool:
     )
     levels = pd.get_dummies(pd.factorize(rows.loc[logs.index, name])[0], dtype=float).to_numpy()
     ranks, squares = list[int](), list[float]()
-    for basis in (smooth, np.column_stack([smooth, levels])):
-        solution, _, rank, _ = np.linalg.lstsq(basis - basis.mean(0) * (basis.std(0) > 0), logs[y], rcond=1e-9)
+    for columns in (smooth, np.column_stack([smooth, levels])):
+        basis = columns - columns.mean(0) * (columns.std(0) > 0)
+        solution, _, rank, _ = np.linalg.lstsq(basis, logs[y], rcond=1e-9)
         ranks.append(int(rank))
-        squares.append(float(((logs[y] - (basis - basis.mean(0) * (basis.std(0) > 0)) @ solution) ** 2).sum()))
+        squares.append(float(((logs[y] - basis @ solution) ** 2).sum()))
     more, free = ranks[1] - ranks[0], len(logs) - ranks[1]
     if more == 0 or free < MIN_FREE:
         return more > 0

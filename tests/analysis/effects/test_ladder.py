@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from commands import refused, say
 
-from aimscale.analysis import AnalysisError, recipes
+from aimscale.analysis import AnalysisError, at_level, recipes
 from aimscale.analysis.effects.ladder import fit_ladder
 
 
@@ -67,3 +67,20 @@ def test_a_forecast_of_few_rungs_names_the_law_that_can_be_fitted(tmp_path) -> N
     assert "C = 10²²" in say(*words, "--at", "C=1e22", "--law", "auto:C")
     with pytest.raises(AnalysisError, match="give at least"):
         recipes(ladder(np.random.default_rng(0), 1.3, num_rungs=2), by="recipe", y="loss")
+
+
+def test_the_probability_is_the_same_at_any_level_of_the_intervals() -> None:
+    """Of a grid it was read off a 95 % interval, whatever the level that was asked for."""
+    rng, tables = np.random.default_rng(0), []
+    for recipe, factor in (("old", 1.0), ("new", 1.02)):
+        n, d = (each.ravel() for each in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(1e6, 1e8, 4)))
+        loss = 0.3 + 20 * (factor * n) ** -0.38 + 60 * (factor * d) ** -0.4
+        loss *= np.exp(0.003 * rng.normal(size=len(n)))
+        tables.append(pd.DataFrame({"N": n, "D": d, "loss": loss, "recipe": recipe}))
+    grid = pd.concat(tables, ignore_index=True)
+    for table in (grid, ladder(rng, 1.02)):
+        (usual,) = recipes(table, by="recipe", baseline="old", y="loss")
+        with at_level(0.8):
+            (narrow,) = recipes(table, by="recipe", baseline="old", y="loss")
+        assert narrow.table["low"].iloc[0] > usual.table["low"].iloc[0]
+        assert narrow.probability == pytest.approx(usual.probability, abs=1e-3)
