@@ -75,9 +75,17 @@ class Result:
         return as_sentences(self.facts())
 
     def summary(self) -> str:
-        """Write all there is to say, as the command prints it."""
-        facts = self.facts()
-        return f"{fact_lines(facts) if facts else self.headline()}\n\n{text_table(self.cells())}".rstrip()
+        """Write all there is to say, as the command prints it: the facts with the worst caution, the table, and then
+        the other cautions, so that these do not push the numbers off the screen."""
+        facts, others = self.facts(), list[tuple[str, str]]()
+        cautions = [place for place, (key, _) in enumerate(facts) if key == "caution"]
+        if len(cautions) > 2:  # two lines cost no screen
+            first, *rest = cautions
+            others = [facts[place] for place in rest]
+            facts[first] = ("caution", f"{facts[first][1]} ({len(rest)} more cautions below the table)")
+            facts = [fact for place, fact in enumerate(facts) if place not in rest]
+        parts = (fact_lines(facts) if facts else self.headline(), text_table(self.cells()), fact_lines(others))
+        return "\n\n".join(filter(None, parts))
 
     def to_dict(self) -> dict[str, Any]:
         """Give its fields in plain types, tables as rows, and its words; fields of `repr=False` are left out."""
@@ -90,13 +98,18 @@ class Result:
         return json.dumps(plain_types(self.to_dict() | also), indent=indent, allow_nan=False)
 
     def to_latex(self) -> str:
-        r"""Write the cells as a tabular of LaTeX (booktabs); powers of ten become mathematics."""
+        r"""Write the cells as a tabular of LaTeX (booktabs), as a paper does: numbers without suffixes, names of
+        parameters and variables and powers of ten as mathematics (`$\alpha$`, `$1.2\times10^{6}$`)."""
         import pandas as pd
 
-        text = pd.DataFrame(self.cells()).to_latex(index=False, escape=True)
-        digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-        powers = re.sub("10([⁻⁰¹²³⁴-⁹]+)", lambda m: f"$10^{{{m[1].translate(digits)}}}$", text)
-        return powers.replace("×", r"$\times$")
+        self.cells()  # sentences that are made once and kept stay as people say them
+        token = _HAS_SUFFIXES.set(False)
+        try:
+            rows = self.cells()
+        finally:
+            _HAS_SUFFIXES.reset(token)
+        table = pd.DataFrame([{latex(name): latex(text) for name, text in row.items()} for row in rows])
+        return table.to_latex(index=False, escape=False)
 
     def __repr__(self) -> str:
         return f"{self.headline()}\n{_shown(self.table, 'to_string')}"
@@ -203,13 +216,36 @@ SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "%": 1e
 """Suffixes of numbers and their factors, as tables and people write them."""
 
 
+_HAS_SUFFIXES = ContextVar("has_suffixes", default=True)
+LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"} | {c: rf"\{c}" for c in "&%$#_{}"}
+)
+"""Characters that mean something to LaTeX, as text."""
+SUPERSCRIPTS = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+
+
+def latex(text: str) -> str:
+    r"""Write a cell in LaTeX: a letter or alpha, beta and gamma alone, and powers of ten, as mathematics."""
+    if re.fullmatch("[A-Za-z]|alpha|beta|gamma", text):
+        return f"${text if len(text) == 1 else chr(92) + text}$"
+    to_digits = str.maketrans(SUPERSCRIPTS, "-0123456789")
+
+    def power(match: re.Match[str]) -> str:
+        times = r"\times" if match[1] else ""
+        return f"${times}10^{{{match[2].translate(to_digits)}}}$"
+
+    return re.sub(f"(×)?10([{SUPERSCRIPTS}]+)", power, text.translate(LATEX)).replace("–", "--")
+
+
 def human(value: float, digits: int = 3) -> str:
     """Write a count as people say it: 27.6k, 1.21M, 6.44B; beyond that, and below 0.001, a power of ten."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
-    if size >= 1e12 or 0 < size < 1e-3:
+    if size >= (1e12 if _HAS_SUFFIXES.get() else 1e6) or 0 < size < 1e-3:
         return power_of_ten(value, digits)
+    if not _HAS_SUFFIXES.get():
+        return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
     scales = {1e9: "B", 1e6: "M", 1e3: "k"}
     scale = next((each for each in scales if size >= each * 0.9995), 1.0)
     return f"{float(f'{value / scale:.{digits}g}'):.{max(digits, 6)}g}{scales.get(scale, '')}"

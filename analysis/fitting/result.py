@@ -320,8 +320,8 @@ class Fit(Result):
         every = self.intervals
         if level not in (None, self.level):
             every = intervals_of(self.estimate, self.not_identified, level)
-        known = {name: Interval() if name in self.not_identified else every[name] for name in self.intervals}
-        return pd.DataFrame({k: [i.low, i.high] for k, i in known.items()}, index=["lower", "upper"], dtype=float).T
+        shown = {name: Interval() if name in self.not_identified else every[name] for name in self.intervals}
+        return pd.DataFrame({k: [i.low, i.high] for k, i in shown.items()}, index=["lower", "upper"], dtype=float).T
 
     def interval(self, function: Function, level: float | None = None) -> pd.DataFrame:
         """Return value, lower and upper, a row a value of a function of the parameters, by the delta method:
@@ -437,7 +437,10 @@ class Fit(Result):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield from ((f"held out {test.variable}", test.words()) for test in self.heldout)
-        yield from (("caution", each) for each in (*flag_words(self.flags), *held_out_cautions(self.heldout)))
+        worst_first = sorted(
+            self.flags, key=lambda flag: (flag.kind not in LACK_OF_FIT, flag.subject not in self.not_identified)
+        )
+        yield from (("caution", each) for each in (*held_out_cautions(self.heldout), *flag_words(worst_first)))
         for test in self.misfits:
             yield "lack of fit", f"{test.subject}: {test.words()}"
         yield "law", self.law.formula

@@ -39,6 +39,7 @@ def plot_fit(
     label: str = "",
     color: Any = None,
     labels: Labels = None,
+    kind: str = "law",
     **look: Any,
 ) -> Figure:
     """Draw measurements, the fitted law and its confidence band against one variable.
@@ -52,11 +53,14 @@ def plot_fit(
         label: name in the legend; by default the law's, where it has one colour.
         color: one colour for all.
         labels: variable or column -> words on its axis and above the legend.
+        kind: "law", or "residuals" for what the law leaves of every measurement.
         look: options of the lines, such as `linewidth`.
 
     Raises:
-        AnalysisError: the law has no variable `x`.
+        AnalysisError: the law has no variable `x`, or there is no such kind.
     """
+    if kind not in ("law", "residuals"):
+        raise AnalysisError(f"A fit draws kind='law' or kind='residuals', not {kind!r}.")
     seen = (ax.get_xlim(), ax.get_ylim()) if ax is not None and ax.has_data() else ()
     is_one = bool(label) or color is not None or bool(seen)
     ax = ax or new_figure()[1][0]
@@ -69,6 +73,8 @@ def plot_fit(
         color = ax.plot([], [], label=label or fit.law.name, **chosen)[0].get_color()
     data, other = fit.data, next((v for v in fit.law.variables if v != x), None)
     series, values = style.series_of(data, other)
+    if kind == "residuals":
+        return _residuals(fit, ax, x, data.assign(series=series), other, color, labels or {})
     drawn = pd.concat(
         curve_of(fit, x, data[series == name], **({other: value} if other else {})).assign(series=name)
         for name, value in values.items()
@@ -86,6 +92,20 @@ def plot_fit(
     # a link from loss to accuracy reads best on plain axes
     ax.set(xlabel=words(fit.columns["L"]).replace("\n", " "), ylabel=words(fit.columns["y"]))
     style.legend([ax], title)
+    return figure_of(ax)
+
+
+def _residuals(
+    fit: Fit, ax: Axes, x: str, data: pd.DataFrame, other: str | None, color: Any, labels: Mapping[str, str]
+) -> Figure:
+    """Draw measurement / law - 1 in per cent against a variable, so that a misfit of one region shows."""
+    percents = 100 * (data["y"] / data["fitted"] - 1)
+    style.draw_points(ax, data.assign(percents=percents), (x, "percents"), color)
+    ax.axhline(0, color=MUTED, linewidth=0.9, zorder=1)
+    words = partial(style.axis_label, loss_unit="", names=fit.names, labels=labels)
+    style.log_axis(ax, "x", data[x], fit.columns[x], words)
+    ax.set(ylabel=f"{words(fit.columns['y'])}\nover the law (%)")
+    style.legend([ax], words(fit.columns[other]) if other and color is None else "")
     return figure_of(ax)
 
 
@@ -269,15 +289,15 @@ def plot_recipes(
     """
     words = labels or {}
     ax, columns = ax or new_figure()[1][0], ("C", "gain", "low", "high")
-    for number, each in enumerate((result, *beside)):
-        level, baseline = (words.get(name, name) for name in (each.level, each.baseline))
-        inside, line_color = each.table[~each.table["beyond"]], color or cycled(number)
-        beyond = each.table.iloc[len(inside) - 1 :]
+    for number, recipe in enumerate((result, *beside)):
+        level, baseline = (words.get(name, name) for name in (recipe.level, recipe.baseline))
+        inside, line_color = recipe.table[~recipe.table["beyond"]], color or cycled(number)
+        beyond = recipe.table.iloc[len(inside) - 1 :]
         style.draw(ax, inside, columns, line_color, label=f"{level} against {baseline}", linestyle="-")
         style.draw(ax, beyond, columns, line_color, linestyle=":")
     ax.axhline(1, color=MUTED, linewidth=0.9)
     label = partial(style.axis_label, labels={"gain": "gain in compute (factor)", **words})
-    tables = pd.concat([each.table for each in (result, *beside)])
+    tables = pd.concat([recipe.table for recipe in (result, *beside)])
     return style.finish(ax, ("flops_train", tables["C"]), ("gain", tables[["low", "high"]]), label)
 
 

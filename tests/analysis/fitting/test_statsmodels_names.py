@@ -10,6 +10,7 @@ import statsmodels.api as sm
 from scipy.stats import t as student
 
 from aimscale.analysis import at_level, contrast, correlate, fit, forecast, held_out, laws
+from aimscale.analysis.display import latex
 from aimscale.analysis.errors import AnalysisError
 
 
@@ -101,4 +102,31 @@ def test_errors_name_what_works_and_parameters_are_a_table_of_latex(grid):
         fit(theirs, "chinchilla")
     assert fit(theirs, "chinchilla", columns={"L": "loss"}).params.equals(fit(grid, "chinchilla").params)
     large = fit(grid.assign(params_total=grid["params_total"] * 1e20), "kaplan")
-    assert re.search(r"\\times\$\$10\^\{\d+\}\$", large.to_latex())
+    assert re.search(r"\$\\times10\^\{\d+\}\$", large.to_latex())
+
+
+def test_a_table_of_latex_is_one_of_a_paper(grid):
+    fitted = fit(grid.assign(val_loss=grid["val_loss"] * 1000), "chinchilla")
+    shown = fitted.summary()
+    text = fitted.to_latex()
+    assert r"$\alpha$ & " in text
+    assert "$E$ & " in text
+    assert not re.search(r"\d[kMBT]\b", text)
+    assert fitted.summary() == shown  # sentences that were made for LaTeX are not kept for the terminal
+    assert latex("1.2×10⁻³ at 95 % of a_b") == r"1.2$\times10^{-3}$ at 95 \% of a\_b"
+
+
+def test_of_many_cautions_the_worst_stands_before_the_table(grid):
+    sizes, budgets = (sorted(grid[name].unique())[:2] for name in ("params_total", "images_seen"))
+    few = grid[grid["params_total"].isin(sizes) | grid["images_seen"].isin(budgets[:1])]
+    few = few.assign(seed=range(len(few)), colour=["red", "blue", "green"] * (len(few) // 3) + ["red"] * (len(few) % 3))
+    few = few.assign(val_loss=few["val_loss"] * few["colour"].map({"red": 1.3, "blue": 1.0, "green": 0.8}))
+    fitted = fit(few, "chinchilla")
+    before, table, *after = fitted.summary().split("\n\n")
+    cautions = [text for key, text in fitted.facts() if key == "caution"]
+    assert len(cautions) > 2
+    assert before.count("caution ") == 1
+    assert f"{len(cautions) - 1} more cautions below the table" in before
+    assert table.startswith("parameter")
+    assert all(text in "\n\n".join(after) for text in cautions[1:])
+    assert "not identified" in cautions[0]

@@ -111,6 +111,16 @@ def test_the_law_is_drawn_where_it_predicts(joint):
     assert "loss" in ax.get_ylabel()
 
 
+def test_residuals_are_the_measurements_over_the_law(joint):
+    (ax,) = joint.plot(x="D", kind="residuals").axes
+    data = joint.data
+    expected = np.column_stack([data["D"], 100 * (data["y"] / data["fitted"] - 1)])
+    drawn = np.concatenate(marks(ax))
+    np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], expected[np.lexsort(expected.T)])
+    with pytest.raises(AnalysisError, match="kind='residuals', not 'resid'"):
+        joint.plot(kind="resid")
+
+
 def test_two_laws_on_one_axes_are_told_apart(joint, grid):
     other = fit(grid.assign(val_loss=2 * grid["val_loss"]), "kaplan")
     figure = joint.plot(x="N", label="mine")
