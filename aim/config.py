@@ -203,8 +203,8 @@ def model_config(
 def _check_choices(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raise ModelConfigError if a value is none of those that its annotation lists."""
     for name, value in values.items():
-        if get_origin(hints[name]) is Literal and value not in (known := get_args(hints[name])):
-            raise ModelConfigError(f"unknown {name} '{value}'; {did_you_mean(value, known, 'use')}")
+        if get_origin(hints[name]) is Literal and value not in (choices := get_args(hints[name])):
+            raise ModelConfigError(f"unknown {name} '{value}'; {did_you_mean(value, choices, 'use')}")
 
 
 def known_sizes() -> tuple[str, ...]:

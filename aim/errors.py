@@ -18,10 +18,10 @@ class UserError(Exception):
     exit_code = 2
 
 
-def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
+def did_you_mean(name: str, names: Collection[str], otherwise: str) -> str:
     """Suggest the known name nearest to a mistyped one; without a near one, list some after `otherwise`."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(known)), MAX_KNOWN)}"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"{otherwise} {some(list(dict.fromkeys(names)), MAX_KNOWN)}"
 
 
 def some(names: Collection[object], most: int = MAX_NAMED) -> str:

@@ -111,12 +111,12 @@ def _read_rows(
 ) -> list[Values]:
     """Read rows and check that they fit into a table; on an error return none and note the reason in `damaged`."""
     try:
-        found = function(*arguments)
-        results_table(found)
+        rows = function(*arguments)
+        results_table(rows)
     except (UserError, OSError, ValueError, TypeError, KeyError, AnalysisError) as error:
         damaged[name] = f"the files of {name} are damaged ({error}); move them away or make them again"
         return []
-    return found
+    return rows
 
 
 def _imported_rows(sweep: Sweep, record: RunRecord) -> list[Values]:
@@ -139,20 +139,20 @@ def _run_rows(sweep: Sweep, card: CostCard) -> list[Values]:
     """Return a run's rows, one per planned budget."""
     run, record = card.run, RunRecord(sweep.run_dir(card.run.run_id))
     status = record.read_status()
-    found = {row["images_seen"]: row for row in record.read_rows()}
-    other_run_ids = {row.get("run_id") for row in found.values()} - {run.run_id}
+    measured = {row["images_seen"]: row for row in record.read_rows()}
+    other_run_ids = {row.get("run_id") for row in measured.values()} - {run.run_id}
     if other_run_ids:
         raise SweepError(
             f"{record.results} holds rows of {', '.join(map(str, other_run_ids))}; move the directory away"
         )
-    run.check_rows(record, [*found.values()])
+    run.check_rows(record, [*measured.values()])
     missing = status.state if status.state in ("diverged", "failed") else "unfinished"
     planned = run.columns()
     rows = []
     for budget in card.budgets:
-        if budget.images_seen in found:
+        if budget.images_seen in measured:
             row: Values = {key: planned[key] for key in ("head_width", "head_depth", "setup") if key in planned}
-            row |= _drop_other_validation(run, found[budget.images_seen])
+            row |= _drop_other_validation(run, measured[budget.images_seen])
             row.pop(WEIGHTS_CRC32, None)  # of the run, not of its table
         else:
             row = {**planned, "images_seen": budget.images_seen, "epochs": budget.epochs}
@@ -167,14 +167,14 @@ def _curve_rows(sweep: Sweep, card: CostCard) -> list[Values]:
     """Return the values measured in a run's stable phase, with the columns of a budget at that point."""
     run, planned = card.run, card.run.columns()
     last, points = card.budgets[-1], []
-    for found in RunRecord(sweep.run_dir(run.run_id)).read_curve():
-        share = found["images_seen"] / last.images_seen
+    for measured in RunRecord(sweep.run_dir(run.run_id)).read_curve():
+        share = measured["images_seen"] / last.images_seen
         origin = {"status": "during", "sweep": sweep.name, "lr_multiplier": run.lr_multiplier}
-        point = {**planned, **origin, **_drop_other_validation(run, found)}
+        point = {**planned, **origin, **_drop_other_validation(run, measured)}
         point["epochs"] = None if last.epochs is None else share * last.epochs
         point["flops_train"] = None if last.flops is None else share * last.flops
         point["flops_6nd"] = None if last.flops_6nd is None else share * last.flops_6nd
-        points.append(point | {"flops_executed": card.rates.flops_per_image * found["images_seen"] or None})
+        points.append(point | {"flops_executed": card.rates.flops_per_image * measured["images_seen"] or None})
     return points
 
 
@@ -197,13 +197,13 @@ def _requested_evaluations(runs: Sequence[Run]) -> dict[str, set[str]]:
 def _name_tasks(rows: Sequence[Values], requested: Mapping[str, Collection[str]]) -> list[Values]:
     """Rename the tasks of rows' `probes` to `task@evaluation`, except for evaluations that were requested, or the only
     one of a task of which none was."""
-    found: dict[str, set[str | None]] = {}
+    evaluations: dict[str, set[str | None]] = {}
     for entry in (entry for row in rows for entry in row.get("probes") or ()):
-        found.setdefault(entry["task"], set()).add(entry.get("evaluation"))
+        evaluations.setdefault(entry["task"], set()).add(entry.get("evaluation"))
 
     def named(entry: Values) -> Values:
         task, evaluation = entry["task"], entry.get("evaluation")
-        is_only = task not in requested and len(found[task]) == 1
+        is_only = task not in requested and len(evaluations[task]) == 1
         if evaluation is None or is_only or any(is_measurement(evaluation, each) for each in requested.get(task, ())):
             return entry
         return entry | {"task": f"{task}@{evaluation}"}
@@ -214,9 +214,9 @@ def _name_tasks(rows: Sequence[Values], requested: Mapping[str, Collection[str]]
 def _machines(records: Sequence[RunRecord]) -> list[Values]:
     """Return the machines of the runs' last starts, equal ones once."""
     kept = ("device", "cpu", "num_cpus", "python", "packages")
-    found: dict[str, Values] = {}
+    machines: dict[str, Values] = {}
     for record in records:
         with contextlib.suppress(UserError, IndexError):
             machine = {key: value for key, value in record.read_starts()[-1].items() if key in kept}
-            found[json.dumps(machine, sort_keys=True)] = machine
-    return list(found.values())
+            machines[json.dumps(machine, sort_keys=True)] = machine
+    return list(machines.values())

@@ -97,8 +97,8 @@ def import_packages() -> tuple[Check | None, str]:
         elif line.startswith('{"name"'):
             accelerator = Check(**json.loads(line))
     how = f"signal {-code}" if code < 0 else f"code {code}"
-    why = (errors.splitlines() or ["it gave no reason"])[-1]
-    return accelerator, f"the process that imported {module} ended with {how}: {why}" if code else ""
+    last_line = (errors.splitlines() or ["it gave no reason"])[-1]
+    return accelerator, f"the process that imported {module} ended with {how}: {last_line}" if code else ""
 
 
 def check_packages(error: str, *, trains: bool = True) -> Check:
@@ -106,21 +106,23 @@ def check_packages(error: str, *, trains: bool = True) -> Check:
     extra = {"extra": "train" if trains else ""}
     stated = map(Requirement, importlib.metadata.requires("aimscale") or [])
     broken = [error] if error else []
-    for each in (each for each in stated if each.marker is None or each.marker.evaluate(extra)):
+    for requirement in (
+        requirement for requirement in stated if requirement.marker is None or requirement.marker.evaluate(extra)
+    ):
         version = "missing"
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(each.name)
-        if version == "missing" or not each.specifier.contains(version, prereleases=True):
-            broken.append(f"{each.name} is {version}, wanted {each.specifier}")
+            version = importlib.metadata.version(requirement.name)
+        if version == "missing" or not requirement.specifier.contains(version, prereleases=True):
+            broken.append(f"{requirement.name} is {version}, wanted {requirement.specifier}")
     if broken:
         advice = "Install aimscale again (`pip install -e '.[train]'` in its folder); if an import still fails, "
         advice += "`pip install --force-reinstall --no-cache-dir` that package."
         return Check("packages", "fail", "; ".join(broken), advice)
-    found = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     if trains:
-        return Check("packages", "ok", found)
+        return Check("packages", "ok", versions)
     advice = "Tables can be analysed. To train: `pip install 'aimscale[train]'`."
-    return Check("packages", "warn", f"{found}; no torch", advice)
+    return Check("packages", "warn", f"{versions}; no torch", advice)
 
 
 def check_accelerator() -> Check:
@@ -135,16 +137,16 @@ def check_accelerator() -> Check:
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             advice = "CUDA_VISIBLE_DEVICES is empty and hides the GPUs; unset it."
         return Check("accelerator", "fail", f"{len(gpus)} x {gpus[0][0]}, which torch does not see ({build})", advice)
-    found = f"{torch.cuda.device_count()} GPUs"
+    description = f"{torch.cuda.device_count()} GPUs"
     try:
         gpu = torch.cuda.get_device_properties(0)
-        found = f"{torch.cuda.device_count()} x {gpu.name}, {decimal(gpu.total_memory)} each ({build})"
+        description = f"{torch.cuda.device_count()} x {gpu.name}, {decimal(gpu.total_memory)} each ({build})"
         torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     except RuntimeError as error:
-        return Check("accelerator", "fail", f"{found}: {(str(error).splitlines() or [''])[0]}", advice)
+        return Check("accelerator", "fail", f"{description}: {(str(error).splitlines() or [''])[0]}", advice)
     advice = "Set `optimiser.precision: fp32`: this GPU computes bf16 slowly or not at all."
-    return Check("accelerator", "ok" if has_bf16 else "warn", f"{found}, bf16: {has_bf16}", advice)
+    return Check("accelerator", "ok" if has_bf16 else "warn", f"{description}, bf16: {has_bf16}", advice)
 
 
 def check_disk(root: Path, folder: Path) -> Check:
@@ -158,8 +160,8 @@ def check_disk(root: Path, folder: Path) -> Check:
         return Check("disk", "fail", f"{folder} cannot be written ({error.strerror})", advice)
     usage = shutil.disk_usage(folder)
     level: Level = "fail" if usage.free < MIN_FREE_BYTES else "warn" if usage.free < LOW_FREE_BYTES else "ok"
-    found = f"{decimal(usage.free)} of {decimal(usage.total)} free in {folder}"
-    return Check("disk", level, found, "Free some space or choose another --root; `aimscale plan` says what is needed.")
+    free = f"{decimal(usage.free)} of {decimal(usage.total)} free in {folder}"
+    return Check("disk", level, free, "Free some space or choose another --root; `aimscale plan` says what is needed.")
 
 
 def check_locks(folder: Path) -> Check:
@@ -179,8 +181,8 @@ def check_locks(folder: Path) -> Check:
 def _local_lock_option(folder: Path) -> str | None:
     """Return the option of a folder's mount that keeps locks from other hosts, or None."""
     mounts = [line.split() for line in MOUNTS.read_text().splitlines()] if MOUNTS.exists() else []
-    around = [each for each in mounts if folder.resolve().is_relative_to(each[1].replace(r"\040", " "))]
-    options = sorted(around, key=lambda each: len(each[1]))[-1][3].split(",") if around else []
+    around = [mount for mount in mounts if folder.resolve().is_relative_to(mount[1].replace(r"\040", " "))]
+    options = sorted(around, key=lambda mount: len(mount[1]))[-1][3].split(",") if around else []
     return next((option for option in options if option in LOCAL_LOCKS), None)
 
 

@@ -63,10 +63,10 @@ def contrast(
     values = dict(map(parameter_values, fix or []))
     fixed = {parameter: numbers[0] for parameter, numbers in values.items()}
     y = (measure or ["val_loss"])[0]
-    each = analysis.recipes(runs, by=name, baseline=baseline or None, y=y, law=law or "", fixed=fixed)
-    after = [line for more in each[1:] for line in ("", more.summary())]
-    also = {"levels": each} if len(each) > 1 else None
-    given.show(each[0], ["report"], after=after, also=also, drawn={"beside": each[1:]})
+    results = analysis.recipes(runs, by=name, baseline=baseline or None, y=y, law=law or "", fixed=fixed)
+    after = [line for more in results[1:] for line in ("", more.summary())]
+    also = {"levels": results} if len(results) > 1 else None
+    given.show(results[0], ["report"], after=after, also=also, drawn={"beside": results[1:]})
 
 
 @options.verb("columns", "where", "figure", "label", "level", "json")

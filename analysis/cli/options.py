@@ -156,11 +156,11 @@ def verb(*names: str, y: Any = LossColumn) -> Callable[[Callable[..., None]], Ca
             _check_labels(shared.get("label"), shared.get("figure"))
             run(TableArguments(**shared), **typed)
 
-        _, *own = inspect.signature(run, eval_str=True).parameters.values()
+        _, *parameters = inspect.signature(run, eval_str=True).parameters.values()
         kind, types = inspect.Parameter.POSITIONAL_OR_KEYWORD, {**SHARED, "y": (y, "val_loss")}
         more = [inspect.Parameter(name, kind, annotation=types[name][0], default=types[name][1]) for name in names]
         tables = inspect.Parameter("tables", kind, annotation=Tables)
-        vars(command)["__signature__"] = inspect.Signature([tables, *own, *more])
+        vars(command)["__signature__"] = inspect.Signature([tables, *parameters, *more])
         return command
 
     return with_options

@@ -238,8 +238,10 @@ def _form(estimate: Estimate, points: Points) -> Misfit | None:
     named = _patterns({v: values[keep] for v, values in points.x.items()})
     if (whole := _misfit("form", estimate, named, keep)) is None:
         return None
-    each = {str(name): _misfit("form", estimate, named[[name]], keep) for name in named} if whole.p <= ALARM else {}
-    ratios = {name: test.f for name, test in each.items() if test}
+    by_variable = (
+        {str(name): _misfit("form", estimate, named[[name]], keep) for name in named} if whole.p <= ALARM else {}
+    )
+    ratios = {name: test.f for name, test in by_variable.items() if test}
     return replace(whole, follows=max(ratios, key=ratios.__getitem__, default=""))
 
 

@@ -80,15 +80,15 @@ def fit(
     points = law_points(
         law, runs, y=y, columns=columns, num_free=free, positive_y=is_positive, zero_allowed=zero_allowed
     )
-    each = None if weights is None else weights_of(points.rows, weights)
-    fitted = fit_points(points, law, objective, weights=each, fixed=fixed, bounds=bounds)
+    point_weights = None if weights is None else weights_of(points.rows, weights)
+    fitted = fit_points(points, law, objective, weights=point_weights, fixed=fixed, bounds=bounds)
     if drop_outliers and len(labels := fitted.outliers):
         keep = ~points.index.isin(labels)
         text = f"beyond {OUTLIER_SCALES:g} robust standard deviations: {row_names(points, labels)}"
         dropped = Exclusion(kind="outliers", number=len(labels), text=text)
         points = replace(points.take(keep), exclusions=(*points.exclusions, dropped))
-        each = each if each is None else each[keep]
-        fitted = fit_points(points, law, objective, weights=each, fixed=fixed, bounds=bounds)
+        point_weights = point_weights if point_weights is None else point_weights[keep]
+        fitted = fit_points(points, law, objective, weights=point_weights, fixed=fixed, bounds=bounds)
     return replace(fitted, weights=weights or "", is_tested=is_tested)
 
 

@@ -182,13 +182,13 @@ def plot_contrasts(contrasts: Contrasts, *, labels: Mapping[str, str] | None = N
         labels: words for the column, its levels, and measures by their name, such as `val_loss`.
     """
     words, drawn = labels or {}, []
-    for each in contrasts.contrasts:
-        m, scale = each.measure, 100 / (1 if each.measure.is_accuracy else each.baseline_mean)
+    for contrast in contrasts.contrasts:
+        m, scale = contrast.measure, 100 / (1 if contrast.measure.is_accuracy else contrast.baseline_mean)
         unit = "points of accuracy" if m.is_accuracy else "%"
         unit += f" ({'left' if m.lower_is_better else 'right'} is better)"
-        names = {"what": words.get(m.name, m.title), "series": words.get(each.level, each.level), "unit": unit}
-        ends = {"x": scale * each.difference, "low": scale * each.low, "high": scale * each.high}
-        drawn.append({**names, **ends, "is_filled": each.is_significant})
+        names = {"what": words.get(m.name, m.title), "series": words.get(contrast.level, contrast.level), "unit": unit}
+        ends = {"x": scale * contrast.difference, "low": scale * contrast.low, "high": scale * contrast.high}
+        drawn.append({**names, **ends, "is_filled": contrast.is_significant})
     rows = pd.DataFrame(drawn)
     colours = style.palette(rows["series"].unique())
     groups = [(str(unit), group) for unit, group in rows.groupby("unit", sort=False)]

@@ -158,11 +158,11 @@ def write_results(source: Source, folder: Path, about: About, made: Made, add: C
     parts = {"source": source._asdict(), "about": about._asdict(), "made": made._asdict()}
     record = {"version": VERSION, **parts, "numbers": page_numbers(study)}
     texts = {NUMBERS: json.dumps(record, allow_nan=False), "CITATION.cff": _citation(about)}
-    results = [(name, subject, each) for name, by in study.results.items() for subject, each in by.items()]
-    for name, subject, each in results:
-        if isinstance(each, Result) and len(each.table):
+    results = [(name, subject, result) for name, by in study.results.items() for subject, result in by.items()]
+    for name, subject, result in results:
+        if isinstance(result, Result) and len(result.table):
             title = "".join(c if c.isalnum() else "-" for c in f"{name} {subject}".strip())
-            texts[f"tables/{title}.tex"] = each.to_latex()
+            texts[f"tables/{title}.tex"] = result.to_latex()
     for run_id, card in model_cards(study.frame, about).items():
         texts[f"models/{run_id}/README.md"] = card
     for name, text in texts.items():

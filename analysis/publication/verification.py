@@ -229,11 +229,11 @@ def _is_near(one: re.Match[str], other: re.Match[str]) -> bool:
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """Walk plain types: each number or text with its place, such as `law.params.alpha`."""
     if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _leaves(each, f"{place}.{key}" if place and key else f"{place}{key}")
+        for key, part in value.items():
+            yield from _leaves(part, f"{place}.{key}" if place and key else f"{place}{key}")
     elif isinstance(value, list):
-        for i, each in enumerate(value):
-            yield from _leaves(each, f"{place}[{i}]")
+        for i, part in enumerate(value):
+            yield from _leaves(part, f"{place}[{i}]")
     else:
         yield place, value
 

@@ -136,7 +136,7 @@ def _template() -> jinja2.Template:
 def maths(value: str) -> markupsafe.Markup:
     """Write a sentence as HTML: escape it, then raise exponents, write Greek letters, minus signs, no lonely %."""
     safe = str(markupsafe.escape(value))
-    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda found: GREEK[found[0]], safe)
+    safe = re.sub(r"\b(alpha|beta|gamma)\b", lambda match: GREEK[match[0]], safe)
     safe = re.sub(r"(?<![\w.)\]-])-(?=\d)", "−", _raised(safe))
     return markupsafe.Markup(safe.replace(" %", "\u00a0%"))
 

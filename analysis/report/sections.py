@@ -207,9 +207,9 @@ def _loss_accuracy(study: Study) -> Iterator[Part]:
         correlations, links = (study.by_task(name, kind) for name in (CORRELATION, LINK))
         draw = partial(plot_loss_accuracy, rows, correlations, links)
         yield PageFigure(html_id("loss-accuracy", kind), f"Loss against {accuracy_of(kind)}", caption, draw)
-        for task, each in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
-            title = feature_words(kind, {task: next(iter(each))})
-            yield result_block(html_id("correlation", f"{task}:{kind}"), title, each, is_open=False)
+        for task, correlation in correlations.items() if kind == study.kinds[0] else ():  # figures show the others
+            title = feature_words(kind, {task: next(iter(correlation))})
+            yield result_block(html_id("correlation", f"{task}:{kind}"), title, correlation, is_open=False)
 
 
 def _training(study: Study) -> Iterator[Part]:

@@ -367,7 +367,7 @@ Table = Runs | pd.DataFrame
 
 def joined(tables: Sequence[Runs]) -> Runs:
     """Join different tables, rows numbered anew."""
-    runs = Runs(pd.concat([each.frame for each in tables], ignore_index=True))
-    for each in tables:
-        runs = runs.described(each.names, each.exclusions)
+    runs = Runs(pd.concat([part.frame for part in tables], ignore_index=True))
+    for part in tables:
+        runs = runs.described(part.names, part.exclusions)
     return runs

@@ -245,11 +245,11 @@ def results_table(rows: Iterable[Mapping[str, Any]], more: tuple[Column, ...] = 
     fields = [_field(column) for column in COLUMNS + more]
     typed = [{**_typed_row(row, COLUMNS + more), "schema_version": SCHEMA_VERSION} for row in rows]
     arrays = []
-    for each in fields:
+    for column in fields:
         try:
-            arrays.append(pa.array([row[each.name] for row in typed], each.type))
+            arrays.append(pa.array([row[column.name] for row in typed], column.type))
         except (pa.ArrowException, TypeError, OverflowError) as error:
-            raise AnalysisError(f"'{each.name}' holds what is no {each.type} ({error}); correct it") from error
+            raise AnalysisError(f"'{column.name}' holds what is no {column.type} ({error}); correct it") from error
     version = {"aimscale_schema_version": str(SCHEMA_VERSION)}
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=version))
 

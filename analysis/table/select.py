@@ -287,8 +287,8 @@ def _differ(rows: pd.DataFrame, name: str, y: str) -> bool:
 def _matters(rows: pd.DataFrame, name: str, y: str) -> bool:
     """Test whether losses differ by a column's values beside a smooth function of N and D, as they do not by a colour
     or by D / N; where there are too few rows to tell, they may."""
-    scale = [each for each in ("params_total", "N", "images_seen", "D") if each in rows]
-    logs = np.log(rows[[*scale, y]].apply(pd.to_numeric, errors="coerce").where(lambda each: each > 0)).dropna()
+    scale = [numbers for numbers in ("params_total", "N", "images_seen", "D") if numbers in rows]
+    logs = np.log(rows[[*scale, y]].apply(pd.to_numeric, errors="coerce").where(lambda numbers: numbers > 0)).dropna()
     if not scale or logs.empty:
         return True
     x = logs[scale].to_numpy()

@@ -105,9 +105,9 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
         for number, part in enumerate(planned):
             bar(part.name, number, len(planned), "parts")
             left_s = patience * TOTAL_S - (time.monotonic() - started)
-            found = _execute(part, min(patience * part.limit_s, left_s), rehearse)
-            done["parts"][part.name] = found
-            bar.say(f"{part.name}: {found['problem'] or 'done'}, {found['seconds']:.0f} s")
+            outcome = _execute(part, min(patience * part.limit_s, left_s), rehearse)
+            done["parts"][part.name] = outcome
+            bar.say(f"{part.name}: {outcome['problem'] or 'done'}, {outcome['seconds']:.0f} s")
             done["seconds"] = time.monotonic() - started
             (out / "gpu.json").write_text(json.dumps(done, indent=1))  # now: the process may end without warning
     return done
@@ -115,9 +115,9 @@ def run(out: Path, *, rehearse: bool = False) -> dict[str, Any]:
 
 def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
     """Run a part within its time limit, and return its result."""
-    found: dict[str, Any] = {"command": part.words, "seconds": 0.0, "result": None, "problem": "no time was left"}
+    outcome: dict[str, Any] = {"command": part.words, "seconds": 0.0, "result": None, "problem": "no time was left"}
     if limit_s < 5:
-        return found
+        return outcome
     env = os.environ | ({"AIMSCALE_TEST_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if rehearse else {})
     started, problem = time.monotonic(), ""
     process = subprocess.Popen(part.words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -142,7 +142,7 @@ def _execute(part: Part, limit_s: float, rehearse: bool) -> dict[str, Any]:
         result = json.loads(out[min(i for i in map(out.find, "[{") if i >= 0) :])
     except ValueError:
         result = lines[-MAX_LINES:]
-    return found | {"seconds": time.monotonic() - started, "result": result, "problem": problem}
+    return outcome | {"seconds": time.monotonic() - started, "result": result, "problem": problem}
 
 
 def _write_sweep(folder: Path, *, rehearse: bool) -> Path:

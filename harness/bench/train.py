@@ -67,8 +67,8 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
         stop_group()
     step_s = statistics.median(times[NUM_WARM_UP:])
     images_per_s, scored = optimiser.batch_size / step_s, num_targets / optimiser.batch_size
-    found = utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size)
-    nominal, mfu = peak.nominal_flops_per_s, found["mfu"]
+    measured = utilisation(model, peak, images_per_s=images_per_s, scored_tokens=scored, world_size=group.world_size)
+    nominal, mfu = peak.nominal_flops_per_s, measured["mfu"]
     return {
         "size": model.name,
         "params": param_count(model).total,
@@ -79,7 +79,7 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "ms_per_step": 1000 * step_s,
         "images_per_s": images_per_s,
-        **found,
+        **measured,
         "mfu_nominal": mfu * peak.flops_per_s / nominal if mfu and nominal else None,
         "peak_flops_per_s": peak.flops_per_s,
         "nominal_flops_per_s": nominal,

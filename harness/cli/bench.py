@@ -91,8 +91,8 @@ def data(
     """Measure images/s of the loader, as JSON; a plan assumes 1,100 photographs/s for each process."""
     from aimscale.harness.bench.data import run
 
-    found = run(dataset, seconds=seconds, workers=workers, cache_dir=cache_dir)
-    typer.echo(json.dumps(found, indent=1))
+    measured = run(dataset, seconds=seconds, workers=workers, cache_dir=cache_dir)
+    typer.echo(json.dumps(measured, indent=1))
 
 
 @app.command()

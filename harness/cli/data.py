@@ -107,8 +107,8 @@ def pack(
                 packed = _pack_parts(to, out, listing, _read_shares(split))
             else:
                 raise DataError("--split cuts all of a source; give it or --images")
-        for folder, each in packed.items():
-            _tell(folder, each)
+        for folder, count in packed.items():
+            _tell(folder, count)
         if endings := Counter(listing.left_out).most_common(5):
             listed = ", ".join(f"{number:,} {ending}" for ending, number in endings)
             print(f"left out: {listed} (no image format that is read)")

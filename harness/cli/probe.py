@@ -104,8 +104,8 @@ def _sections(
     from aimscale.harness.probe.run import wanted_tasks
 
     changes = {"kinds": kinds} if kinds else {}
-    own = wanted_tasks(config.evaluation.probes if file is None else _tasks_of(file), names)
-    return [parse(ProbeSection, section.model_dump() | changes, "the command line") for section in own]
+    sections = wanted_tasks(config.evaluation.probes if file is None else _tasks_of(file), names)
+    return [parse(ProbeSection, section.model_dump() | changes, "the command line") for section in sections]
 
 
 def _tasks_of(path: Path) -> list[ProbeSection]:
@@ -129,16 +129,16 @@ def _print_entries(
     results: Iterable[tuple[int | None, list[dict[str, Any]]]], bar: Bar, run: Path, *, as_json: bool
 ) -> None:
     """Print each entry as soon as it is there, and then which command collects them; or all as JSON at the end."""
-    found: list[dict[str, Any]] = []
+    printed: list[dict[str, Any]] = []
     for budget, entries in results:
-        found += [{"images_seen": budget, **entry} for entry in entries]
+        printed += [{"images_seen": budget, **entry} for entry in entries]
         for entry in entries if not as_json else ():
-            if len(found) == len(entries) and entry is entries[0]:
+            if len(printed) == len(entries) and entry is entries[0]:
                 bar.say(_HEADER)
             bar.say(_line(budget, entry))
     sweep = run.resolve().parent.parent
     if as_json:
-        bar.say(json.dumps(found, indent=1))
+        bar.say(json.dumps(printed, indent=1))
     elif (sweep / "sweep.yaml").is_file():  # a run outside of a sweep is in no table
         bar.say(f"next: aimscale collect {shlex.quote(os.path.relpath(sweep))}")
 

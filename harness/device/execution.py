@@ -97,15 +97,15 @@ def execution_plan(
                 break
         return (stage, recompute, size, held, per_image) if 0 < size <= room else None
 
-    found = next(filter(None, itertools.starmap(fit, _settings(precision, runtime, world_size))), None)
-    if found and found[0] > 1 and found[2] < num_images and not is_linked and runtime.zero_stage == "auto":
-        found = fit(1, found[1]) or found
-    if found is None:
+    best = next(filter(None, itertools.starmap(fit, _settings(precision, runtime, world_size))), None)
+    if best and best[0] > 1 and best[2] < num_images and not is_linked and runtime.zero_stage == "auto":
+        best = fit(1, best[1]) or best
+    if best is None:
         raise DoesNotFitError(
             f"{config.name} does not fit {device_bytes / 2**30:.3g} GiB per rank with {world_size} ranks and this "
             "setting; use more ranks, or leave zero_stage, micro_batch and activation_checkpointing on auto"
         )
-    stage, recompute, size, held, per_image = found
+    stage, recompute, size, held, per_image = best
     has_room = held + measuring <= usable
     step = held + size * per_image
     if size == num_images:

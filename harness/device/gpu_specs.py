@@ -78,8 +78,8 @@ class Device:
 
     def flops_per_s(self, precision: str) -> float:
         """Return the dense peak at a precision; float32 products on a GPU are TF32, as the trainer sets it."""
-        known = None if self.peak_tflops else nominal_flops_per_s(self.name, precision)
-        return known or 1e12 * (self.peak_tflops or CORE_TFLOPS)
+        nominal = None if self.peak_tflops else nominal_flops_per_s(self.name, precision)
+        return nominal or 1e12 * (self.peak_tflops or CORE_TFLOPS)
 
 
 def device_here(*, wants_cpu: bool) -> Device:
@@ -117,8 +117,8 @@ def find_gpu(name: str) -> GpuSpec | None:
     words = set(re.split(r"[\s_-]+", name.lower()))
     if any(word == "mig" or re.match(r"\d+g\.", word) for word in words):
         return None
-    found = [each for each in GPUS if words.issuperset(each.lower().split())]
-    return GPUS[max(found, key=len)] if found else None
+    matches = [each for each in GPUS if words.issuperset(each.lower().split())]
+    return GPUS[max(matches, key=len)] if matches else None
 
 
 def has_fast_link(name: str) -> bool:

@@ -203,8 +203,8 @@ def _block_bytes(config: ModelConfig, precision: Precision, scored: int) -> tupl
     """
     element, head = ELEMENT_BYTES[precision], config.head
     of_width, of_head = (8, 20) if config.qk_norm else (6, 4)
-    own, in_head = (of_width * width + _kept_by_mlp(width) for width in (config.width, head.width))
-    backbone = config.num_tokens * (own * element + of_head * config.num_heads)
+    per_token, in_head = (of_width * width + _kept_by_mlp(width) for width in (config.width, head.width))
+    backbone = config.num_tokens * (per_token * element + of_head * config.num_heads)
     if head.num_heads:
         return backbone, config.num_tokens * (in_head * element + of_head * head.num_heads)
     return backbone, scored * _kept_by_mlp(head.width) * element if head.depth else 0
@@ -254,5 +254,5 @@ def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
                 base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
             else:
                 continue
-            own = base / path.lstrip("/")
-            yield from ((folder, *names) for folder in (own, *own.parents) if folder.is_relative_to(base))
+            cgroup = base / path.lstrip("/")
+            yield from ((folder, *names) for folder in (cgroup, *cgroup.parents) if folder.is_relative_to(base))

@@ -141,8 +141,8 @@ class Group:
     def ranks_per_node(self) -> int:
         """Ranks on a host, as torchrun or Slurm's step says, such as `8(x15),4`; all ranks if neither does."""
         said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-        found = re.match(r"\d+", said)
-        return min(self.world_size, int(found[0])) if found else self.world_size
+        number = re.match(r"\d+", said)
+        return min(self.world_size, int(number[0])) if number else self.world_size
 
     def cores(self) -> int:
         """Count this rank's cores: those that it may run on, divided among the ranks that may run on the same."""

@@ -111,11 +111,11 @@ class Expected:
             best[last] = np.take_along_axis(by_begin, first[last][None], axis=0)[0]
         return best, first
 
-    def reason_to_stop(self, found: Deviation) -> str | None:
+    def reason_to_stop(self, deviation: Deviation) -> str | None:
         """Say why a run that deviates so much is to end, if it is."""
-        if self.stop_sd is None or not found.is_alarm or found.sd < self.stop_sd:
+        if self.stop_sd is None or not deviation.is_alarm or deviation.sd < self.stop_sd:
             return None
-        where = f"{found.sd:+.1f} sd above its forecast since D = {found.since}"
+        where = f"{deviation.sd:+.1f} sd above its forecast since D = {deviation.since}"
         return (
             f"the loss is {where} (--stop-off-track {self.stop_sd:g}); the run is saved, and `launch --retry` goes on"
         )
@@ -123,16 +123,16 @@ class Expected:
     def deviation(self, losses: Mapping[int, float]) -> Deviation | None:
         """Compare losses, by images seen, with the forecast; returns the deviation at the last of them, or None without
         its forecast."""
-        known = [i for i, point in enumerate(self.points) if point.images_seen in losses]
-        if not known or max(losses) > self.points[known[-1]].images_seen:
+        measured = [i for i, point in enumerate(self.points) if point.images_seen in losses]
+        if not measured or max(losses) > self.points[measured[-1]].images_seen:
             return None
-        seen = dataclasses.replace(self, points=tuple(self.points[i] for i in known))
+        seen = dataclasses.replace(self, points=tuple(self.points[i] for i in measured))
         off = np.log([losses[point.images_seen] / point.loss for point in seen.points])
         sd, first = seen.scan(off[:, None])
         return Deviation(
             sd=float(sd[-1, 0]),
             since=seen.points[first[-1, 0]].images_seen,
-            is_alarm=self.alarm_sd is not None and len(known) >= PERSISTENT and bool(abs(sd[-1, 0]) > self.alarm_sd),
+            is_alarm=self.alarm_sd is not None and len(measured) >= PERSISTENT and bool(abs(sd[-1, 0]) > self.alarm_sd),
         )
 
 

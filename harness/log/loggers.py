@@ -122,8 +122,8 @@ class WandbLogger:
             for name in ("images_seen", "train/images_done", "decay/images_done"):
                 self._run.define_metric(name, hidden=True)
             self._run.define_metric("*", step_metric="images_seen")
-            known = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
-            self.logged_until = int(max(known))
+            logged = [self._run.summary.get(f"{part}/images_done", 0) for part in ("train", "decay")]
+            self.logged_until = int(max(logged))
 
     @contextlib.contextmanager
     def _surviving(self) -> Iterator[None]:
@@ -187,8 +187,8 @@ def row_scalars(row: Mapping[str, Any], *, during: bool = False) -> dict[str, fl
 
 def expected_scalars(points: Iterable[ExpectedPoint], images_seen: int, name: str) -> dict[str, float]:
     """Return the scalars plotted of a forecast beside a measured loss `name`: value and 95 % interval."""
-    found = (each for each in points if each.images_seen == images_seen)
-    ends = next(({"": each.loss, "_low": each.low, "_high": each.high} for each in found), {})
+    here = (each for each in points if each.images_seen == images_seen)
+    ends = next(({"": each.loss, "_low": each.low, "_high": each.high} for each in here), {})
     return {f"{name}_expected{end}": value for end, value in ends.items()}
 
 

@@ -86,11 +86,11 @@ def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> f
 
 def _task_size(section: ProbeSection, lookup: DatasetLookup) -> tuple[int, int, int]:
     """Return training images, test images and classes: as counted if the data are here, else as published."""
-    known, train, test = BENCHMARKS.get(section.task), lookup(section.train), lookup(section.test)
+    benchmark, train, test = BENCHMARKS.get(section.task), lookup(section.train), lookup(section.test)
     return (
-        train.num_usable if train else known.num_train if known else 0,
-        test.num_usable if test else (known.num_test or 0) if known else 0,
-        len(train.classes) if train and train.classes else known.num_classes if known else 0,
+        train.num_usable if train else benchmark.num_train if benchmark else 0,
+        test.num_usable if test else (benchmark.num_test or 0) if benchmark else 0,
+        len(train.classes) if train and train.classes else benchmark.num_classes if benchmark else 0,
     )
 
 

@@ -86,24 +86,24 @@ def probe_backbone(
     if section.augmentation == "published":
         train = replace(train, views=PublishedViews(model_section, seed))
     key = task_key(backbone.name, section, train.dataset.fingerprint, test.dataset.fingerprint, seed)
-    found: dict[str, Detail] = {}
+    finished: dict[str, Detail] = {}
     if out is not None:
-        found = group.broadcast_from_rank0(functools.partial(finished_probes, out, section.task, key))
-    kinds = [kind for kind in section.kinds if kind not in found]
+        finished = group.broadcast_from_rank0(functools.partial(finished_probes, out, section.task, key))
+    kinds = [kind for kind in section.kinds if kind not in finished]
     if not kinds:
-        return [as_entry(found[kind]) for kind in section.kinds]
+        return [as_entry(finished[kind]) for kind in section.kinds]
     started = time.monotonic()
     task = Task(section=section, train=train, test=test, seed=seed, group=group, report_progress=report_progress)
     with matmul_precision(section.precision):
         for details in _details(task, backbone, kinds, out, key):
             about = {"evaluation": key["evaluation"], "protocol": PROTOCOL, "seed": seed}
             done = {detail["kind"]: detail | about for detail in details}
-            found |= done
+            finished |= done
             if out is not None and group.is_first:
                 took = {"world_size": group.world_size, "wall_s": time.monotonic() - started}
                 add_probes(out, section, key, done, classes=list(train.classes), **took)
             report_progress()
-    return [as_entry(found[kind]) for kind in section.kinds]
+    return [as_entry(finished[kind]) for kind in section.kinds]
 
 
 def _details(

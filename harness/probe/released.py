@@ -96,13 +96,13 @@ def score_released(
         backbone.use(DTYPES[section.precision])
 
         def predict(images: LabelledImages) -> Predictions:
-            own = own_indices(range(len(images)), group)
-            chunks = list(batched(own, TEST_BATCH))
+            indices = own_indices(range(len(images)), group)
+            chunks = list(batched(indices, TEST_BATCH))
             parts = [
                 to_predictions(head(outputs[blocks].float().mean(0)), images.labels[chunk])
                 for chunk, outputs in zip(chunks, StreamedTokens(backbone, images, group).parts(chunks), strict=True)
             ]
-            return gather_predictions(own, parts, len(images), group)
+            return gather_predictions(indices, parts, len(images), group)
 
         with matmul_precision(section.precision):
             test, predictions = read_without_bad(test, group, predict)

@@ -39,10 +39,10 @@ def wanted_tasks(sections: Sequence[ProbeSection], tasks: Sequence[str] | None) 
     """Select the sections of these tasks, or all."""
     if not sections:
         raise ProbeError("the run's configuration names no probes; give some with --tasks FILE")
-    known = {section.task: section for section in sections}
+    by_task = {section.task: section for section in sections}
     for task in tasks or ():
-        if task not in known:
-            raise ProbeError(f"the run has no task '{task}'; {did_you_mean(task, known, 'its tasks:')}")
+        if task not in by_task:
+            raise ProbeError(f"the run has no task '{task}'; {did_you_mean(task, by_task, 'its tasks:')}")
     return [section for section in sections if tasks is None or section.task in tasks]
 
 

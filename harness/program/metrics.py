@@ -119,8 +119,8 @@ class Measurements:
         """Return the object of a line; None where the pattern finds nothing, or the line is blank."""
         text = raw.decode(errors="replace")
         if self._pattern is not None:
-            found = self._pattern.search(text)
-            return found and {key: _number(value) for key, value in found.groupdict().items() if value is not None}
+            match = self._pattern.search(text)
+            return match and {key: _number(value) for key, value in match.groupdict().items() if value is not None}
         try:
             line = json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):

@@ -29,8 +29,8 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
 def program_environment() -> dict[str, str]:
     """Return the environment of a program: the worker's, without what only aimscale's processes need."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("AIMSCALE_")}
-    own = {str(SOURCE), str(SOURCE / "src")}
-    paths = [path for path in variables.pop("PYTHONPATH", "").split(os.pathsep) if path and path not in own]
+    sources = {str(SOURCE), str(SOURCE / "src")}
+    paths = [path for path in variables.pop("PYTHONPATH", "").split(os.pathsep) if path and path not in sources]
     # Lines are read as they come, so none may stay in a buffer.
     return variables | {"PYTHONUNBUFFERED": "1"} | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 

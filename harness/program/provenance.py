@@ -49,10 +49,10 @@ def folder_commit(directory: str) -> tuple[str | None, bool | None]:
 def _packages(program: ProgramSection, environment: Mapping[str, str]) -> tuple[str | None, dict[str, str]]:
     """Return version and packages of the Python that the command starts with, if it is one."""
     first = program.words[0]
-    found = shutil.which(first, path=environment.get("PATH")) if os.sep not in first else first
-    if found is None or not INTERPRETER.fullmatch(os.path.basename(first)):
+    interpreter = shutil.which(first, path=environment.get("PATH")) if os.sep not in first else first
+    if interpreter is None or not INTERPRETER.fullmatch(os.path.basename(first)):
         return None, {}
-    command = [found, "-c", _LIST]
+    command = [interpreter, "-c", _LIST]
     try:
         done = subprocess.run(
             command, capture_output=True, check=True, timeout=PACKAGES_TIMEOUT_S, env=environment, cwd=program.directory

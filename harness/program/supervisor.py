@@ -344,10 +344,10 @@ class Supervisor:
         result.parent.mkdir(parents=True, exist_ok=True)
         if code := self._execute(words, lambda piece: None):
             raise self._failure(code, f"trainer.evaluate.{name}")
-        if (found := read_object(result)) is None:
+        if (evaluation := read_object(result)) is None:
             self._raise_if_asked_to_end()
             raise ProgramFailed(f"trainer.evaluate.{name} ended with exit code 0 and wrote no {result}", "config")
-        entries = probe_entries(found.get("accuracy") or {}, name)
+        entries = probe_entries(evaluation.get("accuracy") or {}, name)
         measured = {probe_key(entry) for entry in entries}
         kept = [entry for entry in row.get("probes") or () if probe_key(entry) not in measured]
         self._run.record_row(row | {"probes": [*kept, *entries], "evaluated": [*evaluated, name]})

@@ -82,15 +82,15 @@ class _HostValues(TorchDispatchMode):
 
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Convert a module's tensors as `nn.Module._apply` does; torch's own swaps parameters, which fake ones refuse."""
-    for each in module.modules() if recurse else (module,):
-        for name, parameter in each._parameters.items():
+    for part in module.modules() if recurse else (module,):
+        for name, parameter in part._parameters.items():
             if parameter is None:
                 continue
             new = fn(parameter.detach())
             if (new.dtype, new.device) != (parameter.dtype, parameter.device):
-                each._parameters[name] = nn.Parameter(new, parameter.requires_grad)
-        for name, buffer in each._buffers.items():
-            each._buffers[name] = None if buffer is None else fn(buffer)
+                part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else fn(buffer)
     return module
 
 
@@ -126,6 +126,6 @@ def _reduce_scatter(tensors: list[Tensor], group: Any) -> list[Tensor]:
     sizes = [-(-each.numel() // world_size) for each in tensors]
     is_even = len(tensors) == 1 and tensors[0].numel() % world_size == 0
     flat = tensors[0].view(-1) if is_even else tensors[0].new_empty(world_size * sum(sizes))
-    own = flat.narrow(0, 0, sum(sizes))
-    torch.distributed.reduce_scatter_tensor(own, flat, group=group)
-    return list(own.split(sizes))
+    shard = flat.narrow(0, 0, sum(sizes))
+    torch.distributed.reduce_scatter_tensor(shard, flat, group=group)
+    return list(shard.split(sizes))

@@ -82,12 +82,12 @@ class StepTracker(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # how a fake tensor answers where it is
             return args[0].fake_device
         if func.namespace == "c10d":
-            sizes = (sum(each.nbytes for each in tree_leaves(arg) if isinstance(each, Tensor)) for arg in args)
+            sizes = (sum(leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)) for arg in args)
             self.calls.append((self.phase, self.micro_batch, func.overloadpacket.__name__.strip("_"), max(sizes)))
         out = func(*args, **(kwargs or {}))
-        for each in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(each, Tensor) and (getattr(each, "fake_device", None) or each.device).type != "meta":
-                self._record(each.untyped_storage())
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor) and (getattr(leaf, "fake_device", None) or leaf.device).type != "meta":
+                self._record(leaf.untyped_storage())
         return out
 
     def _record(self, storage: torch.UntypedStorage) -> None:
@@ -139,13 +139,13 @@ class StepTracker(TorchDispatchMode):
 
     def collectives(self, repeats: int = 1) -> tuple[Collective, ...]:
         """Sum up the collectives of each phase; those of the second micro-batch count `repeats` times."""
-        found: dict[tuple[Phase, str], Collective] = {}
+        totals: dict[tuple[Phase, str], Collective] = {}
         for phase, micro_batch, name, num_bytes in self.calls:
             times = repeats if micro_batch == 1 and phase != "update" else 1
-            each = found.get((phase, name), Collective(phase=phase, name=name, count=0, num_bytes=0))
-            count, total = each.count + times, each.num_bytes + times * num_bytes
-            found[phase, name] = dataclasses.replace(each, count=count, num_bytes=total)
-        return tuple(found.values())
+            collective = totals.get((phase, name), Collective(phase=phase, name=name, count=0, num_bytes=0))
+            count, total = collective.count + times, collective.num_bytes + times * num_bytes
+            totals[phase, name] = dataclasses.replace(collective, count=count, num_bytes=total)
+        return tuple(totals.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,8 @@ def weights_content(run: RunDir, images_seen: int) -> str:
     that nothing is to be done.
     """
     path = run.model_file(images_seen)
-    found = path.stat()
-    size, mtime_ns, kept = found.st_size, found.st_mtime_ns, path.with_name("digest.json")
+    stat = path.stat()
+    size, mtime_ns, kept = stat.st_size, stat.st_mtime_ns, path.with_name("digest.json")
     with contextlib.suppress(OSError, ValueError, RecursionError):
         match json.loads(kept.read_bytes()):
             case {"size": s, "mtime_ns": t, "content": str(content)} if (s, t) == (size, mtime_ns):
@@ -95,19 +95,19 @@ def finished_entries(
     """Return a task's entries if all are done for a budget's weights, else None; data not here count as unchanged."""
     name, prints = weights_name(run, config, images_seen), (fingerprint(section.train), fingerprint(section.test))
     key = task_key(name, section, *prints, config.training.seed)
-    found = finished_probes(run.probes_dir(images_seen), section.task, key)
-    return [as_entry(found[kind]) for kind in section.kinds] if set(section.kinds) <= found.keys() else None
+    finished = finished_probes(run.probes_dir(images_seen), section.task, key)
+    return [as_entry(finished[kind]) for kind in section.kinds] if set(section.kinds) <= finished.keys() else None
 
 
 def finished_probes(folder: Path, task: str, key: Key) -> dict[str, dict[str, Any]]:
     """Return the probes, by kind, in a task's files of this key."""
-    found: dict[str, dict[str, Any]] = {}
+    finished: dict[str, dict[str, Any]] = {}
     evaluation, rest = str(key["evaluation"]), {name: value for name, value in key.items() if name != "evaluation"}
     for document in task_files(folder, f"{glob.escape(task)}-*.json"):
         is_same = is_measurement(document.get("evaluation"), evaluation)
         if is_same and all(document.get(name) == value for name, value in rest.items()):
-            found |= {detail["kind"]: detail for detail in document["probes"] if detail["task"] == task}
-    return found
+            finished |= {detail["kind"]: detail for detail in document["probes"] if detail["task"] == task}
+    return finished
 
 
 def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]]:
@@ -127,9 +127,9 @@ def task_files(folder: Path, pattern: str = "*.json") -> Iterator[dict[str, Any]
             yield document
 
 
-def add_probes(folder: Path, section: ProbeSection, key: Key, found: dict[str, dict[str, Any]], **about: Any) -> None:
+def add_probes(folder: Path, section: ProbeSection, key: Key, probes: dict[str, dict[str, Any]], **about: Any) -> None:
     """Add probes, by kind, and further fields to a task's file; probes of other kinds under the same key are kept."""
-    whole = finished_probes(folder, section.task, key) | found
+    whole = finished_probes(folder, section.task, key) | probes
     whole = {kind: whole[kind] for kind in [*section.kinds, *whole] if kind in whole}  # in the order asked for
     task = section.model_dump(mode="json") | {"kinds": list(whole)}
     path = folder / f"{section.task}-{key['evaluation']}.json"
@@ -140,10 +140,10 @@ def probe_head(run: RunDir, images_seen: int, probe: str) -> Path:
     """Return the file of a task's attentive head, or of `<task>-<evaluation>` if there are several evaluations."""
     folder, end = run.probes_dir(images_seen), ".attentive.safetensors"
     names = [path.name.removesuffix(end) for path in sorted(folder.glob(f"*{end}"))]
-    found = [name for name in names if name == probe or re.fullmatch(re.escape(probe) + r"-\w{8}-\w{8}", name)]
-    if len(found) != 1:
-        raise RunDirError(f"{folder} has {len(found)} attentive heads of '{probe}'; it has {some(names) or 'none'}")
-    return folder / f"{found[0]}{end}"
+    matches = [name for name in names if name == probe or re.fullmatch(re.escape(probe) + r"-\w{8}-\w{8}", name)]
+    if len(matches) != 1:
+        raise RunDirError(f"{folder} has {len(matches)} attentive heads of '{probe}'; it has {some(names) or 'none'}")
+    return folder / f"{matches[0]}{end}"
 
 
 def as_entry(detail: dict[str, Any]) -> dict[str, Any]:

@@ -73,14 +73,14 @@ def pending_work(run: RunDir, config: RunConfig, *, trust_note: bool = True) -> 
     """
     if trust_note and _is_noted(run, config):
         return []
-    found = [Pending(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
+    pending = [Pending(what="training", images_seen=budget) for budget in missing_budgets(run, config)]
     rows = {row["images_seen"]: row for row in run.read_rows()}
     for budget in saved_budgets(run):
         if budget in config.evaluation.budgets:
-            found += pending_evaluations(run, config, budget, rows.get(budget, {}))
-    if not found and writer_folder(run.root / NOTE):
+            pending += pending_evaluations(run, config, budget, rows.get(budget, {}))
+    if not pending and writer_folder(run.root / NOTE):
         write_json(run.root / NOTE, {"digest": _digest(run, config)}, durable=False)
-    return found
+    return pending
 
 
 def _is_noted(run: RunDir, config: RunConfig) -> bool:
@@ -134,10 +134,10 @@ def pending_evaluations(run: RunDir, config: RunConfig, images_seen: int, row: d
     measured = _read_validation(run.validation_file(images_seen)) if is_named else None
     if not measured or not measured.items() <= row.items():
         yield Pending(what="validation", images_seen=images_seen)
-    there = row.get("probes") or []
+    probed = row.get("probes") or []
     for section in config.evaluation.probes:
         entries = finished_entries(run, config, images_seen, section)
-        if entries is None or not all(entry in there for entry in entries):
+        if entries is None or not all(entry in probed for entry in entries):
             yield Pending(what="probe", images_seen=images_seen, section=section)
 
 

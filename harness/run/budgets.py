@@ -24,7 +24,7 @@ ABOUT = "aimscale"
 
 def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
     """Return each budget whose weights are saved, ascending, with what training knew of it; empty if imported."""
-    found = {}
+    saved = {}
     for path in run.root.glob("budgets/[0-9]*/model.safetensors"):
         about = {}
         with (
@@ -32,8 +32,8 @@ def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
             safe_open(path, "numpy") as file,
         ):
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
-        found[int(path.parent.name)] = about if isinstance(about, dict) else {}
-    return dict(sorted(found.items()))
+        saved[int(path.parent.name)] = about if isinstance(about, dict) else {}
+    return dict(sorted(saved.items()))
 
 
 def chosen_budgets(run: RunDir, images_seen: int | None) -> list[int]:

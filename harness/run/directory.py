@@ -257,8 +257,8 @@ class RunDir:
         return self._read_results()["starts"]
 
     def _read_results(self) -> dict[str, Any]:
-        found = read_as(self.results, _RESULTS)
-        return {"starts": [], "rows": []} | (found.model_dump(exclude_unset=True) if found else {})
+        results = read_as(self.results, _RESULTS)
+        return {"starts": [], "rows": []} | (results.model_dump(exclude_unset=True) if results else {})
 
     def read_curve(self) -> list[dict[str, Any]]:
         """Read what was measured during training: one point per position of the trunk, ascending; the last measurement
@@ -275,8 +275,8 @@ class RunDir:
                 line = _ROW.validate_json(text).model_dump(exclude_unset=True)
                 if not is_intact(json.loads(text)):
                     raise RunDirError(f"a line of {self.curve} is damaged (its checksum is another); restore it")
-                known = {key: value for key, value in line.items() if value is not None and key != CHECKSUM}
-                points.setdefault(line["images_seen"], {}).update(known)
+                numbers = {key: value for key, value in line.items() if value is not None and key != CHECKSUM}
+                points.setdefault(line["images_seen"], {}).update(numbers)
         return [points[position] for position in sorted(points)]
 
     def record_curve(self) -> None:

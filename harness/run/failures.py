@@ -205,8 +205,8 @@ def is_shared(error: BaseException, run: Path) -> bool:
 
 def _device_of(path: Path) -> int | None:
     """Return the file system that holds a path or would; None if that cannot be read."""
-    there = next((each for each in (path, *path.absolute().parents) if each.exists()), None)
-    return None if there is None else there.stat().st_dev
+    existing = next((each for each in (path, *path.absolute().parents) if each.exists()), None)
+    return None if existing is None else existing.stat().st_dev
 
 
 def exit_after(seconds: float) -> threading.Timer:

@@ -79,10 +79,10 @@ def read_file(path: Path) -> bytes:
     """Read a file; UserError if it is a pipe, a socket or a device, which may never end, or too large."""
     try:
         with _opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:  # a file server is asked once
-            if stat.S_ISREG((found := os.fstat(descriptor)).st_mode) or stat.S_ISDIR(found.st_mode):
-                if found.st_size > MAX_BYTES:
+            if stat.S_ISREG((status := os.fstat(descriptor)).st_mode) or stat.S_ISDIR(status.st_mode):
+                if status.st_size > MAX_BYTES:
                     raise UserError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a smaller file in its place")
-                return b"".join(iter(lambda: os.read(descriptor, max(1, found.st_size)), b""))
+                return b"".join(iter(lambda: os.read(descriptor, max(1, status.st_size)), b""))
     except OSError as error:
         if error.errno != errno.ENXIO:  # that of a socket
             raise

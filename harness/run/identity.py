@@ -35,10 +35,10 @@ def training_digest(training: Values, horizon: int | None) -> str:
 
 def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
     """Flatten nested sections to dotted names."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def config_digest(kind: Literal["training", "validation", "probe", "program"], fields: Values) -> str:
@@ -47,14 +47,14 @@ def config_digest(kind: Literal["training", "validation", "probe", "program"], f
     return short_hash(text)
 
 
-def is_measurement(found: str | None, wanted: str) -> bool:
+def is_measurement(measurement: str | None, wanted: str) -> bool:
     """Return whether the name of a measurement is the one wanted, field by field.
 
     Fields are separated by dots or dashes. `*` in `wanted` is data that cannot be read, which count as unchanged.
     """
-    fields, wanted_fields = (re.split(r"[.-]", name) for name in (found or "", wanted))
+    fields, wanted_fields = (re.split(r"[.-]", name) for name in (measurement or "", wanted))
     return len(fields) == len(wanted_fields) and all(
-        known in ("*", field) for field, known in zip(fields, wanted_fields, strict=True)
+        pattern in ("*", field) for field, pattern in zip(fields, wanted_fields, strict=True)
     )
 
 

@@ -103,10 +103,10 @@ def plan_walk(schedule: Schedule, saved: Collection[int] = (), checkpoint: tuple
     position, branch = checkpoint
     trunk = point = position if branch is None else schedule.branch_point(branch)
     leaves = {budget: schedule.branch_point(budget) for budget in (*schedule.budgets, *saved)}
-    left = [budget for budget in schedule.budgets if budget not in saved]
-    left.sort(key=lambda budget: budget != branch)  # the branch that was begun comes first
+    missing = [budget for budget in schedule.budgets if budget not in saved]
+    missing.sort(key=lambda budget: budget != branch)  # the branch that was begun comes first
     segments: list[Segment] = []
-    for budget in left:
+    for budget in missing:
         if leaves[budget] > point:
             segments.append(Segment(start=point, stop=leaves[budget], branch=None))
             point = leaves[budget]

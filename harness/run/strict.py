@@ -72,15 +72,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _num_nodes(node: Any, known: dict[int, int]) -> int:
+def _num_nodes(node: Any, counts: dict[int, int]) -> int:
     """Count the nodes of a document, each alias as what it stands for; a node that contains itself has too many."""
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if id(node) not in known:
-        known[id(node)] = MAX_NODES + 1  # until it is counted
+    if id(node) not in counts:
+        counts[id(node)] = MAX_NODES + 1  # until it is counted
         inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_num_nodes(part, known) for part in inner)
-    return known[id(node)]
+        counts[id(node)] = 1 + sum(_num_nodes(part, counts) for part in inner)
+    return counts[id(node)]
 
 
 def read_yaml(path: Path) -> Any:
@@ -106,32 +106,32 @@ def parse(kind: type[SectionT], values: Any, where: str) -> SectionT:
 def _sentence(kind: type[BaseModel], error: ValidationError) -> str:
     # A misspelt key also leaves the right one missing: report the spelling first, and do not count missing keys.
     """Turn pydantic's report into one sentence."""
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first, others = errors[0], [each for each in errors[1:] if each["type"] not in ("missing", "too_short")]
+    errors = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    first, others = errors[0], [entry for entry in errors[1:] if entry["type"] not in ("missing", "too_short")]
     place, said = first["loc"], first["msg"].removeprefix("Value error, ")
     if place and str(place[-1]).startswith("literal["):  # each alternative of a field gives an error of its own
         place = place[:-1]
         said = " or ".join(
-            [said, *(each["msg"].removeprefix("Input should be ") for each in others if each["loc"][:-1] == place)]
+            [said, *(entry["msg"].removeprefix("Input should be ") for entry in others if entry["loc"][:-1] == place)]
         )
-        others = [each for each in others if each["loc"][:-1] != place]
+        others = [entry for entry in others if entry["loc"][:-1] != place]
     key = ".".join(str(part) for part in place)
     if first["type"] == "literal_error" and place == first["loc"] and isinstance(typed := first["input"], str):
-        known = re.findall("'([^']+)'", first["ctx"]["expected"])
-        said = f"unknown '{typed}'; {did_you_mean(typed, known, 'use')}"
+        choices = re.findall("'([^']+)'", first["ctx"]["expected"])
+        said = f"unknown '{typed}'; {did_you_mean(typed, choices, 'use')}"
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(kind, first["loc"][:-1])
-        return f"unknown key '{key}'; {did_you_mean(str(first['loc'][-1]), known, 'known keys:')}{more}"
+        choices = _known_keys(kind, first["loc"][:-1])
+        return f"unknown key '{key}'; {did_you_mean(str(first['loc'][-1]), choices, 'known keys:')}{more}"
     return f"{key}: {said}{more}" if key else f"{said}{more}"
 
 
-def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> None:
+def refuse_unknown(fields: Iterable[str], names: Iterable[str], where: str) -> None:
     """Raise ConfigError for the first key that is not known."""
-    known = list(known)
+    names = list(names)
     for key in fields:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key '{key}'; {did_you_mean(key, known, 'known keys:')}")
+        if key not in names:
+            raise ConfigError(f"{where}: unknown key '{key}'; {did_you_mean(key, names, 'known keys:')}")
 
 
 def _known_keys(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

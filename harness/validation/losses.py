@@ -119,15 +119,18 @@ def validate(
     num_tokens, num_prefixes = model.config.num_tokens, held_out.section.num_prefixes
     prefix_lengths = validation_prefixes(len(held_out.indices), num_prefixes, model.config)
     # Losses and counts of each pass by image and prefix.
-    passes, own = [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)], [np.empty(0, dtype=int)]
+    passes, row_parts = (
+        [torch.zeros(2, 0, num_prefixes, dtype=torch.float64, device=group.device)],
+        [np.empty(0, dtype=int)],
+    )
     for rows, images in held_out.passes(max(1, EVAL_TOKENS // (num_tokens * num_prefixes))):
         report_progress("validation")
         if len(rows):
             repeated = images.repeat_interleave(num_prefixes, dim=0)
-            found = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))
-            own.append(rows)
-            passes.append(found.sum(2).double().view(2, len(rows), num_prefixes))
-    mine = (np.concatenate(own), *torch.cat(passes, dim=1).cpu().numpy())
+            per_patch = torch.stack(model.per_patch_loss(repeated, prefix_lengths[rows].flatten(0, 1)))
+            row_parts.append(rows)
+            passes.append(per_patch.sum(2).double().view(2, len(rows), num_prefixes))
+    mine = (np.concatenate(row_parts), *torch.cat(passes, dim=1).cpu().numpy())
     rows, losses, targets = (np.concatenate(part) for part in zip(*group.all_gather_object(mine), strict=True))
     order = np.argsort(rows)
     rows = rows[order]

@@ -76,9 +76,9 @@ def command(
     _probe_baselines(sweep, planned.runs[-1])
     study = read_study([collect(planned).table], {}, ())
     report = write_page(study)
-    for each in findings(study):
-        first, *_ = each.caption.rstrip(".").split(". ")
-        typer.echo(f"{each.title}. {first}.")
+    for finding in findings(study):
+        first, *_ = finding.caption.rstrip(".").split(". ")
+        typer.echo(f"{finding.title}. {first}.")
     typer.echo(f"report: {report.resolve()}")
 
 

@@ -86,8 +86,8 @@ def write_program_sweep(file: Path, command: str) -> None:
 
 def _refuse_file(file: Path) -> None:
     if file.suffix not in (".yaml", ".yml") or file.exists():
-        why = "exists already" if file.exists() else "is no name of a YAML file"
-        raise SweepError(f"{file} {why}; name a new sweep file, such as mysweep.yaml")
+        problem = "exists already" if file.exists() else "is no name of a YAML file"
+        raise SweepError(f"{file} {problem}; name a new sweep file, such as mysweep.yaml")
 
 
 def write_suggestion(file: Path, data: Path, hours: float, gpu: str | None) -> None:

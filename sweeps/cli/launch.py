@@ -159,7 +159,7 @@ def failed_runs(result: LaunchResult) -> list[str]:
 
 def print_result(result: LaunchResult) -> None:
     """Print how the runs of a launch ended, and how many it skipped."""
-    why = "time is up: " if result.interrupted and not result.stopped_by else ""
+    lead = "time is up: " if result.interrupted and not result.stopped_by else ""
     ended = {
         "finished": result.finished,
         "evaluated": result.evaluated,
@@ -167,7 +167,7 @@ def print_result(result: LaunchResult) -> None:
         "stopped": result.stopped,
     }
     counts = ", ".join(f"{len(runs)} {how}" for how, runs in ended.items() if runs or how == "finished")
-    lines = [KeyValue(key="launched", value=f"{why}{counts}")]
+    lines = [KeyValue(key="launched", value=f"{lead}{counts}")]
     if skipped := Counter(each.state for each in result.skipped):
         lines.append(KeyValue(key="skipped", value=", ".join(f"{num} {state}" for state, num in skipped.items())))
     reasons = dict.fromkeys(each.reason for each in result.skipped if each.state is State.DAMAGED)

@@ -75,7 +75,7 @@ def command(
     runs, y, _ = arguments.read_to_minimise()
     offer = _table_candidates(runs, place, y) if sweep is None else _sweep_candidates(sweep, runs.frame)
     budget = _half_price(offer, place) if budget is None else budget
-    found = next_runs(runs, place, offer, budget=budget, law=law, y=y)
+    offered = next_runs(runs, place, offer, budget=budget, law=law, y=y)
     under = [] if root == ROOT else ["--root", str(root)]
     if sweep is None:
         following = arguments.then(f"forecast --register --at {shlex.quote(target)}{of_law(law, 'auto')}")
@@ -85,10 +85,10 @@ def command(
         following = arguments.then(f"next --target {shlex.quote(target)} {more}")
     else:
         following = shlex.join(["aimscale", "plan", str(write), *under])
-        write.write_text(_sweep_file(sweep, found.table))
+        write.write_text(_sweep_file(sweep, offered.table))
     if write is not None and not as_json:
         typer.echo(f"wrote {write}", err=True)
-    show(found, as_json, following=following)
+    show(offered, as_json, following=following)
 
 
 def _half_price(offer: pd.DataFrame, target: dict[str, float]) -> float:
@@ -117,9 +117,9 @@ def _sweep_candidates(sweep: Sweep, df: pd.DataFrame) -> pd.DataFrame:
 
     from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
-    known = sorted(sweep.file.budgets) or sorted({int(seen) for seen in df["images_seen"]})
+    budgets = sorted(sweep.file.budgets) or sorted({int(seen) for seen in df["images_seen"]})
     rows: list[dict[str, Any]] = []
-    for images_seen in (*known, 2 * known[-1], 4 * known[-1]):
+    for images_seen in (*budgets, 2 * budgets[-1], 4 * budgets[-1]):
         one = sweep.with_fields(**_first_setting(sweep), budgets=[images_seen], exclude=[])
         for card in PlannedSweep(one).cards:
             seen, pool = float(card.budgets[0].images_seen), card.run.cell.get("unique_images")

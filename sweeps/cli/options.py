@@ -39,18 +39,17 @@ def select_run_ids(planned: PlannedSweep, patterns: Sequence[str]) -> list[str]:
 
     Patterns are whole ids, or hold `*` and `?`; part of an id matches nothing.
     """
-    sweep, known = planned.sweep, [run.run_id for run in planned.runs]
+    sweep, run_ids = planned.sweep, [run.run_id for run in planned.runs]
     if not patterns:
-        return known
-    known += [path.name for path in sorted(sweep.runs_dir.glob("*/")) if path.name not in known]
+        return run_ids
+    run_ids += [path.name for path in sorted(sweep.runs_dir.glob("*/")) if path.name not in run_ids]
     chosen: list[str] = []
     for pattern in patterns:
-        if not (matching := fnmatch.filter(known, pattern)):
-            part_of = [run_id for run_id in known if pattern in run_id]
+        if not (matching := fnmatch.filter(run_ids, pattern)):
+            part_of = [run_id for run_id in run_ids if pattern in run_id]
             hint = f"'*{pattern}*' matches {len(part_of)}, such as {part_of[0]}" if part_of else ""
-            raise SweepError(
-                f"no run of sweep '{sweep.name}' is '{pattern}'; {hint or did_you_mean(pattern, known, 'its runs are')}"
-            )
+            hint = hint or did_you_mean(pattern, run_ids, "its runs are")
+            raise SweepError(f"no run of sweep '{sweep.name}' is '{pattern}'; {hint}")
         chosen += matching
     return list(dict.fromkeys(chosen))
 

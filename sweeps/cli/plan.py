@@ -137,7 +137,7 @@ def plan(
     loaded, runs = planned.sweep, planned.runs
     if only is not None and not rehearse:
         raise SweepError("--run chooses the run that --rehearse steps; add --rehearse")
-    chosen = {each.run_id for each in runs} if only is None else {*select_run_ids(planned, [only])}
+    chosen = {notice.run_id for notice in runs} if only is None else {*select_run_ids(planned, [only])}
     problems = check(loaded, runs)
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
@@ -147,14 +147,16 @@ def plan(
 
         rehearsals = rehearse_runs([card for card in planned.cards if card.run.run_id in chosen])
     if as_json:
-        found = to_json(planned.cards)
-        found["problems"] = [{"key": each.key, "why": each.text, "run_ids": each.run_ids} for each in problems]
-        found |= {"states": dict(Counter(each.state for each in planned.states)), "unplanned": planned.unplanned}
-        price = loaded.file.cost.price(found["totals"]["device_hours"])
-        found["price"] = price and {"amount": price[0], "currency": price[1]}
+        document = to_json(planned.cards)
+        document["problems"] = [
+            {"key": notice.key, "why": notice.text, "run_ids": notice.run_ids} for notice in problems
+        ]
+        document |= {"states": dict(Counter(notice.state for notice in planned.states)), "unplanned": planned.unplanned}
+        price = loaded.file.cost.price(document["totals"]["device_hours"])
+        document["price"] = price and {"amount": price[0], "currency": price[1]}
         if rehearse:
-            found["rehearsals"] = {run_id: asdict(each) for run_id, each in rehearsals.items()}
-        typer.echo(json.dumps(found, indent=1))
+            document["rehearsals"] = {run_id: asdict(notice) for run_id, notice in rehearsals.items()}
+        typer.echo(json.dumps(document, indent=1))
         raise_on_problems(loaded, runs, problems)
         return
     print_plan(planned, problems=problems, rehearsals=rehearsals)
@@ -200,11 +202,11 @@ def print_plan(
 
 
 def _flags(cards: Sequence[CostCard], problems: Sequence[Notice]) -> Iterator[KeyValue]:
-    for each in (*problems, *group_notices(caution for card in cards for caution in card.cautions)):
-        runs = describe_runs(each.run_ids, len(cards))
-        yield KeyValue(level=each.level, key=each.key, value=f"{each.text} ({runs})")
-    if why := _evaluation_caution(cards):
-        yield KeyValue(level="warn", key="evaluation", value=why)
+    for notice in (*problems, *group_notices(caution for card in cards for caution in card.cautions)):
+        runs = describe_runs(notice.run_ids, len(cards))
+        yield KeyValue(level=notice.level, key=notice.key, value=f"{notice.text} ({runs})")
+    if evaluation := _evaluation_caution(cards):
+        yield KeyValue(level="warn", key="evaluation", value=evaluation)
     if lost := not_identified(cards):
         words = f"{', '.join(lost)} of {CHINCHILLA.formula} are not identified"
         yield KeyValue(

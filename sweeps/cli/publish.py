@@ -92,7 +92,7 @@ def _add_sweep(sweep: Sweep, folder: Path, *, weights: bool) -> None:
                 versions.setdefault(package, set()).add(version)
         if weights:
             _export_weights(run, model)
-    lines = [f"{package}=={' or '.join(sorted(found))}\n" for package, found in sorted(versions.items())]
+    lines = [f"{package}=={' or '.join(sorted(numbers))}\n" for package, numbers in sorted(versions.items())]
     (folder / "environment.txt").write_text("".join(lines), encoding="utf-8")
 
 

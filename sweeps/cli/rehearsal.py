@@ -17,7 +17,7 @@ from aimscale.sweeps.planning.run import CostCard
 
 def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
     """Map the ids of runs that fit their devices to their rehearsed steps; equal steps are rehearsed once."""
-    found = {}
+    rehearsals = {}
     with Bar() as bar:
         for number, card in enumerate(cards):
             bar("rehearsing", number, len(cards), "runs")
@@ -26,7 +26,7 @@ def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
             run, recompute = card.run, plan.activation_checkpointing
             training = run.config.training
             parts = split_step(0, card.batch_size, micro_batch=plan.micro_batch, rank=0, world_size=run.devices)
-            found[run.run_id] = rehearse(
+            rehearsals[run.run_id] = rehearse(
                 build_model_config(training),
                 precision=training.optimiser.precision,
                 options=EngineOptions(zero_stage=plan.zero_stage, activation_checkpointing=recompute),
@@ -35,7 +35,7 @@ def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
                 prefix=training.objective.prefix,
                 on_gpu=card.device.is_gpu,
             )
-    return found
+    return rehearsals
 
 
 def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
@@ -53,9 +53,11 @@ def print_rehearsal(run_id: str, rehearsal: Rehearsal) -> None:
         Column(header="sum", cell=lambda row: decimal(sum(row[1].values()))),
     ]
     calls = [
-        Column(header="collective", cell=lambda each: f"{each.phase}: {each.name}", align_right=False),
-        Column(header="calls", cell=lambda each: f"{each.count:,}"),
-        Column(header="bytes", cell=lambda each: decimal(each.num_bytes)),
+        Column(
+            header="collective", cell=lambda collective: f"{collective.phase}: {collective.name}", align_right=False
+        ),
+        Column(header="calls", cell=lambda collective: f"{collective.count:,}"),
+        Column(header="bytes", cell=lambda collective: decimal(collective.num_bytes)),
     ]
     console = new_console()
     print(f"\n{run_id}: one step of a rank, rehearsed")

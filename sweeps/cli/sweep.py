@@ -180,11 +180,11 @@ def collect(sweep: SweepName, root: Root = ROOT) -> None:
     Verbs that are given a sweep do this themselves.
     """
     planned = plan_sweep(sweep, root)
-    found = _collect(planned)
-    if found.num_baselines:
-        typer.echo(f"{found.num_baselines} baselines: {found.table.with_name('baselines.parquet')}")
-    _score_forecasts(found.table)
-    typer.echo(f"{found.num_complete} of {found.num_rows} rows have results: {found.table}")
+    collected = _collect(planned)
+    if collected.num_baselines:
+        typer.echo(f"{collected.num_baselines} baselines: {collected.table.with_name('baselines.parquet')}")
+    _score_forecasts(collected.table)
+    typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")
     print_next("report", sweep if root == ROOT else str(planned.sweep.directory))
 
 
@@ -222,13 +222,13 @@ def _collect(planned: PlannedSweep) -> CollectResult:
     """Collect a sweep and say on the error stream what is left out."""
     from aimscale.sweeps.collection import collect as collect_rows  # pandas takes half a second
 
-    found = collect_rows(planned)
-    for why in found.damaged.values():
-        typer.echo(f"skipped: {why}", err=True)
-    if found.unplanned:
-        what = f"{len(found.unplanned)} run directories of another sweep file or version"
-        typer.echo(f"left out: {what}, such as {found.unplanned[0]}", err=True)
-    return found
+    collected = collect_rows(planned)
+    for reason in collected.damaged.values():
+        typer.echo(f"skipped: {reason}", err=True)
+    if collected.unplanned:
+        what = f"{len(collected.unplanned)} run directories of another sweep file or version"
+        typer.echo(f"left out: {what}, such as {collected.unplanned[0]}", err=True)
+    return collected
 
 
 def _score_forecasts(table: Path) -> None:
@@ -239,6 +239,6 @@ def _score_forecasts(table: Path) -> None:
     from aimscale.analysis.forecasts.forecast import SCORES, score_words, scores
     from aimscale.analysis.table.read import read_table
 
-    found = scores(register, read_table(table))
-    found.to_csv(table.with_name(SCORES), index=False)
-    typer.echo(f"forecasts: {score_words(found)}: {table.with_name(SCORES)}")
+    scored = scores(register, read_table(table))
+    scored.to_csv(table.with_name(SCORES), index=False)
+    typer.echo(f"forecasts: {score_words(scored)}: {table.with_name(SCORES)}")

@@ -63,14 +63,17 @@ def expected_losses(rows: Sequence[dict[str, Any]], num_params: float) -> Expect
 
     from aimscale.analysis.forecasts.trajectory import DOF, trajectory
 
-    found = trajectory(pd.DataFrame(rows, columns=COLUMNS), num_params)
+    forecast = trajectory(pd.DataFrame(rows, columns=COLUMNS), num_params)
     names = [field.name for field in dataclasses.fields(ExpectedPoint)]
     by_kind = {
         kind: tuple(ExpectedPoint(**{name: row[name] for name in names}) for row in part.to_dict("records"))
-        for kind, part in found.table.groupby("is_budget")
+        for kind, part in forecast.table.groupby("is_budget")
     }
     expected = Expected(
-        basis=found.basis, points=by_kind.get(False, ()), budgets=by_kind.get(True, ()), memory=ERROR_CORRELATION_LENGTH
+        basis=forecast.basis,
+        points=by_kind.get(False, ()),
+        budgets=by_kind.get(True, ()),
+        memory=ERROR_CORRELATION_LENGTH,
     )
     return dataclasses.replace(expected, alarm_sd=alarm_sd(expected, DOF), false_alarm_rate=FALSE_ALARM_RATE)
 
@@ -87,8 +90,8 @@ def alarm_sd(expected: Expected, degrees: float) -> float | None:
     rng = np.random.default_rng(0)
     errors = rng.standard_normal((len(expected.points), NUM_SIMULATED))
     errors *= np.sqrt(degrees / rng.chisquare(degrees, NUM_SIMULATED))
-    found, _ = expected.scan(expected.root @ errors)
-    return float(np.quantile(found[PERSISTENT - 1 :].max(axis=0), 1 - FALSE_ALARM_RATE))
+    deviations, _ = expected.scan(expected.root @ errors)
+    return float(np.quantile(deviations[PERSISTENT - 1 :].max(axis=0), 1 - FALSE_ALARM_RATE))
 
 
 def points(sweep: Sweep, run: Run) -> Iterator[dict[str, Any]]:

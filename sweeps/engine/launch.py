@@ -87,22 +87,22 @@ def prepare_launch(planned: PlannedSweep, *, retry: bool, stop_sd: float | None 
     raise_on_problems(planned.sweep, planned.startable(retry=retry))
     prepare_directory(planned.sweep, planned.runs)
     save_stop_threshold(planned.sweep, stop_sd)
-    gone = [each for each in states if each.worker and (each.state is State.LOST or each.is_unlocked)]
-    job_states = slurm.job_states({str(job_id) for each in gone if (job_id := _job_of(each))})
+    gone = [state for state in states if state.worker and (state.state is State.LOST or state.is_unlocked)]
+    job_states = slurm.job_states({str(job_id) for state in gone if (job_id := _job_of(state))})
     planned.states = tuple(
-        replace(each, state=State.LOST, is_unlocked=False)
-        if each.is_unlocked and job_states.get(str(_job_of(each))) in slurm.ENDED
-        else each
-        for each in states
+        replace(state, state=State.LOST, is_unlocked=False)
+        if state.is_unlocked and job_states.get(str(_job_of(state))) in slurm.ENDED
+        else state
+        for state in states
     )
-    to_close = [each.state is State.LOST or (retry and each.state.retryable) for each in planned.states]
-    for each in itertools.compress(planned.states, to_close):
+    to_close = [state.state is State.LOST or (retry and state.state.retryable) for state in planned.states]
+    for state in itertools.compress(planned.states, to_close):
         with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
-            _close_attempt(each, job_states, retry=retry)
+            _close_attempt(state, job_states, retry=retry)
     # A lost attempt may have been the last that its run has, and nothing is to be submitted for it then.
     planned.states = tuple(
-        read_state(run, RunRecord(planned.sweep.run_dir(run.run_id))) if is_closed else each
-        for run, each, is_closed in zip(planned.runs, planned.states, to_close, strict=True)
+        read_state(run, RunRecord(planned.sweep.run_dir(run.run_id))) if is_closed else state
+        for run, state, is_closed in zip(planned.runs, planned.states, to_close, strict=True)
     )
 
 

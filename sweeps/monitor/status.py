@@ -136,7 +136,7 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
         card.images_executed / card.training_s / pace if (pace := line.status.images_per_s) else None
         for card, line in zip(cards, lines, strict=True)
     ]
-    usual = statistics.median([each for each in slower if each] or [1.0])
+    usual = statistics.median([entry for entry in slower if entry] or [1.0])
     now: list[RunStatus] = []
     waiting: list[tuple[float, float, int]] = []
     free: list[float] = []
@@ -149,7 +149,7 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
             free += [left_s] * card.run.devices
         elif not line.state.over:
             waiting.append((card.device_hours, left_s, card.run.devices))
-    waiting.sort(key=lambda each: -each[0])
+    waiting.sort(key=lambda entry: -entry[0])
     ends = schedule_s(free, [(left_s, num_devices) for _, left_s, num_devices in waiting]) if free else []
     return now, max(ends, default=None), any(slower)
 
@@ -178,14 +178,14 @@ def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: 
 
 def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:
     """Return devices of a run -> a pending job that will execute such runs."""
-    found: dict[int, JobInfo] = {}
+    pending: dict[int, JobInfo] = {}
     needed = {num for card in cards for num in (card.run.devices, card.run.evaluation_devices)}
     for job in live:
         if job.info.phase == "pending":
             shape = job.shape
             served = (n for n in needed if shape.nodes == 1 and n <= shape.devices)
-            found |= dict.fromkeys([*served, shape.nodes * shape.devices], job.info)
-    return found
+            pending |= dict.fromkeys([*served, shape.nodes * shape.devices], job.info)
+    return pending
 
 
 def _inspect_run(run_state: RunState, card: CostCard, pending: Mapping[int, JobInfo]) -> RunStatus:

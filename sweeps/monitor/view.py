@@ -122,7 +122,7 @@ def format_price(sweep: Sweep, device_hours: float) -> str:
 def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> Group:
     """Lay out `aimscale status`: the summary, what needs attention, and runs, or groups of them if they are many."""
     parts: list[Any] = [key_value_text(status_summary(status), width)]
-    failed_jobs = [KeyValue(level="failed", key="jobs", value=why) for why in status.failed_jobs]
+    failed_jobs = [KeyValue(level="failed", key="jobs", value=reason) for reason in status.failed_jobs]
     notices = (notice.of(line.run_id) for line in status.runs if (notice := _notice(line)))
     if flags := [*failed_jobs, *notice_lines(notices)]:
         parts.append(key_value_text(flags, width))
@@ -132,7 +132,7 @@ def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> 
 
 def _optional(header: str, value: Callable[[Any], Any], text: Callable[[Any], str], drop_order: int = 0) -> Column:
     """Make a column that is blank where a row has no value."""
-    return Column(header=header, cell=lambda row: text(found) if (found := value(row)) else "", drop_order=drop_order)
+    return Column(header=header, cell=lambda row: text(shown) if (shown := value(row)) else "", drop_order=drop_order)
 
 
 def runs_table(lines: Sequence[RunStatus], width: int) -> Table:
@@ -267,5 +267,5 @@ def _progress_text(status: SweepStatus) -> str:
 
 def progress_line(status: SweepStatus) -> str:
     """Format the progress of a sweep as one line of a log."""
-    left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
-    return f"{_progress_text(status)}{left}; {_count_states(status.runs)}"
+    time_left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
+    return f"{_progress_text(status)}{time_left}; {_count_states(status.runs)}"

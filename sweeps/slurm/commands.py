@@ -78,13 +78,13 @@ def shorten_error(message: str) -> str:
 def jobs() -> dict[str, JobInfo]:
     """Return this user's jobs by id, array elements one by one; ended jobs are listed for MinJobAge."""
     text = command("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "-o", "%i|%T|%R")
-    found = {}
+    jobs = {}
     for line in text.splitlines():
         job_id, _, rest = printable(line).strip().partition("|")
         state, _, reason = rest.partition("|")
         if state:  # other lines are messages of plugins
-            found[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
-    return found
+            jobs[job_id] = JobInfo(job_id=job_id, state=state, reason=reason.strip("()") if reason != "None" else "")
+    return jobs
 
 
 def submissions_file(sweep: Sweep) -> Path:
@@ -105,14 +105,14 @@ def job_states(job_ids: Collection[str]) -> dict[str, str]:
     if not job_ids:
         return {}
     listed = try_list_jobs() or {}
-    found = {job_id: listed[job_id].state for job_id in job_ids if job_id in listed}
-    if forgotten := sorted(set(job_ids) - found.keys()):
+    states = {job_id: listed[job_id].state for job_id in job_ids if job_id in listed}
+    if forgotten := sorted(set(job_ids) - states.keys()):
         with contextlib.suppress(SlurmError):
             for line in command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(forgotten)).splitlines():
                 name, _, state = line.partition("|")
                 if name in forgotten and state.strip():
-                    found[name] = state.split()[0]  # of `CANCELLED by 0`
-    return found
+                    states[name] = state.split()[0]  # of `CANCELLED by 0`
+    return states
 
 
 def excluded_nodes(job_id: str) -> list[str]:

@@ -85,12 +85,12 @@ _ARRAY = TypeAdapter(JobArray)
 
 def submitted_arrays(sweep: Sweep) -> list[JobArray]:
     """Return the sweep's job arrays, oldest first; jobs of lines that cannot be read are not counted."""
-    found = []
+    arrays = []
     with contextlib.suppress(FileNotFoundError):
         for line in read_file(submissions_file(sweep)).splitlines():
             with contextlib.suppress(ValidationError, RecursionError):
-                found.append(_ARRAY.validate_json(line))
-    return found
+                arrays.append(_ARRAY.validate_json(line))
+    return arrays
 
 
 def record_array(sweep: Sweep, array: JobArray) -> None:
@@ -99,21 +99,21 @@ def record_array(sweep: Sweep, array: JobArray) -> None:
     write_text(submissions_file(sweep), "".join(f"{_ARRAY.dump_json(each).decode()}\n" for each in arrays))
 
 
-def live_jobs(sweep: Sweep, known: Mapping[str, JobInfo]) -> list[LiveJob]:
+def live_jobs(sweep: Sweep, jobs: Mapping[str, JobInfo]) -> list[LiveJob]:
     """Return the jobs of the sweep that wait or run."""
     arrays = submitted_arrays(sweep)
-    is_any = any(name in known and known[name].phase != "ended" for array in arrays for name in array.names)
+    is_any = any(name in jobs and jobs[name].phase != "ended" for array in arrays for name in array.names)
     claims = [path for stage in ("", "evaluation/") for path in sweep.runs_dir.glob(f"*/{stage}claim") if is_any]
     busy = {holder.facts.get("job_id") for path in claims if (holder := read_holder(path)) and is_held(path)}
     return [
-        LiveJob(info=known[name], shape=array.shape, is_busy=name in busy, request=array.request)
+        LiveJob(info=jobs[name], shape=array.shape, is_busy=name in busy, request=array.request)
         for array in arrays
         for name in array.names
-        if name in known and known[name].phase != "ended"
+        if name in jobs and jobs[name].phase != "ended"
     ]
 
 
-def failed_jobs(sweep: Sweep, known: Mapping[str, JobInfo], *, script: str | None = None) -> list[FailedJob]:
+def failed_jobs(sweep: Sweep, jobs: Mapping[str, JobInfo], *, script: str | None = None) -> list[FailedJob]:
     """Return the jobs of the last launch that failed before they took a run, or with an error of their own.
 
     Args:
@@ -121,20 +121,20 @@ def failed_jobs(sweep: Sweep, known: Mapping[str, JobInfo], *, script: str | Non
     """
     arrays = [array for array in submitted_arrays(sweep) if script in (None, array.script)]
     names = [name for array in arrays if array.launch == arrays[-1].launch for name in array.names]
-    ended = [name for name in names if name not in known or known[name].phase == "ended"]
-    found = [failed for name in ended if (failed := _failed_job(sweep, name))]
-    return found if script is None or len(found) == len(names) else []
+    ended = [name for name in names if name not in jobs or jobs[name].phase == "ended"]
+    failed_jobs = [failed for name in ended if (failed := _failed_job(sweep, name))]
+    return failed_jobs if script is None or len(failed_jobs) == len(names) else []
 
 
-def broken_nodes(sweep: Sweep, known: Mapping[str, JobInfo], request: str) -> tuple[str, ...]:
+def broken_nodes(sweep: Sweep, jobs: Mapping[str, JobInfo], request: str) -> tuple[str, ...]:
     """Return the nodes on which jobs of this request ended before their workers began, in the last launch or before: a
     node that cannot start the interpreter is free again at once, and takes one job after another."""
     arrays = [array for array in submitted_arrays(sweep) if array.request == request]
     last = [array for array in arrays if array.launch == arrays[-1].launch]
-    found = [node for array in last for node in array.broken]
+    nodes = [node for array in last for node in array.broken]
     names = {name for array in last for name in array.names}
-    failed = [job for job in failed_jobs(sweep, known) if job.job_id in names and job.node and not job.has_begun]
-    return tuple(dict.fromkeys([*found, *(job.node for job in failed)]))
+    failed = [job for job in failed_jobs(sweep, jobs) if job.job_id in names and job.node and not job.has_begun]
+    return tuple(dict.fromkeys([*nodes, *(job.node for job in failed)]))
 
 
 def _failed_job(sweep: Sweep, job_id: str) -> FailedJob | None:
@@ -160,4 +160,4 @@ def describe_failed_jobs(failed: Sequence[FailedJob]) -> list[str]:
     reasons: dict[str, list[FailedJob]] = {}
     for job in failed:
         reasons.setdefault(job.why, []).append(job)
-    return [f"{why} ({len(jobs)} jobs; see {jobs[-1].log})" for why, jobs in reasons.items()]
+    return [f"{reason} ({len(jobs)} jobs; see {jobs[-1].log})" for reason, jobs in reasons.items()]

@@ -89,8 +89,8 @@ def record_end(
             run.write_status(state="off-track", reason=off_track, reason_class=None)
             _append_attempt(run, attempt, exit_code, off_track, None)
             return "failed"
-        why: ReasonClass | None = None if stop_requested else "interrupted" if is_interrupted else "timeout"
-        return _record_preemption(run, attempt, exit_code, why)
+        classified: ReasonClass | None = None if stop_requested else "interrupted" if is_interrupted else "timeout"
+        return _record_preemption(run, attempt, exit_code, classified)
     if exit_code in (EXIT_FINISHED, EXIT_OFF_TRACK):
         is_finished = exit_code == EXIT_FINISHED
         _append_attempt(run, attempt, exit_code, None if is_finished else run.read_status().reason, None)
@@ -124,8 +124,8 @@ def _culprit_node(run: RunRecord, attempt: int, reason: str, nodes: Sequence[str
 
 def _first_failed_task(run: RunRecord, attempt: int) -> tuple[str, str]:
     """Return the node of the rank that srun saw fail first, and how it ended; empty if srun names none."""
-    found = _FAILED_TASK.search(_read_text(run.attempt_log(attempt)))
-    return (found[1], found[2]) if found else ("", "")
+    match = _FAILED_TASK.search(_read_text(run.attempt_log(attempt)))
+    return (match[1], match[2]) if match else ("", "")
 
 
 def _first_failed_rank(run: RunRecord, attempt: int) -> tuple[str, int | None]:

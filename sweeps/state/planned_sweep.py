@@ -103,9 +103,9 @@ class PlannedSweep:
 
     def forget_notes(self) -> None:
         """Remove the notes that nothing is missing from runs that miss something, for workers, which trust them."""
-        for each in self.states:
-            if each.missing:
-                (each.record.root / NOTE).unlink(missing_ok=True)
+        for state in self.states:
+            if state.missing:
+                (state.record.root / NOTE).unlink(missing_ok=True)
 
 
 def plan_sweep(name: str | Path, root: Path, place: Place | None = None, *, is_thorough: bool = False) -> PlannedSweep:

@@ -59,8 +59,8 @@ class RunRecord(RunDir):
 
     def read_deviation(self) -> dict[str, Any]:
         """Return `deviation` and `deviates_since` of the status, as the worker that watches the run saw them last."""
-        found = read_object(self.deviation) or {}
-        return {name: found[name] for name in ("deviation", "deviates_since") if name in found}
+        deviation = read_object(self.deviation) or {}
+        return {name: deviation[name] for name in ("deviation", "deviates_since") if name in deviation}
 
     def is_claimed(self) -> bool:
         """Return whether a live worker executes the run, or is about to."""
@@ -109,13 +109,13 @@ class RunRecord(RunDir):
         Args:
             given_back: whether to return only nodes that gave the run back before its first step.
         """
-        found: dict[str, None] = {}
+        nodes: dict[str, None] = {}
         for ended in self.read_attempts():
             if ended.get("forgiven"):
-                found = {}
+                nodes = {}
             elif ended.get("given_back") or not given_back:
-                found |= dict.fromkeys(ended.get("failed_nodes") or ())
-        return list(found)
+                nodes |= dict.fromkeys(ended.get("failed_nodes") or ())
+        return list(nodes)
 
     def attempt_device_hours(self, now: float) -> float:
         """Return the device-hours of the current attempt, or of one that just ended; 0 if it never started."""

@@ -32,30 +32,30 @@ def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
     if split is None or split not in benchmark.counts:
         raise DataError(f"say which split of {name}: --split {' or --split '.join(benchmark.counts)}")
     try:
-        found = _READERS.get(name, _list_split)(source, split)
+        listing = _READERS.get(name, _list_split)(source, split)
     except Exception as error:  # readers of tar, HDF5 and MATLAB raise many types on damaged files
         if isinstance(error, DataError):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{source} is not {name} as published ({reason}); SOURCE is {benchmark.layout}") from error
     for what, number, expected in (
-        ("images", len(found.images), benchmark.counts[split]),
-        ("classes", len(found.classes or ()), benchmark.num_classes),
+        ("images", len(listing.images), benchmark.counts[split]),
+        ("classes", len(listing.classes or ()), benchmark.num_classes),
     ):
         if number != expected:
             raise DataError(
                 f"{source} holds {number:,} {what} of {name}'s split {split}, not the {expected:,} that are published; "
                 f"complete it: SOURCE is {benchmark.layout}"
             )
-    return found
+    return listing
 
 
 def _list_split(source: Path, split: str) -> Listing:
     """List the folder of a split, with one sub-folder per class; a class may lack images in some split."""
-    found = list_folder(source / split)
+    listing = list_folder(source / split)
     classes = tuple(sorted({path.name for path in source.glob("*/*") if path.is_dir()}))
-    number_of = [classes.index(name) for name in found.classes or ()]
-    return dataclasses.replace(found, labels=[number_of[label] for label in found.labels or ()], classes=classes)
+    number_of = [classes.index(name) for name in listing.classes or ()]
+    return dataclasses.replace(listing, labels=[number_of[label] for label in listing.labels or ()], classes=classes)
 
 
 def _list_files(source: Path, split: str, kind: Callable[..., Any], splits: dict[str, Sequence[str]]) -> Listing:
@@ -81,8 +81,8 @@ def _list_cifar(source: Path, split: str, kind: type[CIFAR10]) -> Listing:
         else:
             with tarfile.open(source) as tar:
                 tar.extractall(root, filter="data")
-        found = kind(root, train=split == "train")
-    return Listing(source=source, images=found.data, labels=found.targets, classes=tuple(found.classes))
+        cifar = kind(root, train=split == "train")
+    return Listing(source=source, images=cifar.data, labels=cifar.targets, classes=tuple(cifar.classes))
 
 
 def _list_pcam(source: Path, split: str) -> Listing:

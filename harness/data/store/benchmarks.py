@@ -57,8 +57,8 @@ def find_benchmark(name: str) -> Benchmark:
 def describe(name: str) -> str:
     """Describe what to download for one benchmark, or for `all`, and how to pack it: some lines each."""
     lines = []
-    for each in BENCHMARKS.values() if name == "all" else [find_benchmark(name)]:
-        lines += [f"{each.name}: {each.origin}", f"  SOURCE is {each.layout}"]
-        command = f"  aimscale data pack SOURCE OUT --benchmark {each.name} --split"
-        lines += [f"{command} {split}  # {number:,} images" for split, number in each.counts.items()]
+    for benchmark in BENCHMARKS.values() if name == "all" else [find_benchmark(name)]:
+        lines += [f"{benchmark.name}: {benchmark.origin}", f"  SOURCE is {benchmark.layout}"]
+        command = f"  aimscale data pack SOURCE OUT --benchmark {benchmark.name} --split"
+        lines += [f"{command} {split}  # {number:,} images" for split, number in benchmark.counts.items()]
     return "\n".join(lines)

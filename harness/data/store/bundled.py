@@ -55,8 +55,8 @@ def region(image: torch.Tensor, split: str) -> torch.Tensor:
 def photographs() -> dict[str, torch.Tensor]:
     """Load the photographs: name -> uint8 (3, H, W), sorted by name."""
     with tarfile.open(PHOTOGRAPHS) as tar:
-        found = {Path(member.name).stem: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    return {name: decode(found[name]) for name in sorted(found)}
+        jpegs = {Path(member.name).stem: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    return {name: decode(jpegs[name]) for name in sorted(jpegs)}
 
 
 def photograph_crops(split: str) -> Iterator[PackedImage]:

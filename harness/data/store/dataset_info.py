@@ -115,12 +115,12 @@ def read_info(path: str) -> DatasetInfo:
             from aimscale.harness.data.store.remote import read_bytes  # fsspec is slow to import
 
             return DatasetInfo.from_json(read_bytes(where), where)
-        found = os.stat(where)
-        return _read_file(where, found.st_ino, found.st_mtime_ns, found.st_size)
+        stat = os.stat(where)
+        return _read_file(where, stat.st_ino, stat.st_mtime_ns, stat.st_size)
     except FileNotFoundError as error:
         if "://" not in path and not Path(path).is_dir():
-            there = [each.parent.name for each in Path(path).parent.glob(f"*/{DATASET_FILE}")]
-            near = difflib.get_close_matches(Path(path).name, there, 1)
+            neighbours = [each.parent.name for each in Path(path).parent.glob(f"*/{DATASET_FILE}")]
+            near = difflib.get_close_matches(Path(path).name, neighbours, 1)
             hint = f"; did you mean {Path(path).parent / near[0]}?" if near else ""
             raise DataError(f"data set folder {path} does not exist{hint}") from error
         if "://" not in path and (inside := sorted(str(each.parent) for each in Path(path).glob(f"*/{DATASET_FILE}"))):

@@ -194,7 +194,7 @@ class ShardDataset:
 
     def read_many(self, samples: Sequence[int] | I64) -> list[bytes]:
         """Read some image files, in that order."""
-        found = []
+        images = []
         for i, (name, offset, size) in zip(samples, self.byte_ranges(samples), strict=True):
             shard = join(self.location, name)
             try:
@@ -203,8 +203,8 @@ class ShardDataset:
                 raise DataError(f"cannot read shard {shard} ({error}); restore it or index again") from error
             if len(data) != size:
                 raise DataError(f"shard {shard} is truncated: {self.describe(int(i))} ends after its last byte")
-            found.append(data)
-        return found
+            images.append(data)
+        return images
 
     def decode(self, i: int, channels: int = 3) -> torch.Tensor:
         """Decode image i to uint8 (channels, height, width).

@@ -154,8 +154,8 @@ def index_shards(
 
     def scans() -> Iterator[ShardScan]:
         scan_one, number = functools.partial(scan_shard, location), min(num_workers, len(shards))
-        found = map(scan_one, shards) if number == 1 else map_in_processes(scan_one, shards, number)
-        for done, scan in enumerate(found, start=1):
+        results = map(scan_one, shards) if number == 1 else map_in_processes(scan_one, shards, number)
+        for done, scan in enumerate(results, start=1):
             if progress is not None:
                 progress(f"indexing {Path(location).name}", done, len(shards), "shards")
             yield scan
@@ -175,14 +175,14 @@ def list_shards(location: str) -> list[str]:
         try:
             filesystem, inner = filesystem_of(location)
             listed = with_retries(lambda: filesystem.ls(inner, detail=False))
-            found = [path.rstrip("/").rpartition("/")[2] for path in listed]
+            names = [path.rstrip("/").rpartition("/")[2] for path in listed]
         except OSError as error:
             raise DataError(
                 f"cannot list {location} ({error}); name the shards: {location}/NAME-{{000..123}}.tar"
             ) from error
     else:
-        found = [path.name for path in Path(location).glob("*.tar")]
-    shards = sorted({name for name in found if name.endswith(".tar")})
+        names = [path.name for path in Path(location).glob("*.tar")]
+    shards = sorted({name for name in names if name.endswith(".tar")})
     if not shards:
         raise DataError(f"{location} holds no .tar shards")
     return shards

@@ -21,8 +21,8 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
     """Raise DataError if an image of the whole training data, whatever subset a run uses, is held out, by checksums of
     files."""
     for pool in pools:
-        if found := list(shared_images(pool, held_out)):
-            number, (samples, partners) = sum(len(samples) for samples, _ in found), found[0]
+        if shared := list(shared_images(pool, held_out)):
+            number, (samples, partners) = sum(len(samples) for samples, _ in shared), shared[0]
             raise DataError(
                 f"{number} training images of {pool.path} are validation images of {held_out.path} too, first "
                 f"{pool.describe(int(samples[0]))} = {held_out.describe(int(partners[0]))}; take them out of one side "
@@ -33,8 +33,8 @@ def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> Non
 def count_shared(pool: ShardDataset, held_out: ShardDataset) -> int:
     """Count the usable held-out images that a pool holds too, byte for byte."""
     checksums = held_out.index.checksum
-    found = [checksums[partners] for _, partners in shared_images(pool, held_out)]
-    is_shared = np.isin(checksums, np.concatenate([checksums[:0], *found]))
+    parts = [checksums[partners] for _, partners in shared_images(pool, held_out)]
+    is_shared = np.isin(checksums, np.concatenate([checksums[:0], *parts]))
     is_shared[held_out.index.bad] = False
     return int(is_shared.sum())
 

@@ -244,9 +244,9 @@ def list_folder(folder: Path) -> Listing:
     if not folder.is_dir():
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
-    found = [path for path in folder.rglob("*") if path.is_file() or not path.exists()]  # the latter: a dangling link
-    files = sorted(path for path in found if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    left_out = Counter(path.suffix.lower() or path.name for path in found)
+    paths = [path for path in folder.rglob("*") if path.is_file() or not path.exists()]  # the latter: a dangling link
+    files = sorted(path for path in paths if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    left_out = Counter(path.suffix.lower() or path.name for path in paths)
     for extension in IMAGE_EXTENSIONS:
         del left_out[f".{extension}"]
     if not files:

@@ -160,8 +160,8 @@ class CachedReader:
                     if time.monotonic() > deadline:
                         raise OSError(f"{self._root} had no room for {WAIT_S / 60:.0f} minutes; end what else fetches")
                     time.sleep(0.1)  # until other processes have fetched theirs
-                if (found := download(join(self._location, name), partial)) != size:
-                    raise OSError(f"it has {found:,} bytes, the index says {size:,}")
+                if (num_bytes := download(join(self._location, name), partial)) != size:
+                    raise OSError(f"it has {num_bytes:,} bytes, the index says {size:,}")
                 file = io.FileIO(partial)  # before others see the shard, who may evict it at once
                 partial.rename(target)
                 return file
@@ -205,9 +205,9 @@ def open_reader(location: str, sizes: Mapping[str, int], cache_dir: str | None, 
         return CachedReader(location, sizes, _open_cache(cache_dir), int(cache_gb * 1e9))
     for name, size in itertools.islice(sizes.items(), _CHECKED_AT_OPEN):
         path = Path(location) / name
-        there = path.stat().st_size if path.exists() else None
-        if there != size:
-            what = "is missing" if there is None else f"has {there} bytes, the index says {size}"
+        stored_size = path.stat().st_size if path.exists() else None
+        if stored_size != size:
+            what = "is missing" if stored_size is None else f"has {stored_size} bytes, the index says {size}"
             raise DataError(f"shard {path} {what}; restore it or index the folder again")
     return LocalReader(Path(location))
 

@@ -85,8 +85,8 @@ class EvalImages:
         Args:
             samples: images that the ranks have read together.
         """
-        for found in group.all_gather_object(self._bad):
-            self._bad |= found
+        for bad in group.all_gather_object(self._bad):
+            self._bad |= bad
         names = [self._bad[number] for number in sorted(self._bad)]
         number = len(np.union1d(samples, [*self._bad]))  # with those that were left out before
         images = f"{number} images of {self.dataset.path}"

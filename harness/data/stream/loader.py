@@ -57,8 +57,8 @@ def split_step(start: int, stop: int, *, micro_batch: int, rank: int, world_size
 
 def _part_bounds(number: int, parts: int, which: int) -> tuple[int, int]:
     """Return the bounds [first, last) of one of several nearly equal parts; the first get one more."""
-    each, more = divmod(number, parts)
-    return which * each + min(which, more), (which + 1) * each + min(which + 1, more)
+    length, more = divmod(number, parts)
+    return which * length + min(which, more), (which + 1) * length + min(which + 1, more)
 
 
 def train_batches(

@@ -44,22 +44,22 @@ class Mixture:
     def locate(self, positions: I64) -> tuple[I64, I64]:
         """Return (source number, number of earlier positions of the same source) at every position."""
         source_of, rank = np.full_like(positions, len(self._quotas) - 1), positions.copy()
-        left = np.arange(len(positions))
+        pending = np.arange(len(positions))
         for number, (units, total) in enumerate(self._quotas[:-1]):
-            before = _taken(rank[left], units, total)
-            takes = _taken(rank[left] + 1, units, total) > before
-            source_of[left[takes]] = number
-            rank[left[~takes]] -= before[~takes]
-            rank[left[takes]] = before[takes]
-            left = left[~takes]
+            before = _taken(rank[pending], units, total)
+            takes = _taken(rank[pending] + 1, units, total) > before
+            source_of[pending[takes]] = number
+            rank[pending[~takes]] -= before[~takes]
+            rank[pending[takes]] = before[takes]
+            pending = pending[~takes]
         return source_of, rank
 
     def counts(self, num_positions: int) -> list[int]:
         """Count the first `num_positions` positions by source."""
-        counts, left = [], num_positions
+        counts, remaining = [], num_positions
         for units, total in self._quotas:
-            counts.append((left * units + total // 2) // total)
-            left -= counts[-1]
+            counts.append((remaining * units + total // 2) // total)
+            remaining -= counts[-1]
         return counts
 
 
@@ -97,18 +97,18 @@ class SourceOrder:
         """Return the numbers (0..num_images-1) of the images at `slots` (0..U-1) of `epochs`."""
         num_blocks, size = self._blocks
         keys = random_bits(self.key, epochs)
-        each = self.num_unique // num_blocks
-        if num_blocks <= self.num_lanes or not each:
+        block_size = self.num_unique // num_blocks
+        if num_blocks <= self.num_lanes or not block_size:
             return self._dealt(permute(slots, self.num_unique, keys))
-        along = self._along_lanes(slots, keys, each)
-        turns, within = np.divmod(along, each)
+        along = self._along_lanes(slots, keys, block_size)
+        turns, within = np.divmod(along, block_size)
         blocks = permute(turns % num_blocks, num_blocks, ~keys)
-        within = permute(within, each, _keys(keys, blocks))
-        found = blocks * size + within if each == size else self._image(blocks, within)
+        within = permute(within, block_size, _keys(keys, blocks))
+        numbers = blocks * size + within if block_size == size else self._image(blocks, within)
         if (rest := np.flatnonzero(turns >= num_blocks)).size:  # one more image of some blocks, or of none
-            first = num_blocks * each
-            found[rest] = self._dealt(first + permute(along[rest] - first, self.num_unique - first, keys[rest]))
-        return found
+            first = num_blocks * block_size
+            numbers[rest] = self._dealt(first + permute(along[rest] - first, self.num_unique - first, keys[rest]))
+        return numbers
 
     @property
     def _blocks(self) -> tuple[int, int]:
@@ -128,12 +128,12 @@ class SourceOrder:
         _, size = self._blocks
         return blocks * size + permute(rounds, size, _keys(make_key("subset"), blocks))
 
-    def _along_lanes(self, slots: I64, keys: U64, each: int) -> I64:
+    def _along_lanes(self, slots: I64, keys: U64, block_size: int) -> I64:
         """Return the places (0..U-1) along the lanes, laid end to end, with `each` images of every block."""
         length = self.num_unique // self.num_lanes
         rounds, turns = np.divmod(slots, self.num_lanes)
         lanes = (turns + (random_bits(keys, rounds) >> _HALF).astype(np.int64)) % self.num_lanes
-        start = (lanes * each // self.num_lanes - lanes * length) % each
+        start = (lanes * block_size // self.num_lanes - lanes * length) % block_size
         return np.where(rounds < length, lanes * length + (rounds + start) % length, slots)
 
 
@@ -166,7 +166,7 @@ def open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float) -> l
     held_out = open_dataset(config.evaluation.validation.path, cache_dir=cache_dir, cache_gb=cache_gb)
     refuse_overlap(datasets, held_out)
     counts = unique_per_source(training.data, [dataset.info for dataset in datasets])
-    found = []
+    sources = []
     for number, (source, dataset, num_unique) in enumerate(zip(training.data.sources, datasets, counts, strict=True)):
         info = dataset.info
         order = SourceOrder(
@@ -177,8 +177,8 @@ def open_sources(config: RunConfig, cache_dir: str | None, cache_gb: float) -> l
             key=make_key("epoch", training.seed, number),
         )
         ahead = math.ceil(_SHARDS_AHEAD * info.num_usable / info.num_shards / source.probability)
-        found.append(Source(dataset=dataset, order=order, positions_ahead=ahead if is_url(dataset.location) else 0))
-    return found
+        sources.append(Source(dataset=dataset, order=order, positions_ahead=ahead if is_url(dataset.location) else 0))
+    return sources
 
 
 def require_fingerprint(source: SourceSection, info: DatasetInfo) -> None:

@@ -87,7 +87,9 @@ class TrainStream(Stream):
                 mine = np.flatnonzero(drawn["source"] == number)
                 problems = self._decode_from(source.dataset, images, pending[mine], drawn[mine])
                 failed += mine[list(problems)].tolist()
-                bad += [source.dataset.describe(int(drawn["sample"][mine[i]]), why) for i, why in problems.items()]
+                bad += [
+                    source.dataset.describe(int(drawn["sample"][mine[i]]), problem) for i, problem in problems.items()
+                ]
             if not failed:
                 return tuple(bad)
             pending = pending[failed]

@@ -178,7 +178,7 @@ def extract_features(
     """
     stream = StreamedTokens(backbone, images, group)
     centre = stream.centre()
-    own = own_indices(range(len(images)), group)
+    indices = own_indices(range(len(images)), group)
     most = -(-len(images) // group.world_size)  # images per rank: all ranks take as many turns
     dtype = DTYPES[precision]
     num_bytes = most * centre.numel() * dtype.itemsize
@@ -190,14 +190,16 @@ def extract_features(
             "memory; use more ranks"
         )
     # written at once, so that later allocations of any process see that the host has less memory
-    values = torch.empty(len(own), *centre.shape, dtype=dtype, device="cpu" if is_on_host else centre.device).zero_()
+    values = torch.empty(
+        len(indices), *centre.shape, dtype=dtype, device="cpu" if is_on_host else centre.device
+    ).zero_()
     pooled = PooledFeatures(values, centre, group)
     kept = None
     if for_tokens and images.views is None:  # views change by epoch
-        kept = stream.empty(most)[:, : len(own)] if most * stream.image_bytes <= cache_bytes else None
+        kept = stream.empty(most)[:, : len(indices)] if most * stream.image_bytes <= cache_bytes else None
     sums = [Moments.around(centre) for _ in range(4)]  # tokens: to fit, held out; pooled: to fit, held out
     is_fit = np.isin(np.arange(len(images)), [] if fit is None else fit)
-    chunks = [own[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
+    chunks = [indices[first : first + EXTRACT_BATCH] for first in range(0, most, EXTRACT_BATCH)]
     for number, (chunk, outputs) in enumerate(zip(chunks, stream.parts(chunks), strict=True)):
         first, means = number * EXTRACT_BATCH, outputs.float().mean(2)
         pooled.put(first, means)

@@ -108,13 +108,13 @@ def read_without_bad(
     """Read a split, and once more without the images that were found undecodable on the way; returns the split and what
     was read."""
     while True:
-        found = read(images)
+        pixels = read(images)
         images.source.agree(group, images.rows)
         is_good = images.source.is_good(images.rows)
         if is_good.all():
             images.source.is_read = True
-            return images, found
-        del found  # makes room
+            return images, pixels
+        del pixels  # makes room
         images = replace(images, rows=images.rows[is_good], labels=images.labels[torch.from_numpy(is_good)])
 
 

@@ -42,19 +42,20 @@ def owned_averages(outputs: Tensor, rank_of: np.ndarray, owned: Sequence[Sequenc
         rank_of: rank of each image (B,).
         owned: block sets of every rank.
     """
-    found = averages(outputs, [blocks for sets in owned for blocks in sets])
+    averaged = averages(outputs, [blocks for sets in owned for blocks in sets])
     if group.world_size == 1:
-        return found
+        return averaged
     # as bytes: not every backend moves bfloat16
-    parts = [part.flatten().view(torch.uint8) for part in found.split([len(sets) for sets in owned])]
-    own, image_bytes = len(owned[group.rank]), found.shape[2:].numel() * found.element_size()
+    parts = [part.flatten().view(torch.uint8) for part in averaged.split([len(sets) for sets in owned])]
+    num_owned, image_bytes = len(owned[group.rank]), averaged.shape[2:].numel() * averaged.element_size()
     counts = np.bincount(rank_of, minlength=group.world_size).tolist()
-    received = group.all_to_all(parts, [own * count * image_bytes for count in counts])
+    received = group.all_to_all(parts, [num_owned * count * image_bytes for count in counts])
     by_rank = [
-        part.view(found.dtype).view(own, count, *found.shape[2:]) for part, count in zip(received, counts, strict=True)
+        part.view(averaged.dtype).view(num_owned, count, *averaged.shape[2:])
+        for part, count in zip(received, counts, strict=True)
     ]
     order = torch.from_numpy(np.argsort(np.argsort(rank_of, kind="stable"), kind="stable"))
-    return torch.cat(by_rank, dim=1).index_select(1, order.to(found.device))
+    return torch.cat(by_rank, dim=1).index_select(1, order.to(averaged.device))
 
 
 def _averaging(sets: Sequence[BlockSet], num_blocks: int) -> Tensor:

@@ -30,14 +30,14 @@ def check_benchmark(task: str, *, num_classes: int, num_train: int, num_test: in
     benchmark = BENCHMARKS.get(task)
     if benchmark is None:
         return
-    for what, found, expected in (
+    for what, counted, expected in (
         ("classes", num_classes, benchmark.num_classes),
         ("training images", num_train, benchmark.num_train),
         ("test images", num_test, benchmark.num_test),
     ):
-        if expected is not None and found != expected:
+        if expected is not None and counted != expected:
             raise ProbeError(
-                f"task '{task}' is published with {expected:,} {what}, but this data set has {found:,}; "
+                f"task '{task}' is published with {expected:,} {what}, but this data set has {counted:,}; "
                 "complete it, or give the task another name so that it is not taken for the benchmark"
             )
 

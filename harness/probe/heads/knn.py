@@ -52,17 +52,17 @@ def neighbour_votes(
     """
     step = max(1, QUERIES // group.world_size)
     for start in range(0, max(group.all_gather_object(len(queries))), step):
-        own = queries[start : start + step]
-        padded = functional.pad(own, (0, 0, 0, step - len(own)))  # all ranks exchange equally many
-        cosine, named = (near[: len(own)] for near in _nearest(bank, labels, padded, max(ks), group))
-        if not len(own):
+        chunk = queries[start : start + step]
+        padded = functional.pad(chunk, (0, 0, 0, step - len(chunk)))  # all ranks exchange equally many
+        cosine, named = (near[: len(chunk)] for near in _nearest(bank, labels, padded, max(ks), group))
+        if not len(chunk):
             continue
         # relative to the nearest one: the same ranking, no overflow
         weights = ((cosine - cosine[:, :1]) / TEMPERATURE).exp()
-        votes = torch.zeros(len(ks), len(own), num_classes, device=queries.device)
+        votes = torch.zeros(len(ks), len(chunk), num_classes, device=queries.device)
         for row, k in zip(votes, ks, strict=True):
             row.scatter_add_(1, named[:, :k], weights[:, :k])
-        yield slice(start, start + len(own)), votes
+        yield slice(start, start + len(chunk)), votes
 
 
 def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,8 @@ def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group
     cosine = everyone.new_full((len(everyone), k), -torch.inf)
     named = torch.zeros(len(everyone), k, dtype=torch.int64, device=everyone.device)
     for part, of_part in zip(bank.split(BANK_BLOCK), labels.split(BANK_BLOCK), strict=True):
-        found = everyone @ part.mT
-        cosine, named = _first([cosine, found], [named, of_part.expand(len(everyone), -1)], k)
+        similarity = everyone @ part.mT
+        cosine, named = _first([cosine, similarity], [named, of_part.expand(len(everyone), -1)], k)
     if group.world_size == 1:
         return cosine, named
     first = group.rank * len(queries)
@@ -82,8 +82,8 @@ def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int, group: Group
 
 def _first(cosines: Sequence[Tensor], labels: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Return the k greatest cosines of each row, nearest first, with their labels."""
-    found, places = torch.cat(list(cosines), dim=1).topk(k, dim=1)
-    return found, torch.cat(list(labels), dim=1).gather(1, places)
+    nearest, places = torch.cat(list(cosines), dim=1).topk(k, dim=1)
+    return nearest, torch.cat(list(labels), dim=1).gather(1, places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,33 +99,33 @@ class Neighbours:
         """Measure the hold-out accuracy of every block set and k, with the fit part as the bank."""
         held = own_indices(self.task.held.tolist(), self.task.group)
         ks = tuple(k for k in NUM_NEIGHBOURS if k <= len(self.task.fit))
-        found: list[Candidate] = []
+        candidates: list[Candidate] = []
         all_votes = self._votes(sets, self.task.fit, self.features.pooled, held, ks)
         for number, (blocks, of_set) in enumerate(zip(sets, all_votes, strict=True), start=1):
             right = [0] * len(ks)
             for rows, votes in of_set:
                 named = votes.argmax(2).cpu() == self.task.train.labels[held][rows]
                 right = [total + int(count) for total, count in zip(right, named.sum(1), strict=True)]
-            found += [
+            candidates += [
                 Candidate(
                     kind="knn", blocks=blocks, value=k, holdout_top1=total / len(self.task.held), holdout_loss=0.0
                 )
                 for k, total in zip(ks, self.task.group.sum_counts(*right), strict=True)
             ]
             self.task.report_progress("k-NN", number, len(sets), "block sets")
-        return found
+        return candidates
 
     @torch.no_grad()
     def predict(self, chosen: Candidate, pooled: PooledFeatures) -> Predictions:
         """Predict the test split with a candidate, with the whole training split as the bank."""
         images, ks = self.task.test, (int(chosen.value),)
-        own = own_indices(range(len(images)), self.task.group)
+        indices = own_indices(range(len(images)), self.task.group)
         parts = [
-            to_predictions(votes[0], images.labels[own][rows])
-            for of_set in self._votes([chosen.blocks], self.task.everything, pooled, own, ks)
+            to_predictions(votes[0], images.labels[indices][rows])
+            for of_set in self._votes([chosen.blocks], self.task.everything, pooled, indices, ks)
             for rows, votes in of_set
         ]
-        return gather_predictions(own, parts, len(images), self.task.group)
+        return gather_predictions(indices, parts, len(images), self.task.group)
 
     def _votes(
         self,
@@ -136,14 +136,14 @@ class Neighbours:
         ks: Sequence[int],
     ) -> Iterator[Iterator[tuple[slice, Tensor]]]:
         """Yield for each block set the votes of training images for this rank's queries."""
-        task, own = self.task, own_indices(bank.tolist(), self.task.group)
-        set_bytes = 4 * pooled.width * max(1, len(own) + len(queries))
+        task, indices = self.task, own_indices(bank.tolist(), self.task.group)
+        set_bytes = 4 * pooled.width * max(1, len(indices) + len(queries))
         num_sets = max(1, int(BANKS_SHARE * task.group.memory_bytes() / set_bytes))
         for numbers in batched(range(len(sets)), num_sets):
             some = [sets[number] for number in numbers]
-            banks, of_queries = self._units(self.features.pooled, own, some), self._units(pooled, queries, some)
+            banks, of_queries = self._units(self.features.pooled, indices, some), self._units(pooled, queries, some)
             for vectors, asked in zip(banks, of_queries, strict=True):
-                labels = task.train.labels[own].to(vectors.device)
+                labels = task.train.labels[indices].to(vectors.device)
                 yield neighbour_votes(vectors, labels, asked, tuple(ks), task.num_classes, task.group)
 
     def _units(self, of: PooledFeatures, images: Sequence[int], sets: Sequence[BlockSet]) -> list[Tensor]:

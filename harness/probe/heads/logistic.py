@@ -57,8 +57,8 @@ def solve(
             view.set(at)
             return True
         trial = torch.where(is_done, at, at + step * direction)
-        found, slope = view.evaluate(trial, losses)
-        is_better = found <= value + ARMIJO_SHARE * step * promised + TOLERANCE
+        reached, slope = view.evaluate(trial, losses)
+        is_better = reached <= value + ARMIJO_SHARE * step * promised + TOLERANCE
         moved, bent = trial - at, slope - gradient
         bend = _dot(moved, bent)
         counts = is_better & (bend > 1e-12)
@@ -66,7 +66,7 @@ def solve(
         scale = torch.where(counts, bend / _dot(bent, bent), scale)
         step = torch.where(is_better, 1, step / 2)
         at, gradient = torch.where(is_better, trial, at), torch.where(is_better, slope, gradient)
-        value = torch.where(is_better, found, value)
+        value = torch.where(is_better, reached, value)
     view.set(at)
     return False
 

@@ -109,11 +109,11 @@ class _Adaptation:
         """Accumulate the gradients of one batch after the other, summed over micro-batches and ranks."""
         parts = list(batched(order, self._task.section.batch_size))
         chunks = [list(batched(own_indices(part, self._task.group), MICRO_BATCH)) for part in parts]
-        decoded = self._task.train.ahead((chunk for own in chunks for chunk in own), epoch)
-        for part, own in zip(parts, chunks, strict=True):
+        decoded = self._task.train.ahead((chunk for indices in chunks for chunk in indices), epoch)
+        for part, indices in zip(parts, chunks, strict=True):
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
-            for _ in own:
+            for _ in indices:
                 chunk, images = next(decoded)
                 labels = self._task.train.labels[torch.as_tensor(chunk)].to(self._device)
                 self._head.losses(self._tokens(images), labels, 1 / len(part)).sum().backward()
@@ -125,12 +125,12 @@ class _Adaptation:
     @torch.no_grad()
     def predict(self, images: LabelledImages, indices: np.ndarray) -> Predictions:
         """Predict some images of a split with the adapted model, on every rank."""
-        own = own_indices(indices.tolist(), self._task.group)
+        indices_here = own_indices(indices.tolist(), self._task.group)
         parts = [
             to_predictions(self._head(self._tokens(decoded))[0, :, 0], images.labels[chunk])
-            for chunk, decoded in images.ahead(batched(own, MICRO_BATCH))
+            for chunk, decoded in images.ahead(batched(indices_here, MICRO_BATCH))
         ]
-        return gather_predictions(own, parts, len(images), self._task.group)
+        return gather_predictions(indices_here, parts, len(images), self._task.group)
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Compute averaged tokens (1, B, N, d)."""

@@ -76,7 +76,9 @@ def to_predictions(scores: Tensor, labels: Tensor) -> Predictions:
     return Predictions(top[:, 0].cpu(), (top == labels[:, None].to(top.device)).any(1).cpu())
 
 
-def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_images: int, group: Group) -> Predictions:
+def gather_predictions(
+    indices: Sequence[int], parts: Sequence[Predictions], num_images: int, group: Group
+) -> Predictions:
     """Gather predictions on every rank about all images that some rank has seen; the others stay zero.
 
     Args:
@@ -84,9 +86,9 @@ def gather_predictions(own: Sequence[int], parts: Sequence[Predictions], num_ima
     """
     mine = [(part.predicted, part.in_top5) for part in parts]
     whole = Predictions(torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool))
-    for images, found in group.all_gather_object((own, mine)):
+    for images, of_rank in group.all_gather_object((indices, mine)):
         if images:
-            whole.predicted[images], whole.in_top5[images] = (torch.cat(each) for each in zip(*found, strict=True))
+            whole.predicted[images], whole.in_top5[images] = (torch.cat(each) for each in zip(*of_rank, strict=True))
     return whole
 
 

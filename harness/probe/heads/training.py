@@ -106,11 +106,11 @@ class HeadTraining:
             self._train(this)
         return this
 
-    def stacks(self, grids: Sequence[Grid], own: Sequence[BlockSet], *, with_holdout: bool) -> list[HeadStack]:
+    def stacks(self, grids: Sequence[Grid], sets: Sequence[BlockSet], *, with_holdout: bool) -> list[HeadStack]:
         """Make untrained heads on some block sets, standardised by the statistics of what they will learn from."""
         stacks: list[HeadStack] = []
         for kind, grid in grids:
-            own_grid = {blocks: grid[blocks] for blocks in own if blocks in grid}
+            own_grid = {blocks: grid[blocks] for blocks in sets if blocks in grid}
             # a rank without sets has no heads; if heads are solved, an empty stack, since it joins in all passes
             if not own_grid and not isinstance(self.source, PooledFeatures):
                 continue
@@ -152,10 +152,10 @@ class HeadTraining:
 
     def _epochs(self, this: Round, num_steps: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Plan `num_steps` batches, epoch by epoch, without images that are not learnt from."""
-        left, epoch = num_steps, 0
-        while left:
+        steps_left, epoch = num_steps, 0
+        while steps_left:
             order = np.random.default_rng([self.task.seed, 1, epoch]).permutation(self.task.everything)
-            plan, batches = [], list(batched(order, self.task.section.batch_size))[:left]
+            plan, batches = [], list(batched(order, self.task.section.batch_size))[:steps_left]
             for batch in batches:
                 learnt = [image for image in batch if this.is_learnt[image]]
                 # in a batch of held-out images alone, the step moves the heads by their momentum
@@ -163,7 +163,7 @@ class HeadTraining:
                 weight = 1 / len(learnt) if learnt else 0.0
                 plan += [MicroBatch(part, weight, number == len(parts)) for number, part in enumerate(parts, 1)]
             yield epoch, plan
-            left, epoch = left - len(batches), epoch + 1
+            steps_left, epoch = steps_left - len(batches), epoch + 1
 
     def _solve(self, this: Round, stack: HeadStack) -> None:
         """Find the optimum of a stack on the images that the heads learn from."""
@@ -175,9 +175,9 @@ class HeadTraining:
         def losses() -> Tensor:
             total = torch.zeros(stack.shape, dtype=torch.float64, device=self.device)
             for micro, averaged, labels in self._averages(this, plan):
-                found = stack.losses(self._select(averaged, this, stack), labels, micro.weight)
-                found.sum().backward()
-                total += found.detach()
+                per_head = stack.losses(self._select(averaged, this, stack), labels, micro.weight)
+                per_head.sum().backward()
+                total += per_head.detach()
             self.task.report_progress("linear heads", next(num_passes), None, "passes")
             return total
 
@@ -216,8 +216,10 @@ class HeadTraining:
             for (blocks, values), *of_set in zip(stack.grid.items(), *total.tolist(), strict=True)
             for value, top1, loss in zip(values, *of_set, strict=True)
         ]
-        everyone = [each for part in self.task.group.all_gather_object(mine) for each in part]
-        return sorted(everyone, key=lambda each: list(STACKS).index(each.kind))  # stable: ranks hold neighbouring sets
+        everyone = [candidate for part in self.task.group.all_gather_object(mine) for candidate in part]
+        return sorted(
+            everyone, key=lambda candidate: list(STACKS).index(candidate.kind)
+        )  # stable: ranks hold neighbouring sets
 
     def _averages(
         self, this: Round, plan: Sequence[MicroBatch], epoch: int | None = None
@@ -225,15 +227,17 @@ class HeadTraining:
         """Yield each micro-batch with the averages of its images' tokens over this rank's block sets, (S, B, N, d), and
         their labels (B,); every rank computes the tokens of some images."""
         group, owners = self.task.group, [self.source.owners(micro.images) for micro in plan]
-        own = (np.asarray(micro.images)[of == group.rank].tolist() for micro, of in zip(plan, owners, strict=True))
-        for micro, of, outputs in zip(plan, owners, self.source.parts(own, epoch), strict=True):
+        images_here = (
+            np.asarray(micro.images)[of == group.rank].tolist() for micro, of in zip(plan, owners, strict=True)
+        )
+        for micro, of, outputs in zip(plan, owners, self.source.parts(images_here, epoch), strict=True):
             labels = self.task.train.labels[torch.as_tensor(micro.images)].to(self.device)
             yield micro, owned_averages(outputs, of, this.owned, group), labels
 
     def _select(self, averaged: Tensor, this: Round, stack: HeadStack) -> Tensor:
         """Select the averages that a stack reads among those on this rank's block sets."""
-        own = this.owned[self.task.group.rank]
-        return averaged if len(stack.grid) == len(own) else averaged[[own.index(blocks) for blocks in stack.grid]]
+        sets = this.owned[self.task.group.rank]
+        return averaged if len(stack.grid) == len(sets) else averaged[[sets.index(blocks) for blocks in stack.grid]]
 
 
 def search_heads(
@@ -246,18 +250,22 @@ def search_heads(
     """
     # the initial grid: strengths of L2 of solved heads, learning rates of trained ones
     asked = L2S if isinstance(training.source, PooledFeatures) else training.task.section.lrs
-    found: dict[tuple[str, BlockSet, float], Candidate] = {}
+    unique: dict[tuple[str, BlockSet, float], Candidate] = {}
     more_kinds, more_sets, values = list(kinds), list(sets), list(asked)
     while more_sets:
-        for each in _judged(training, more_kinds, more_sets, values):
-            found.setdefault((each.kind, each.blocks, each.value), each)
-        candidates = [*found.values()]
+        for candidate in _judged(training, more_kinds, more_sets, values):
+            unique.setdefault((candidate.kind, candidate.blocks, candidate.value), candidate)
+        candidates = [*unique.values()]
         chosen = [best(candidates, kind, blocks) for kind in kinds for blocks in (None, last)]
         grown = [
-            (each, value) for each in chosen for value in next_values(asked, tried_values(candidates, each), each.value)
+            (candidate, value)
+            for candidate in chosen
+            for value in next_values(asked, tried_values(candidates, candidate), candidate.value)
         ]
-        more_kinds = [kind for kind in kinds if any(each.kind == kind for each, _ in grown)]
-        more_sets = list(dict.fromkeys(each.blocks for each in candidates for one, _ in grown if each is one))
+        more_kinds = [kind for kind in kinds if any(candidate.kind == kind for candidate, _ in grown)]
+        more_sets = list(
+            dict.fromkeys(candidate.blocks for candidate in candidates for one, _ in grown if candidate is one)
+        )
         values = sorted({value for _, value in grown})
     return _with_heads(training, candidates, chosen)
 
@@ -270,11 +278,11 @@ def _judged(
     memory_bytes = task.group.min_over_ranks(task.group.memory_bytes())
     is_solved = isinstance(source, PooledFeatures)
     one_set = bytes_per_set(kinds, len(values), source.width, task.num_classes, is_solved=is_solved)
-    found = []
+    candidates = []
     for some in batched(range(len(sets)), sets_per_round(one_set, task.group.world_size, memory_bytes)):
         grids = [(kind, {sets[i]: values for i in some}) for kind in kinds]
-        found += training.measure(training.train(grids, with_holdout=False))
-    return found
+        candidates += training.measure(training.train(grids, with_holdout=False))
+    return candidates
 
 
 def _with_heads(
@@ -294,12 +302,12 @@ def _with_heads(
 @torch.no_grad()
 def predict_test_split(features: Features, candidates: Sequence[Candidate], task: Task) -> list[Predictions]:
     """Predict the test split with each candidate's head; the ranks share its images."""
-    own = own_indices(range(len(task.test)), task.group)
-    chunks = list(batched(own, TEST_BATCH))
+    indices = own_indices(range(len(task.test)), task.group)
+    chunks = list(batched(indices, TEST_BATCH))
     parts: list[list[Predictions]] = [[] for _ in candidates]
     for chunk, outputs in zip(chunks, features.parts(chunks), strict=True):
         for candidate, part in zip(candidates, parts, strict=True):
             assert candidate.head is not None
             scores = candidate.head(averages(outputs, [candidate.blocks]))[0, :, 0]
             part.append(to_predictions(scores, task.test.labels[chunk]))
-    return [gather_predictions(own, part, len(task.test), task.group) for part in parts]
+    return [gather_predictions(indices, part, len(task.test), task.group) for part in parts]
