@@ -44,7 +44,7 @@ def contrast(
         str | None,
         typer.Option(
             help="With --as-law: the law of compute that both follow but for one gain, power_offset:C or power:C; "
-            "ladders of five rungs or fewer whose N and D move together take the first by themselves."
+            "ladders of five rungs or fewer that grow in N and D take the first by themselves."
         ),
     ] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter of that law, E=1.6; may be repeated.")] = None,

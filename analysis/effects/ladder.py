@@ -1,4 +1,4 @@
-"""Short ladders of two recipes: a few rungs whose N and D move together, too few for a law of each.
+"""Short ladders of two recipes: a few rungs that grow in N and in D, too few for a law of each.
 
 Both recipes follow one law of compute, of which the second one counts as `gain` times as much as it has:
 
@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from aimscale.analysis.distributions import t_below, t_quantile
+from aimscale.analysis.distributions import t_above, t_below, t_quantile
 from aimscale.analysis.effects.result import POWER
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
@@ -25,12 +25,15 @@ from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws import Columns, Law, Parameter, Params, Terms, coefficient, exponent
 from aimscale.analysis.table.groups import shared_budgets
 
-MOST_RUNGS, TOGETHER = 5, 0.98
-"""Rungs of a recipe up to which, and correlation of ln N and ln D from which, a ladder is short."""
+MOST_RUNGS, GROWS = 5, 0.5
+"""Rungs of a recipe up to which a ladder is short, and correlation of ln N and of ln D with ln C from which it is one:
+rungs at the best size of their budget do not move in one line."""
 LADDER_LAWS = ("power_offset:C", "power:C")
 """Laws of a short ladder: with an irreducible loss E, or without one."""
 LARGEST_GAIN = 1000.0
 MOST_SEEDS = 30
+MIN_TREND = 4
+"""Rungs that both recipes share, from which a change of the gain with compute is tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,19 @@ class Ladder:
         low, high = (estimate.law_at(each)(estimate.params) for each in sides)
         return (losses[2.0] - losses[1.0]) / ((high - low) / (2 * step))
 
+    @staticmethod
+    def trend(measured: pd.Series) -> tuple[float, float]:
+        """Return the change of a gain (its logarithms by compute) for each factor ten of compute, as a factor, with the
+        probability of such a change of one gain; (NaN, 1) for fewer than four rungs."""
+        logs, num = np.log10(measured.index.to_numpy(float)), len(measured)
+        if num < MIN_TREND:
+            return float("nan"), 1.0
+        design = np.column_stack([np.ones(num), logs - logs.mean()])
+        slope = design[:, 1] @ measured.to_numpy() / (design[:, 1] @ design[:, 1])
+        residual = measured.to_numpy() - measured.mean() - slope * design[:, 1]
+        error = np.sqrt(residual @ residual / (num - 2) / (design[:, 1] @ design[:, 1]))
+        return float(np.exp(slope)), float(2 * t_above(abs(slope) / max(error, 1e-12), num - 2))
+
     def seeds(self) -> int | None:
         """Count the further seeds of both recipes at every rung that would tell the gain from 1; None for more than
         `MOST_SEEDS`."""
@@ -74,11 +90,14 @@ class Ladder:
 
 
 def is_short(points: pd.DataFrame) -> bool:
-    """Tell whether the recipes (G = 1, 2) of points with N and D are a short ladder."""
-    if abs(np.corrcoef(np.log(points["N"]), np.log(points["D"]))[0, 1]) < TOGETHER:
-        return False
+    """Tell whether the recipes (G = 1, 2) of points with N, D and C are a short ladder: each rung has a compute of its
+    own, and N and D grow with it."""
     rungs = points.groupby("G")[["N", "D"]].apply(lambda rows: len(rows.drop_duplicates()))
-    return bool(rungs.max() <= MOST_RUNGS)
+    budgets = shared_budgets(points).groupby(points["G"]).nunique()
+    if rungs.max() > MOST_RUNGS or not rungs.equals(budgets):
+        return False
+    n, d, c = np.log(points[["N", "D", "C"]].to_numpy(float)).T
+    return bool(min(np.corrcoef(n, c)[0, 1], np.corrcoef(d, c)[0, 1]) >= GROWS)
 
 
 def ladder_law(name: str) -> Law:

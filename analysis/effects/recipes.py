@@ -203,9 +203,9 @@ def _by_ladder(
         decision = f"{more}, which tell a gain of {np.exp(ladder.log_gain):.2f} from 1 with probability {POWER}"
     else:
         decision = f"another rung: {LADDER_SEEDS} more seeds do not tell a gain of {np.exp(ladder.log_gain):.2f} from 1"
-    one = f"One gain for all compute ({ladder.law.law.formula})"
-    text = f"{one}: whether it changes with compute is not asked of so few rungs."
-    measured = ladder.measured(points).reindex(scales).to_numpy()
+    measured = ladder.measured(points)
+    change, chance = ladder.trend(measured)
+    flag, measured = _one_gain(ladder, change, chance), measured.reindex(scales).to_numpy()
     columns = dict(zip(GAIN, np.exp(ends), strict=True)) | {"measured": np.exp(measured)}
     n, d = _along(points, scales, cost_of(points))
     return Recipes(
@@ -215,10 +215,23 @@ def _by_ladder(
         trend_p=np.nan,
         crossover=np.nan,
         law=ladder.law,
-        flags=(*flags, Flag(kind="one_gain", text=text), *ladder.law.flags),
+        flags=(*flags, flag, *ladder.law.flags),
         probability=ladder.probability,
         decision=decision,
     )
+
+
+def _one_gain(ladder: Ladder, change: float, chance: float) -> Flag:
+    """Flag that a ladder has one gain for all compute: the more so where the measured ones change with it."""
+    one = f"One gain for all compute ({ladder.law.law.formula})"
+    if chance > ALARM:
+        return Flag(kind="one_gain", text=f"{one}: so few rungs hardly tell whether it changes with compute.")
+    text = (
+        f"The gains measured at the rungs change with compute, x {change:.2f} for each factor of ten "
+        f"({p_value(chance)}), which one gain cannot follow: do not carry it beyond the table; six rungs or more tell "
+        "how it goes on."
+    )
+    return Flag(kind="gain_changes", number=change, p=chance, text=text)
 
 
 def _along(points: pd.DataFrame, flops: Array, cost: Cost) -> tuple[Array, Array]:

@@ -146,8 +146,6 @@ def usable_rows(
         best_by: name of the loss that a law is fitted to: of rows that differ in tuned columns only, such as the
             learning rate (`Runs.tuned_columns`), the best are kept. Empty for all rows, as contrasts need them.
     """
-    if not runs.index.is_unique:
-        raise AnalysisError("The table's index holds a label twice; number its rows with df.reset_index(drop=True).")
     columns = {columns: columns} if isinstance(columns, str) else dict(columns)
     if absent := [name for name in columns.values() if name not in runs]:
         raise runs.no_column(absent[0])

@@ -52,7 +52,7 @@ class Runs:
     what did not change; `frame` is a data frame for everything else.
 
     Args:
-        frame: a row per run and budget; or runs.
+        frame: a row per run and budget, numbered anew where labels of its index repeat; or runs.
         columns: our name or a law's letter -> the name in the frame, or a formula, as `read_table` takes them; None
             leaves all columns as they are.
         groups: "sizes" or "budgets" -> the column in which rows of one agree, or a tolerance; see `with_groups`.
@@ -87,7 +87,9 @@ class Runs:
         if isinstance(frame, Runs):
             vars(self).update(vars(frame.with_rows(frame._frame)))
         else:
-            self._frame, self.names, self.exclusions, self.grouping, self.by_loss_of = frame, {}, (), {}, 0
+            # of tables that were concatenated, rows are told apart by their number
+            self._frame = frame if frame.index.is_unique else frame.reset_index(drop=True)
+            self.names, self.exclusions, self.grouping, self.by_loss_of = {}, (), {}, 0
         if columns is not None:
             self._frame, names, left_out = named(self._frame, columns, source)
             self.names, self.exclusions = {**self.names, **names}, (*self.exclusions, *left_out)

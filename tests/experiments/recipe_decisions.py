@@ -23,7 +23,7 @@ from aimscale.analysis.effects.ladder import fit_ladder
 from aimscale.analysis.table.select import fresh_part, main_part
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("simulated", "ladders", "decisions", "alarms")
+PARTS = ("simulated", "ladders", "gates", "decisions", "alarms")
 STUDIES = ("main", "cifar")
 RAISED = (0.0, 0.005, 0.01, 0.02)
 SHARES = (4, 10, 30)
@@ -152,6 +152,25 @@ def ladders(num: int) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(["rungs", "shared", "gain"]).mean()
 
 
+def gates() -> pd.DataFrame:
+    """Return the gains that ladders of marin's lowest losses tell, below a third of the largest compute, beside the
+    gain that all rows at the largest compute measure."""
+    rows = []
+    for pair in (("marin-dclm", "marin-nemotron"), ("marin-dclm", "marin-comma"), ("marin-nemotron", "marin-comma")):
+        both = tables_of(pair)
+        both["C"] = both["C"].round(-16)
+        best = both.sort_values("loss").groupby(["recipe", "C"]).head(1)
+        (whole,) = recipes(both, by="recipe", baseline=pair[0], y="loss")
+        later = whole.table[~whole.table["beyond"]].iloc[-1]
+        for budgets in ([9e18, 3e19, 9e19], [9e18, 1.8e19, 3e19, 9e19], [3e18, 9e18, 1.8e19, 3e19, 9e19]):
+            (gate,) = recipes(best[best["C"].isin(budgets)], by="recipe", baseline=pair[0], y="loss")
+            told = gate.table.iloc[0]
+            there = whole.table["measured"][np.isclose(whole.table["C"], 9e19, rtol=0.1)].iloc[0]
+            row = {"pair": " > ".join(pair), "rungs": len(budgets), **told[["gain", "low", "high"]]}
+            rows.append({**row, "at_9e19": there, "at_3e20": later["gain"], "probability": gate.probability})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -162,6 +181,8 @@ def main() -> None:
         print(simulated(options.num).to_string(), flush=True)
     if "ladders" in options.only:
         print(ladders(options.num).to_string(), flush=True)
+    if "gates" in options.only:
+        print(gates().to_string(), flush=True)
     if "decisions" in options.only:
         found = decisions()
         print(found.to_string())

@@ -1,6 +1,8 @@
-"""A few rungs of two recipes whose N and D move together: the gate by which many projects decide."""
+"""A few rungs of two recipes that grow in N and D: the gate by which many projects decide."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,8 @@ from commands import refused, say
 
 from aimscale.analysis import AnalysisError, at_level, recipes
 from aimscale.analysis.effects.ladder import fit_ladder
+
+BOARD = Path(__file__).parents[2] / "board"
 
 
 def ladder(rng: np.random.Generator, gain: float, *, num_rungs: int = 4, noise: float = 0.002) -> pd.DataFrame:
@@ -48,6 +52,30 @@ def test_four_rungs_are_compared_by_one_law_and_say_what_would_decide() -> None:
     (unclear,) = recipes(ladder(np.random.default_rng(0), 1.02), by="recipe", baseline="old", y="loss")
     assert "more seed" in unclear.decision or "another rung" in unclear.decision
     assert 0.05 < unclear.probability < 0.95
+
+
+def test_rungs_at_the_best_size_of_their_budget_are_a_ladder() -> None:
+    """Marin's: N and D do not move in one line; all 170 rows at their seven budgets tell 1.23 to 1.27 there."""
+    tables = [BOARD / f"marin-{name}.csv" for name in ("dclm", "nemotron")]
+    rows = pd.concat([pd.read_csv(path, comment="#").assign(recipe=path.stem) for path in tables], ignore_index=True)
+    best = rows.sort_values("loss").groupby(["recipe", rows["C"].round(-16)]).head(1)
+    for budgets in ([9e18, 1.8e19, 3e19, 9e19], [9e18, 3e19, 9e19]):
+        (gate,) = recipes(best[best["C"].round(-16).isin(budgets)], by="recipe", baseline="marin-dclm", y="loss")
+        row = gate.table.iloc[0]
+        assert row["low"] < 1.25 < row["high"]
+        assert row["low"] > 1
+        assert gate.probability > 0.99
+
+
+def test_a_gain_that_changes_with_compute_is_not_carried_on() -> None:
+    rng = np.random.default_rng(0)
+    table = ladder(rng, 1.3, num_rungs=5, noise=0.0002)
+    assert "one_gain" in {flag.kind for flag in recipes(table, by="recipe", baseline="old", y="loss")[0].flags}
+    more = np.where(table["recipe"] == "new", (table["C"] / table["C"].min()) ** -0.02, 1.0)
+    (result,) = recipes(table.assign(loss=table["loss"] * more), by="recipe", baseline="old", y="loss")
+    (flag,) = [flag for flag in result.flags if flag.kind == "gain_changes"]
+    assert flag.number > 1.2
+    assert flag.p < 0.01
 
 
 def test_the_law_and_a_held_loss_may_be_named_and_others_are_refused(tmp_path) -> None:
