@@ -77,8 +77,3 @@ def test_every_estimator_takes_runs_and_a_frame_alike(grid):
     for estimate in (lambda t: fit(t).table, lambda t: frontier(t).table, lambda t: forecast(t, at).table):
         pd.testing.assert_frame_equal(estimate(grid), estimate(Runs(grid)))
     assert len(usable_rows(Runs(grid)).rows) == len(grid)
-
-
-def test_rows_of_tables_that_were_concatenated_count_each(grid):
-    halves = [grid.iloc[:15].reset_index(drop=True), grid.iloc[15:].reset_index(drop=True)]
-    assert fit(pd.concat(halves), is_tested=False).params.equals(fit(grid, is_tested=False).params)
