@@ -116,6 +116,8 @@ def _find_table(ctx: Any, param: Any, given: Any) -> Any:
     """Replace a sweep's name, file or folder among the arguments of an analysis verb by its table, collected anew."""
     if isinstance(given, list | tuple):
         return [_find_table(ctx, param, each) for each in given]
+    if (path := Path(given)).suffix not in (".yaml", ".yml") and path.is_file():
+        return path  # a table: sweeps are not asked for, which would take half of the start
     from aimscale.analysis.cli.options import NAMES
     from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
     from aimscale.sweeps.planning.sweepfile import SweepError
