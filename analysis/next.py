@@ -21,8 +21,9 @@ from aimscale.analysis.distributions import chi2_quantile
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.candidates import AUTO
 from aimscale.analysis.forecasts.forecast import record_words
-from aimscale.analysis.forecasts.forecaster import AUTO, TERMS, Forecaster, forecaster
+from aimscale.analysis.forecasts.forecaster import TERMS, Forecaster, forecaster
 from aimscale.analysis.laws import Array, Columns, Law
 from aimscale.analysis.table.runs import Runs, Table
 from aimscale.analysis.table.select import mixture_flags

@@ -63,7 +63,7 @@ def fit(
     ] = False,
 ) -> None:
     """Fit LAW to a table and say how far to trust it."""
-    from aimscale.analysis.fitting.result import EXPONENTS
+    from aimscale.analysis.fitting.held_out import EXPONENTS
 
     runs, y, tuning = given.read_to_minimise()
     if laws := several(law, runs, y):

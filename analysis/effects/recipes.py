@@ -204,9 +204,8 @@ def _by_ladder(
     else:
         decision = f"another rung: {LADDER_SEEDS} more seeds do not tell a gain of {np.exp(ladder.log_gain):.2f} from 1"
     measured = ladder.measured(points)
-    change, chance = ladder.trend(measured)
-    flag, measured = _one_gain(ladder, change, chance), measured.reindex(scales).to_numpy()
-    columns = dict(zip(GAIN, np.exp(ends), strict=True)) | {"measured": np.exp(measured)}
+    flag = _one_gain(ladder, *ladder.trend(measured))
+    columns = dict(zip(GAIN, np.exp(ends), strict=True)) | {"measured": np.exp(measured.reindex(scales).to_numpy())}
     n, d = _along(points, scales, cost_of(points))
     return Recipes(
         **names,

@@ -15,9 +15,10 @@ from aimscale.analysis.distributions import t_above
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, satterthwaite
 from aimscale.analysis.fitting.diagnostics import OUTLIER_SCALES, blind_flags, row_names
+from aimscale.analysis.fitting.held_out import HeldOut
 from aimscale.analysis.fitting.inference import estimated
 from aimscale.analysis.fitting.problem import LSQ, Objective, find_objective, make_problem
-from aimscale.analysis.fitting.result import Fit, HeldOut
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.laws import LINK_SIGMOID, Array, Columns, Law, find_law
 from aimscale.analysis.table.groups import SIZE_COLUMNS, scales_of
 from aimscale.analysis.table.points import Points, law_points

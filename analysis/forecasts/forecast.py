@@ -20,7 +20,8 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import current_level, level_words
 from aimscale.analysis.fitting.diagnostics import blind_flags
 from aimscale.analysis.fitting.inference import Interval
-from aimscale.analysis.forecasts.forecaster import AUTO, JOINT, Cache, Forecaster, accuracy_forecaster, forecaster
+from aimscale.analysis.forecasts.candidates import AUTO, JOINT, Cache
+from aimscale.analysis.forecasts.forecaster import Forecaster, accuracy_forecaster, forecaster
 from aimscale.analysis.laws import Law
 from aimscale.analysis.table.columns import to_numbers
 from aimscale.analysis.table.runs import Runs, Table

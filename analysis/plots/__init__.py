@@ -3,7 +3,8 @@
 from aimscale.analysis.correlation import Correlations
 from aimscale.analysis.effects.recipes import Recipes
 from aimscale.analysis.effects.result import Contrasts
-from aimscale.analysis.fitting.result import Fit, HeldOut
+from aimscale.analysis.fitting.held_out import HeldOut
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast
 from aimscale.analysis.forecasts.trajectory import Trajectory
 from aimscale.analysis.optimum.approaches import Approaches

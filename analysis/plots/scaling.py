@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from aimscale.analysis.effects.recipes import Recipes
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.fitting.result import Fit, HeldOut
+from aimscale.analysis.fitting.held_out import HeldOut
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecast import Forecast
 from aimscale.analysis.forecasts.forecaster import Forecaster
 from aimscale.analysis.forecasts.trajectory import Trajectory

@@ -22,8 +22,9 @@ from aimscale.analysis.effects.contrasts import contrast
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.estimate import fit, held_out, link
 from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.forecasts.candidates import AUTO
 from aimscale.analysis.forecasts.forecast import forecast
-from aimscale.analysis.forecasts.forecaster import AUTO, forecaster
+from aimscale.analysis.forecasts.forecaster import forecaster
 from aimscale.analysis.forecasts.trajectory import Trajectory, run_points, trajectory
 from aimscale.analysis.laws import repeated
 from aimscale.analysis.next import Proposal, grid_offer, next_runs

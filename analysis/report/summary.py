@@ -11,7 +11,8 @@ import pandas as pd
 from aimscale.analysis.display import capital, human, p_value, percent, scale_words
 from aimscale.analysis.fitting.covariance import CONFIDENCE, half_width
 from aimscale.analysis.fitting.diagnostics import num_values
-from aimscale.analysis.fitting.result import EXPONENTS, Fit, HeldOut
+from aimscale.analysis.fitting.held_out import EXPONENTS, HeldOut
+from aimscale.analysis.fitting.result import Fit
 from aimscale.analysis.forecasts.forecaster import DOF, Forecaster
 from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.analysis.optimum.approaches import Approaches

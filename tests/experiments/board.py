@@ -27,12 +27,11 @@ from scipy.stats import t as student
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE
 from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.forecasts.candidates import JOINT, Cache
 from aimscale.analysis.forecasts.forecaster import (
     DOF,
-    JOINT,
     LOSSES,
     TERMS,
-    Cache,
     Calibration,
     Forecaster,
     accuracy_forecaster,

@@ -19,8 +19,9 @@ from simulated_tables import Cell, cells, each_table, markdown, parser, run
 from aimscale.analysis import fit
 from aimscale.analysis.cli.laws import tested
 from aimscale.analysis.display import Flag
+from aimscale.analysis.fitting.held_out import held_out_cautions
 from aimscale.analysis.fitting.problem import OBJECTIVES
-from aimscale.analysis.fitting.result import Fit, held_out_cautions
+from aimscale.analysis.fitting.result import Fit
 
 CANNOT_TEST = "cannot test"
 CAUTIONS = {"The": CANNOT_TEST, "Fitted": "no better than a line", "Only": "few inside"}

@@ -16,7 +16,7 @@ from aimscale.analysis.fitting.covariance import (
     linear_design,
     sandwich,
 )
-from aimscale.analysis.forecasts.forecaster import expect
+from aimscale.analysis.forecasts.candidates import expect
 from aimscale.analysis.table.groups import Groups, groups_of, visible_groups
 from aimscale.analysis.table.points import KnownErrors
 from aimscale.analysis.table.runs import Runs

@@ -12,7 +12,8 @@ from tables import KNOWN, law_grid
 
 from aimscale.analysis import fit, forecast, forecaster, frontier, laws, read_table
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.forecasts.forecaster import DOF, TERMS, Forecaster, expect, weigh
+from aimscale.analysis.forecasts.candidates import expect
+from aimscale.analysis.forecasts.forecaster import DOF, TERMS, Forecaster, weigh
 from aimscale.analysis.table.points import Points, usable_rows
 from aimscale.analysis.table.runs import Runs
 
