@@ -88,7 +88,8 @@ class Runs:
             vars(self).update(vars(frame.with_rows(frame._frame)))
         else:
             # of tables that were concatenated, rows are told apart by their number
-            self._frame = frame if frame.index.is_unique else frame.reset_index(drop=True)
+            is_joined = isinstance(frame, pd.DataFrame) and not frame.index.is_unique
+            self._frame = frame.reset_index(drop=True) if is_joined else frame
             self.names, self.exclusions, self.grouping, self.by_loss_of = {}, (), {}, 0
         if columns is not None:
             self._frame, names, left_out = named(self._frame, columns, source)
