@@ -151,25 +151,23 @@ class AIM(nn.Module):
         bound = self._scale_of(module, shape).init_bound
         return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator_for(seed, module))
 
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return parameter groups for an optimiser: `params`, `weight_decay` and `lr_scale`, a factor on every step's
-        learning rate.
+    def param_groups(self, weight_decay: float, *, backbone_apart: bool = False) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimiser: `params`, `weight_decay`, `lr_scale`, a factor on every step's
+        learning rate, and `is_backbone`, which is known if these are kept apart from the head.
 
         Matrices decay; biases and norms do not. In the standard parametrisation every `lr_scale` is 1; see `aim.mup`.
         """
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
-            shape = self.shapes[name]
+            shape, is_backbone = self.shapes[name], backbone_apart and name.startswith(("preprocessor.", "trunk."))
             if len(shape) < 2:
-                key = (0.0, 1.0)
+                key = (0.0, 1.0, is_backbone)
             else:
                 lr_scale = self._scale_of(name.removesuffix(".weight"), shape).lr_scale
-                key = (weight_decay / lr_scale, lr_scale)
+                key = (weight_decay / lr_scale, lr_scale, is_backbone)
             groups.setdefault(key, []).append(parameter)
-        return [
-            {"params": params, "weight_decay": decay, "lr_scale": lr_scale}
-            for (decay, lr_scale), params in groups.items()
-        ]
+        names = ("weight_decay", "lr_scale", "is_backbone")
+        return [{"params": params, **dict(zip(names, key, strict=True))} for key, params in groups.items()]
 
     @torch.no_grad()
     def fill_constants(self) -> None:

@@ -190,6 +190,14 @@ def backbone_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
     """Raise WeightsError unless names and shapes are exactly the wanted ones and all values are finite."""
+    check_shapes(state, wanted, where)
+    for name, tensor in state.items():
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise WeightsError(f"{where}: {name} has values that are not finite; use weights from before they diverged")
+
+
+def check_shapes(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> None:
+    """Raise WeightsError unless names and shapes are exactly the wanted ones; values are not read."""
     if missing := wanted.keys() - state.keys():
         raise WeightsError(f"{where} lacks {some(sorted(missing))}; give a complete file of this model")
     if extra := state.keys() - wanted.keys():
@@ -200,8 +208,6 @@ def check_tensors(state: Mapping[str, Tensor], wanted: Shapes, where: Path) -> N
                 f"{where}: {name} has the shape {tuple(tensor.shape)} and this model needs {wanted[name]}; choose the "
                 "size that the file was saved from"
             )
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise WeightsError(f"{where}: {name} has values that are not finite; use weights from before they diverged")
 
 
 def _shapes_of(module: nn.Module) -> Shapes:

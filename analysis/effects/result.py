@@ -15,9 +15,15 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import Covariance, current_level, level_words, linear_design, sandwich
 from aimscale.analysis.table.groups import groups_of
 from aimscale.analysis.table.measures import Measure
-from aimscale.analysis.table.schema import DEFAULT
+from aimscale.analysis.table.schema import DEFAULT, SCRATCH
 
-USUAL = {"prefix": "paired", "target": "normalised", "patch_order": "raster", "head_rule": "proportional"}
+USUAL = {
+    "prefix": "paired",
+    "target": "normalised",
+    "patch_order": "raster",
+    "head_rule": "proportional",
+    "init": SCRATCH,
+}
 """Column -> the level that the paper uses, the baseline unless another is named; fields of the set-up default to it."""
 BETTER, WORSE, ALIKE = "better", "worse", "no significant difference"
 """Verdicts."""

@@ -26,6 +26,7 @@ from aimscale.analysis.table.schema import (
     KNOWN,
     PROVENANCE,
     SCALE,
+    SCRATCH,
     SECTIONS,
     STEPS,
     TUNED,
@@ -91,6 +92,8 @@ class Runs:
             is_joined = isinstance(frame, pd.DataFrame) and not frame.index.is_unique
             self._frame = frame.reset_index(drop=True) if is_joined else frame
             self.names, self.exclusions, self.grouping, self.by_loss_of = {}, (), {}, 0
+            if {"init", "schema_version"} <= {*frame} and frame["init"].notna().any():  # else there is one start alone
+                self._frame = self._frame.assign(init=self._frame["init"].fillna(SCRATCH))
         if columns is not None:
             self._frame, names, left_out = named(self._frame, columns, source)
             self.names, self.exclusions = {**self.names, **names}, (*self.exclusions, *left_out)

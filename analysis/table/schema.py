@@ -109,6 +109,7 @@ FOLLOWS = {
     "size": ("head_depth", "head_width", "lr_peak", "lr_multiplier", "batch_size"),
     "lr_multiplier": ("lr_peak",),
     "lr_peak": ("lr_multiplier",),
+    "init": ("lr_peak", "lr_multiplier", "batch_size"),
     "objective.masked": ("prefix",),
 }
 """Column in question -> columns that change with it and so cannot be held equal."""
@@ -124,6 +125,8 @@ STEPS = ("step", "_step", "global_step", "trainer/global_step", "iteration", "it
 """What programs call the count that a line of their log stands at, the finest first."""
 SECTIONS = ("model", "data", "objective", "optimiser", "schedule")
 """Parts of a run's configuration whose fields `read_tables` makes into columns."""
+SCRATCH = "scratch"
+"""Value of `init` of runs whose weights were drawn, where other runs of the table started from weights."""
 DEFAULT = "default"
 """Value of a column of the set-up where a run left the field at its default."""
 PROVENANCE = ("sweep", FOLDER)

@@ -230,7 +230,7 @@ def track_step(tracker: StepTracker, engine: Engine, batches: list[Batch]) -> No
     num_targets = engine.group.world_size * count_targets(batches, engine.config.num_tokens)
     for step in (batches[-1:], batches):
         tracker.begin_step()
-        engine.step(step, num_targets=num_targets, lr=1e-3)
+        engine.step(step, num_targets=num_targets, lr=1e-3, is_frozen=engine.options.freezes_backbone)
         tracker.assign(tensors_in([engine.optimiser_tensors(), list(engine.adamw.state.values())]), "optimiser")
         tracker.assign(tensors_in(weights), "weights")
         if engine.options.zero_stage == 3:  # it knows the order of weights now; later steps gather them ahead

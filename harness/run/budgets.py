@@ -10,30 +10,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from aimscale.aim.errors import some
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir, RunDirError
 from aimscale.harness.run.files import file_crc32
+from aimscale.harness.run.init import read_about
 from aimscale.harness.run.schedule import Schedule, unchecked_schedule
-
-ABOUT = "aimscale"
-"""Key in a weight file's metadata whose value, as JSON, holds what training knows of the budget."""
 
 
 def saved_budgets(run: RunDir) -> dict[int, dict[str, Any]]:
     """Return each budget whose weights are saved, ascending, with what training knew of it; empty if imported."""
-    saved = {}
-    for path in run.root.glob("budgets/[0-9]*/model.safetensors"):
-        about = {}
-        with (
-            contextlib.suppress(SafetensorError, OSError, ValueError, RecursionError),
-            safe_open(path, "numpy") as file,
-        ):
-            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
-        saved[int(path.parent.name)] = about if isinstance(about, dict) else {}
-    return dict(sorted(saved.items()))
+    paths = run.root.glob("budgets/[0-9]*/model.safetensors")
+    return dict(sorted((int(path.parent.name), read_about(path)) for path in paths))
 
 
 def chosen_budgets(run: RunDir, images_seen: int | None) -> list[int]:

@@ -17,6 +17,7 @@ from aimscale.harness.run.evaluation import EvaluationConfig
 from aimscale.harness.run.evaluation import ProbeSection as ProbeSection
 from aimscale.harness.run.evaluation import ValidationSection as ValidationSection
 from aimscale.harness.run.identity import training_digest
+from aimscale.harness.run.init import InitSection
 from aimscale.harness.run.strict import ConfigError as ConfigError
 from aimscale.harness.run.strict import Section, parse, read_yaml, refuse_unknown
 
@@ -190,6 +191,8 @@ class TrainingConfig(Section):
     """The optimiser."""
     schedule: ScheduleSection = ScheduleSection()
     """The learning-rate schedule."""
+    init: InitSection | None = None
+    """Weights to start from; null draws them."""
     seed: int = Field(0, ge=0, lt=2**53)
     """Seeds the initial weights and the stream."""
 
@@ -265,14 +268,20 @@ class RunConfig(Section):
         objective = self.training.objective
         if objective.prefix == "paired" and objective.masked is None and batch % 2:
             raise ValueError(f"paired prefixes need an even batch size, not {batch}")
+        if (init := self.training.init) and init.freeze_images >= budgets[0]:
+            raise ValueError(
+                f"init.freeze_images {init.freeze_images} holds the backbone for all of the budget {budgets[0]}; "
+                "free it before the smallest budget ends"
+            )
         return self
 
     @property
     def run_id(self) -> str:
-        """Readable slug and eight hex digits, e.g. `rung-64_u12000_s0_1a2b3c4d`."""
+        """Readable slug and eight hex digits, e.g. `rung-64_u12000_s0_1a2b3c4d`; of a warm start with `_warm`."""
         training = self.training
         unique = "all" if training.data.unique_images is None else str(training.data.unique_images)
-        return f"{training.model.size}_u{unique}_s{training.seed}_{self.training_hash}"
+        warm = "_warm" * (training.init is not None)
+        return f"{training.model.size}_u{unique}_s{training.seed}{warm}_{self.training_hash}"
 
     @property
     def training_hash(self) -> str:

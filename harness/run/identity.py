@@ -22,7 +22,7 @@ def training_digest(training: Values, horizon: int | None) -> str:
         training: `TrainingConfig` as JSON values, without those that are defaults.
         horizon: images after which a cosine schedule ends; None under `wsd`, where budgets branch off one trunk.
     """
-    fields = flatten(training)
+    fields = flatten({**training, "init": _identity_of(training.get("init"))})
     fields["data.sources"] = [
         {
             "content": source.get("fingerprint") or f"unknown: {source['path']}",
@@ -31,6 +31,14 @@ def training_digest(training: Values, horizon: int | None) -> str:
         for source in training["data"]["sources"]
     ]
     return config_digest("training", fields | ({} if horizon is None else {"schedule.images": horizon}))
+
+
+def _identity_of(init: Values | None) -> Values:
+    """Return what identifies the start of a run: its source by content and not by path, and what is done with it."""
+    if not init:
+        return {}
+    source = init.get("run") or init.get("digest") or f"unknown: {init['weights']}"
+    return {"source": source, **{name: init[name] for name in ("parts", "freeze_images") if name in init}}
 
 
 def flatten(values: Values, prefix: str = "") -> dict[str, Any]:

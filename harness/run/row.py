@@ -32,7 +32,7 @@ def configured_columns(config: RunConfig) -> dict[str, Any]:
     """Return the columns known before anything runs; `unique_images` is null if a run takes the whole pool."""
     training = config.training
     model = build_model_config(training)
-    params = param_count(model)
+    params, init = param_count(model), training.init
     return {
         "run_id": config.run_id,
         "size": training.model.size,
@@ -56,6 +56,7 @@ def configured_columns(config: RunConfig) -> dict[str, Any]:
         "params_total": params.total,
         "flops_per_image": flops_per_image(model).train,
         "config_hash": config.training_hash,
+        **({"init": init.label, "init_images_seen": init.images_seen, "flops_init": init.flops} if init else {}),
     }
 
 
@@ -86,9 +87,9 @@ SCALE_FIELDS = {
 
 
 def setup_of(training: TrainingConfig) -> dict[str, Any]:
-    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS`; analysis pairs runs by
-    it, so that nothing which a sweep varied is mistaken for noise."""
-    fields = flatten(training.model_dump(mode="json", exclude_defaults=True))
+    """Return the dotted training fields that differ from their defaults, except `SCALE_FIELDS` and `init`, which has a
+    column; analysis pairs runs by it, so that nothing which a sweep varied is mistaken for noise."""
+    fields = flatten(training.model_dump(mode="json", exclude_defaults=True, exclude={"init"}))
     return {name: value for name, value in fields.items() if name not in SCALE_FIELDS}
 
 

@@ -26,6 +26,8 @@ class EngineOptions:
     """Whether block activations are recomputed in the backward pass."""
     compile: bool = False
     """Whether torch.compile compiles every block."""
+    freezes_backbone: bool = False
+    """Whether some steps change the head alone (`init.freeze_images`)."""
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -58,7 +60,7 @@ class GuardedAdamW(torch.optim.AdamW):
 def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions) -> torch.optim.Optimizer:
     """Make torch's AdamW over the model's parameter groups."""
     settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
-    groups = model.param_groups(section.weight_decay)
+    groups = model.param_groups(section.weight_decay, backbone_apart=options.freezes_backbone)
     if options.zero_stage == 0:
         return GuardedAdamW(groups, clip_norm=section.clip_norm, **settings)
     return torch.optim.AdamW(groups, **settings)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import io
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -145,26 +145,38 @@ class Engine:
             self._engine.enable_backward_allreduce = False  # it would copy all gradients back and forth
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         try:
-            for fragment in self.fragments():
-                if fragment.numel:
-                    drawn = model.initial_value(fragment.name, seed)
-                    flat_slice(fragment.flat, fragment).copy_(param_slice(drawn, fragment))
-            self.sync_weights_from_fp32()
+            self.set_weights(lambda name: model.initial_value(name, seed))
         except AttributeError as error:
             raise DeepSpeedError(
                 f"DeepSpeed {deepspeed.__version__} lacks what ZeRO stage {options.zero_stage} needs here ({error}); "
                 f"install {TESTED_DEEPSPEED}"
             ) from error
 
-    def step(self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float) -> StepOutcome:
+    def set_weights(self, value_of: Callable[[str], Tensor | None]) -> None:
+        """Set the parts of the weights that are on this rank; all ranks call this together.
+
+        Args:
+            value_of: gives a parameter's whole value by name, of which only this rank's part is read; None keeps what
+                it is.
+        """
+        for fragment in self.fragments():
+            if fragment.numel and (value := value_of(fragment.name)) is not None:
+                flat_slice(fragment.flat, fragment).copy_(param_slice(value, fragment))
+        self.sync_weights_from_fp32()
+
+    def step(
+        self, micro_batches: Sequence[Batch], *, num_targets: int, lr: float, is_frozen: bool = False
+    ) -> StepOutcome:
         """Run forward and backward over this rank's micro-batches, then one update.
 
         Args:
             micro_batches: at least one, equally many on every rank, on any device.
             num_targets: scored targets of the whole batch, over all ranks.
+            is_frozen: whether the backbone stays as it is, and its moments alone follow (`EngineOptions`); decoupled
+                decay scales with the rate, so it drifts no more than the rest.
         """
         for param_group in self._optimizer.param_groups:
-            param_group["lr"] = lr * param_group["lr_scale"]
+            param_group["lr"] = 0.0 if is_frozen and param_group["is_backbone"] else lr * param_group["lr_scale"]
         # DeepSpeed divides the sum of the ranks' gradients by their number.
         scale = self.group.world_size / num_targets
         loss_sum = torch.zeros((), device=self.group.device)

@@ -26,11 +26,12 @@ from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.metrics import TrainedStep
 from aimscale.harness.log.record import Recorder
 from aimscale.harness.results.pending import record_trained
-from aimscale.harness.run.budgets import ABOUT, saved_budgets, trunk_position
+from aimscale.harness.run.budgets import saved_budgets, trunk_position
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir
 from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.files import remove_dir
+from aimscale.harness.run.init import ABOUT
 from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, budget_columns, build_model_config
 from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
@@ -38,6 +39,7 @@ from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
 from aimscale.harness.step.feed import RankRequest, Step, next_step, run_on_all_ranks
+from aimscale.harness.step.initial import read_initial
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
@@ -55,6 +57,7 @@ class Trainer:
         training, runtime = config.training, config.runtime
         self.batch_size = training.optimiser.batch_size
         self.schedule = schedule_of(config)
+        self.freeze_images = training.init.freeze_images if training.init else 0
         model_config = build_model_config(training)
         self.stream = run_on_all_ranks(
             group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
@@ -82,6 +85,7 @@ class Trainer:
                 zero_stage=self.plan.zero_stage,
                 activation_checkpointing=self.plan.activation_checkpointing,
                 compile=should_compile(runtime.compile, group.device, self.plan.zero_stage),
+                freezes_backbone=self.freeze_images > 0,
             ),
             group,
             seed=training.seed,
@@ -172,7 +176,9 @@ class Trainer:
         lr, started = self.schedule.lr(position, branch), time.monotonic()
         try:
             with self.group.collective_timeout(step_timeout_s(self.longest_step_s)):  # the first one may compile
-                outcome = self.engine.step(step.micro_batches, num_targets=step.num_targets, lr=lr)
+                outcome = self.engine.step(
+                    step.micro_batches, num_targets=step.num_targets, lr=lr, is_frozen=position < self.freeze_images
+                )
                 loss_sum = self.group.sum_tensor(outcome.loss_sum.double())
         except Exception as error:
             too_large = out_of_memory(error, self.plan, device=self.device, world_size=self.group.world_size)
@@ -221,6 +227,8 @@ class Trainer:
         if manifest is None:
             if trunk := max((schedule.branch_point(budget) for budget in saved), default=0):
                 load_checkpoint(run.checkpoint_dir(trunk), self.engine, group)  # raises what is wrong with it
+            elif init := self.config.training.init:  # a run that goes on never reads it again
+                self.engine.set_weights(read_initial(self.config.training, init, group).get)
             return plan_walk(schedule, saved).segments
         walk = plan_walk(schedule, saved, (manifest.images_seen, manifest.branch))
         self.recorder.metrics.restore(manifest.progress | {"images_done": walk.images_done})

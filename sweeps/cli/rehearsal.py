@@ -24,12 +24,16 @@ def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
             if (plan := card.fit) is None or card.batch_size is None:
                 continue
             run, recompute = card.run, plan.activation_checkpointing
-            training = run.config.training
+            training, init = run.config.training, run.config.training.init
             parts = split_step(0, card.batch_size, micro_batch=plan.micro_batch, rank=0, world_size=run.devices)
             rehearsals[run.run_id] = rehearse(
                 build_model_config(training),
                 precision=training.optimiser.precision,
-                options=EngineOptions(zero_stage=plan.zero_stage, activation_checkpointing=recompute),
+                options=EngineOptions(
+                    zero_stage=plan.zero_stage,
+                    activation_checkpointing=recompute,
+                    freezes_backbone=init is not None and init.freeze_images > 0,
+                ),
                 world_size=run.devices,
                 micro_batches=tuple(map(len, parts)),
                 prefix=training.objective.prefix,

@@ -123,6 +123,8 @@ class Worker:
             return self.broken
         if not self.machine.can_run(run_state.run):
             return f"needs {run_state.run.devices} devices"
+        if run_state.run.stage == "train" and run_state.status.state == "created" and run_state.run.awaited:
+            return f"waits for {run_state.run.awaited}"
         starts = run_state.record.read_starts() if self.deadline < float("inf") else []
         startup_s = (starts[-1].get("startup_s") or 0.0) if starts else 0.0
         if self.deadline - time.time() < max(MIN_START_TIME_S, 2 * startup_s):

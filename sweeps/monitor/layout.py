@@ -154,6 +154,8 @@ def _axis_value(cell_of: Callable[[Any], dict[str, Any]], axis: str, row: Any) -
     value = cell_of(row).get(axis, "")
     if value is None:
         return "all" if axis == "unique_images" else "none"
+    if isinstance(value, dict):  # a section, such as `init`: its values tell it
+        return " ".join(map(str, value.values()))
     return format_number(value) if type(value) is int and value >= 10_000 else str(value)
 
 

@@ -18,6 +18,7 @@ from aimscale.sweeps.planning.checks import check_config, check_data
 from aimscale.sweeps.planning.costs import card_of, grace_period_s, model_counts, plan_execution
 from aimscale.sweeps.planning.notices import Notice
 from aimscale.sweeps.planning.run import CostCard, Once, PlanContext, Run, Stage
+from aimscale.sweeps.planning.warm_start import check_start
 
 PROGRAMS: dict[Stage, str] = {"train": "aimscale.harness.train", "evaluate": "aimscale.harness.evaluate"}
 """Module of each stage of a run."""
@@ -55,7 +56,15 @@ class AimRun(Run):
 
     @property
     def data(self) -> Mapping[str, str]:
-        return {each.path: each.fingerprint for each in self.config.training.data.sources if each.fingerprint}
+        training, init = self.config.training, self.config.training.init
+        found = {each.path: each.fingerprint for each in training.data.sources if each.fingerprint}
+        return found | ({init.weights: init.digest} if init and init.weights and init.digest else {})
+
+    @property
+    def awaited(self) -> str:
+        if (init := self.config.training.init) and init.run and not init.file.is_file():
+            return f"{init.run}, whose weights it starts from"
+        return ""
 
     def requested(self, once: Once) -> Iterator[tuple[str, str]]:
         for each in {task.task: task for task in reversed(self.config.evaluation.probes)}.values():
@@ -102,3 +111,4 @@ class AimRun(Run):
     def check(self, context: PlanContext) -> Iterator[Notice]:
         yield from check_config(self, self.config, context)
         yield from check_data(self.config, context)
+        yield from check_start(self.config, context)

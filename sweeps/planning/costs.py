@@ -26,6 +26,7 @@ from aimscale.sweeps.planning.recipes import Scale, get_recipe
 from aimscale.sweeps.planning.run import BudgetCost, CostCard, PlanContext, Run
 from aimscale.sweeps.planning.speed import expected_rates
 from aimscale.sweeps.planning.sweepfile import Sweep
+from aimscale.sweeps.planning.warm_start import scratch_rate
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Size of the final weights of a budget (fp32)."""
@@ -117,7 +118,7 @@ def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
         device_hours=((training_s + validation_in_training_s) * run.devices + at_budgets_s * ranks) / 3600,
         cautions=(),
     )
-    cautions = _cautions(card, config, unique, lookup, lacks_memory=lacks_memory)
+    cautions = [*_cautions(card, config, unique, lookup, lacks_memory=lacks_memory), *scratch_rate(config, sweep)]
     return replace(card, cautions=tuple(each.of(run.run_id) for each in cautions))
 
 
@@ -188,7 +189,7 @@ def _other_than_released(card: CostCard, config: RunConfig) -> str:
 def _plateau_end(card: CostCard, training: TrainingConfig) -> float:
     """Return the images before which the loss follows no law yet; 0 where that is not known or does not matter."""
     run, batch_size, model = card.run, training.optimiser.batch_size, build_model_config(training)
-    if run.is_tuning or training.model.parametrisation != "standard":
+    if run.is_tuning or training.init or training.model.parametrisation != "standard":
         return 0.0
     scale = Scale(width=model.width, params_total=model_counts(model)[0].total, budget=run.budgets[0])
     usual = get_recipe("small").fields(scale)["optimiser"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from aimscale.sweeps.planning.program_run import ProgramRun, program_run
 from aimscale.sweeps.planning.recipes import Scale
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import AXIS_KEYS, Sweep, SweepError
+from aimscale.sweeps.planning.warm_start import planned_init
 
 MAX_CELLS, MAX_DEVICES = 10_000, 1_000_000
 """Upper limits of a plan."""
@@ -54,7 +55,7 @@ def plan(sweep: Sweep) -> list[Run]:
     seen: dict[str, _PlannedRun] = {}
     runs: list[Run] = []
     for each in _planned_runs(sweep, shared):
-        run = _build_program(sweep, each) if sweep.file.trainer else _build_run(sweep, each)
+        run = _build_program(sweep, each) if sweep.file.trainer else _build_run(sweep, each, runs)
         before = seen.get(run.run_id)
         seen[run.run_id] = each
         if before is None:
@@ -210,7 +211,7 @@ def _isoflop_budgets(sweep: Sweep, changes: Fields) -> dict[str, tuple[int, ...]
     return {size: tuple(sorted(values)) for size, values in budgets.items()}
 
 
-def _build_run(sweep: Sweep, planned: _PlannedRun) -> AimRun:
+def _build_run(sweep: Sweep, planned: _PlannedRun, before: Sequence[Run]) -> AimRun:
     cell, changes = planned.cell, planned.changes
     section = {**changes.get("model", {}), "size": cell["size"]}
     model = _model_from(section, changes, sweep)
@@ -219,6 +220,7 @@ def _build_run(sweep: Sweep, planned: _PlannedRun) -> AimRun:
     fields["model"] = section
     fields["data"] = {**fields.get("data", {}), "unique_images": cell["unique_images"]}
     fields["seed"] = cell["seed"]
+    fields["init"] = planned_init(fields.get("init"), cell, sweep, before)
     where = str(sweep.source)
     optimiser = parse(OptimiserSection, fields["optimiser"], f"{where}: optimiser")
     extras = parse(_Extras, {name: fields.pop(name) for name in _Extras.model_fields if name in fields}, where)

@@ -117,6 +117,11 @@ class Run(abc.ABC):
         """Path of each data set that it reads -> fingerprint, where known."""
         return {}
 
+    @property
+    def awaited(self) -> str:
+        """What its first step waits for, such as the weights of another run; empty for nothing."""
+        return ""
+
     def requested(self, once: Once) -> Iterator[tuple[str, str]]:
         """Yield each task that is to be evaluated, with the name of the evaluation."""
         yield from ()

@@ -1,0 +1,274 @@
+"""Effective data transferred: how much data a warm start is worth (Hernandez et al. 2021, arXiv 2102.01293).
+
+Where a warm run has the loss that runs from scratch have after D_E = D_F + D_T samples, D_T is the data that its start
+is worth. Losses of both kinds follow one law, which counts the data that were transferred as well:
+
+    L = E + A N^-alpha + B (D + D_T)^-beta,    D_T = k D^a N^b of warm runs (their equation 1.1), 0 from scratch
+
+so all errors of k, a and b are the core's. Whether anything is transferred is asked of another law before, by which a
+warm run's data count so many times as much: it has no bound at "nothing", so an interval tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aimscale.analysis.display import Flag, Result, flag_words, human
+from aimscale.analysis.effects.result import baseline_of, level_names
+from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.fitting.covariance import CONFIDENCE, current_level, level_words
+from aimscale.analysis.fitting.estimate import fit
+from aimscale.analysis.fitting.result import Fit
+from aimscale.analysis.laws import CHINCHILLA, Array, Columns, Law, Parameter, Params, Terms
+from aimscale.analysis.table.points import usable_rows
+from aimscale.analysis.table.runs import Runs, Table
+from aimscale.analysis.table.select import main_part
+
+BEYOND = 10.0
+"""Factor beyond the largest D from scratch up to which amounts of data are told."""
+STEPS = 400
+"""Amounts of data at which the law from scratch is compared with a warm loss."""
+MIN_POOLS = 3
+"""Different numbers of unique images from which D_F counts these, and not images seen."""
+
+
+def _terms(x: Columns, t: Params) -> Terms:
+    log_n, log_d = x.log("N"), x.log("D")
+    slope = t["a"] * (log_d - np.log(t["D0"])) + t["b"] * (log_n - np.log(t["N0"]))
+    if "times" in t:
+        log_data = log_d + (x["G"] - 1.0) * (np.log(t["times"]) + slope)
+    else:
+        share = t["T"] * np.exp(slope) / x["D"]
+        log_data = log_d + np.log(1.0 + (x["G"] - 1.0) * share)
+    return 1.0, np.exp(-t["alpha"] * log_n), np.exp(-t["beta"] * log_data)
+
+
+def _report(p: Params) -> dict[str, Array]:
+    shown = {name: value for name, value in p.items() if name not in ("T", "N0", "D0")}
+    return {**shown, "k": p["T"] * p["D0"] ** -p["a"] * p["N0"] ** -p["b"]}
+
+
+def _transferred(x: Columns) -> tuple[float, float]:
+    """Bound the data transferred at the middle of the table."""
+    return 1e-4 * float(x["D"].min()), BEYOND * float(x["D"].max())
+
+
+_EXPONENTS = (Parameter(name="a", bounds=(-2.0, 2.0)), Parameter(name="b", bounds=(-2.0, 2.0)))
+_BASE: dict[str, Any] = {
+    "variables": ("N", "D", "G"),
+    "linear": CHINCHILLA.linear,
+    "basis": _terms,
+    "constants": {"N0": 1.0, "D0": 1.0},
+    "source": "Hernandez et al. 2021, equation 1.1, on Chinchilla's law; G is 1 from scratch and 2 of warm runs",
+}
+TIMES = Law(
+    name="warm_times",
+    formula="L = E + A N^-alpha + B (M D)^-beta, M = times D^a N^b of warm runs",
+    nonlinear=(*CHINCHILLA.nonlinear, Parameter(name="times", bounds=(1e-3, 1e4), log=True), *_EXPONENTS),
+    **_BASE,
+)
+TRANSFER = Law(
+    name="transfer",
+    formula="L = E + A N^-alpha + B (D + D_T)^-beta, D_T = k D^a N^b of warm runs",
+    nonlinear=(*CHINCHILLA.nonlinear, Parameter(name="T", bounds=_transferred, log=True), *_EXPONENTS),
+    report=_report,
+    scales={"k": "log"},
+    **_BASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Transfer(Result):
+    """Data that a warm start is worth, by size and amount of data."""
+
+    by: str
+    baseline: str
+    level: str
+    data: str
+    """What D_F counts: `images_seen`, or `unique_images` at the best number of passes."""
+    times: tuple[float, float, float]
+    """Factor by which a warm start multiplies data, over all rows, with its interval."""
+    is_told: bool
+    """Whether a warm start is worth any data: the 95 % interval of `times` lies above 1."""
+    law: Fit | None = field(repr=False)
+    """Law of the data transferred, D_T = k D_F^a N^b, with that of the losses; None where the rows do not tell it."""
+    scratch: Fit = field(repr=False)
+    """Law of the runs from scratch alone, inverted at each warm loss."""
+    table: pd.DataFrame
+    """A row per size and amount of data: size, N, D_F, loss, scratch_loss (of the law), D_E, D_T, D_T_lo, D_T_hi, and
+    kind: `told`, or `at least`, where D_T_lo alone is a number."""
+    flags: tuple[Flag, ...]
+    """Cautions, those of the law from scratch among them."""
+
+    @property
+    def words(self) -> str:
+        """What D_F counts."""
+        passes = "different images, each number at its best passes over them"
+        return passes if self.data == "unique_images" else "images seen, repeats included"
+
+    def headline(self) -> str:
+        """Say what a warm start is worth."""
+        interval = f"{_number(self.times[0])} [{_number(self.times[1])}, {_number(self.times[2])}]"
+        if not self.is_told:
+            sign = "fewer" if self.times[2] < 1 else "no more"
+            return (
+                f"{self.level} is not known to be worth data: a warm run's data count {interval} times, {sign} than 1"
+            )
+        return f"{self.level} multiplies data by {interval} on average over these rows, against {self.baseline}"
+
+    sentence = headline
+
+    def facts(self) -> list[tuple[str, str]]:
+        """List cautions, what a start is worth, its law, and what D_F counts."""
+        facts = [*(("caution", text) for text in flag_words(self.flags)), ("worth", self.headline())]
+        if self.law is not None:
+            facts += [("law", "D_T = k D_F^a N^b: " + ", ".join(f"{n} = {self.law.shown(n, 3)}" for n in "kab"))]
+        facts += [("D_F", f"counts {self.words}"), ("from scratch", self.scratch.law.formula)]
+        (low, high), level = self.scratch.ranges["D"], level_words(current_level())
+        facts += [
+            ("range", f"runs from scratch have D of {human(low)} to {human(high)}; {human(BEYOND)} times are told")
+        ]
+        return [*facts, ("intervals", f"{level}, {self.scratch.interval_method}; each D_T with its own run's noise")]
+
+    def cells(self) -> list[dict[str, str]]:
+        """Write a row per size and amount of data."""
+        return [
+            {
+                "size": str(row["size"]),
+                "D_F": human(row["D_F"]),
+                "loss": f"{row['loss']:.4f}",
+                "from scratch": f"{row['scratch_loss']:.4f}",
+                "D_T": human(row["D_T"]) if row["kind"] == "told" else f"at least {human(row['D_T_lo'])}",
+                "interval": f"[{human(row['D_T_lo'])}, {human(row['D_T_hi'])}]" if row["kind"] == "told" else "",
+            }
+            for row in self.table.to_dict("records")
+        ]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def transfer(
+    table: Table,
+    *,
+    by: str = "init",
+    baseline: str | None = None,
+    y: str = "val_loss",
+    columns: Mapping[str, str] | None = None,
+) -> tuple[Transfer, ...]:
+    """Tell how much data each warm start is worth, in samples of the runs from scratch.
+
+    Args:
+        by: column of the start.
+        baseline: level of runs from scratch; None takes `scratch`, else the level with most rows.
+        y: column of the loss.
+        columns: our name or a law's letter -> the name in the table, or a formula, as `read_table` takes them.
+
+    Returns:
+        A result per level, with the law of the data transferred where the rows tell one.
+
+    Raises:
+        AnalysisError: no such column, one level alone, too few rows from scratch for their law.
+
+    Example:
+        >>> transfer(read_tables(["cold.parquet", "warm.parquet"]))[0].table
+    """
+    runs = Runs(table, columns)
+    by, y = runs.column(by), runs.column(y)
+    if by not in runs:
+        raise runs.no_column(by)
+    part, chosen = main_part(runs.with_size(), free=[by])
+    levels = level_names(part[by].astype(object))
+    counts = levels.value_counts()
+    if len(counts) < 2:
+        raise AnalysisError(
+            f"Nothing is transferred: {by} = {', '.join(counts.index)} alone has rows; add runs from scratch."
+        )
+    base = baseline_of(by, baseline, counts)
+    others = [level for level in counts.index if level != base]
+    return tuple(_transfer(part, levels, by, base, level, y, chosen) for level in sorted(others))
+
+
+def _transfer(runs: Runs, levels: pd.Series, by: str, base: str, level: str, y: str, chosen: str) -> Transfer:
+    names = {"N": runs.column("N"), "D": runs.column("D"), "y": y}
+    points = usable_rows(runs[levels.isin([base, level])], names, best_by="y")
+    sizes = points.rows["size"] if "size" in points.rows else points.numbers["N"].map(human)
+    rows = points.numbers.assign(size=sizes, G=1.0 + (levels[points.index] == level))
+    data, column = "images_seen", runs.column("U")
+    if column in runs and rows.assign(U=points.rows[column])[rows["G"] == 2]["U"].nunique() >= MIN_POOLS:
+        rows, data = _best_passes(rows.assign(U=points.rows[column])), "unique_images"
+    cold, warm = rows[rows["G"] == 1], rows[rows["G"] == 2]
+    scratch = fit(cold[["N", "D", "y"]], CHINCHILLA, y="y")
+    flags = [*scratch.flags]
+    if chosen:
+        flags += [Flag(kind="part", text=f"Of several experiments the one with most cells is taken: {chosen}.")]
+    both = rows[["N", "D", "G", "y"]]
+    law, more = None, fit(both, TIMES, y="y", is_tested=False)
+    times = _mean_times(more, warm)
+    is_told = _mean_times(more, warm, CONFIDENCE)[1] > 1
+    table = _inverted(scratch, warm)
+    unknown = int((table["kind"] != "told").sum())
+    if unknown:
+        text = f"{unknown} of {len(table)} warm losses lie beyond {human(BEYOND)} times the data from scratch"
+        text += ", so the law of D_T is not told; train longer from scratch"
+        flags += [Flag(kind="beyond", number=unknown, text=f"{text}, or fewer images from {level}.")]
+    elif is_told:
+        law = fit(both, TRANSFER, y="y")
+    return Transfer(
+        by=by,
+        baseline=base,
+        level=level,
+        data=data,
+        times=times,
+        is_told=is_told,
+        law=law,
+        scratch=scratch,
+        table=table,
+        flags=tuple(flags),
+    )
+
+
+def _mean_times(result: Fit, warm: pd.DataFrame, level: float | None = None) -> tuple[float, float, float]:
+    """Return the geometric mean over warm rows of the factor on their data, with its interval."""
+    moved = [float(np.log(warm[v]).mean() - np.log(result.law.constants[f"{v}0"])) for v in ("D", "N")]
+
+    def mean(p: Params) -> Array:
+        return np.log(p["times"]) + p["a"] * moved[0] + p["b"] * moved[1]
+
+    (low,), (high,) = result.estimate.interval_of(mean, level)
+    value, low, high = np.exp([result.estimate.value_of(mean)[0], low, high]).tolist()
+    return value, low, high
+
+
+def _best_passes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep the lowest loss of each size, number of different images and start, and take that number for D."""
+    best = rows.loc[rows.groupby(["N", "U", "G"])["y"].idxmin()]
+    return best.assign(D=best["U"])
+
+
+def _inverted(scratch: Fit, warm: pd.DataFrame) -> pd.DataFrame:
+    """Find the data from scratch that give each warm loss: those whose prediction interval of one run holds it."""
+    rows, (low, high) = [], scratch.ranges["D"]
+    grid = np.geomspace(min(low, float(warm["D"].min())) / BEYOND, BEYOND * high, STEPS)
+    for (n, d, size), cell in warm.groupby(["N", "D", "size"]):
+        loss = float(np.exp(np.log(cell["y"]).mean()))
+        at = scratch.predict(N=np.full(STEPS, n), D=grid)
+        may_be = grid[((at["pi_lo"] <= loss) & (loss <= at["pi_hi"])).to_numpy()]
+        equal = float(np.exp(np.interp(-loss, -at["value"], np.log(grid), right=np.nan)))
+        is_told = np.isfinite(equal) and len(may_be) > 0 and may_be[-1] < grid[-1]
+        least = (may_be[0] if len(may_be) else grid[-1]) - d
+        told = (
+            {"D_E": equal, "D_T": equal - d, "D_T_hi": may_be[-1] - d}
+            if is_told
+            else dict.fromkeys(("D_E", "D_T", "D_T_hi"), np.nan)
+        )
+        expected = float(scratch.predict(N=n, D=d)["value"].iloc[0])
+        rows.append({"size": size, "N": n, "D_F": d, "loss": loss, "scratch_loss": expected, "D_T_lo": least, **told,
+                     "kind": "told" if is_told else "at least"})  # fmt: skip
+    return pd.DataFrame(rows)
