@@ -2,6 +2,7 @@ from . import laws as laws
 from .correlation import correlate as correlate
 from .effects.contrasts import contrast as contrast
 from .effects.recipes import recipes as recipes
+from .effects.transfer import transfer as transfer
 from .errors import AnalysisError as AnalysisError
 from .fitting.covariance import at_level as at_level
 from .fitting.estimate import fit as fit

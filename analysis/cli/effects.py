@@ -40,6 +40,10 @@ def contrast(
             "--as-law", help="Fit the losses of both levels as laws: how the gain in compute changes with compute."
         ),
     ] = False,
+    transfer: Annotated[
+        bool,
+        typer.Option("--transfer", help="Tell how much data a warm start is worth, in samples of runs from scratch."),
+    ] = False,
     law: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +55,13 @@ def contrast(
 ) -> None:
     """Pair rows over size, data, seed and all else; differences and ratios with intervals."""
     runs, (name, _, baseline) = given.read(), by.partition("=")
+    if transfer:
+        if as_law or law or fix or ignore or len(measure or []) > 1:
+            raise AnalysisError("--transfer takes one loss, named by --measure, and no other option; leave these out.")
+        worth = analysis.transfer(runs, by=name, baseline=baseline or None, y=(measure or ["val_loss"])[0])
+        after = [line for more in worth[1:] for line in ("", more.summary())]
+        given.show(worth[0], ["report"], after=after, also={"levels": worth} if len(worth) > 1 else None)
+        return
     if not as_law:
         if law or fix:
             raise AnalysisError("--law and --fix belong to --as-law; add it.")

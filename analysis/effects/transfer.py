@@ -31,7 +31,7 @@ from aimscale.analysis.table.select import main_part
 
 BEYOND = 10.0
 """Factor beyond the largest D from scratch up to which amounts of data are told."""
-STEPS = 400
+STEPS = 80
 """Amounts of data at which the law from scratch is compared with a warm loss."""
 MIN_POOLS = 3
 """Different numbers of unique images from which D_F counts these, and not images seen."""
@@ -119,6 +119,8 @@ class Transfer(Result):
             return (
                 f"{self.level} is not known to be worth data: a warm run's data count {interval} times, {sign} than 1"
             )
+        if (self.table["kind"] != "told").any():
+            interval = f"at least {_number(self.times[1])}"
         return f"{self.level} multiplies data by {interval} on average over these rows, against {self.baseline}"
 
     sentence = headline
@@ -256,19 +258,23 @@ def _inverted(scratch: Fit, warm: pd.DataFrame) -> pd.DataFrame:
     """Find the data from scratch that give each warm loss: those whose prediction interval of one run holds it."""
     rows, (low, high) = [], scratch.ranges["D"]
     grid = np.geomspace(min(low, float(warm["D"].min())) / BEYOND, BEYOND * high, STEPS)
-    for (n, d, size), cell in warm.groupby(["N", "D", "size"]):
-        loss = float(np.exp(np.log(cell["y"]).mean()))
+    losses = np.log(warm["y"]).groupby([warm[name] for name in ("N", "D", "size")]).mean().map(np.exp)
+    for n, d, size, loss in losses.reset_index().itertuples(index=False):
         at = scratch.predict(N=np.full(STEPS, n), D=grid)
-        may_be = grid[((at["pi_lo"] <= loss) & (loss <= at["pi_hi"])).to_numpy()]
-        equal = float(np.exp(np.interp(-loss, -at["value"], np.log(grid), right=np.nan)))
-        is_told = np.isfinite(equal) and len(may_be) > 0 and may_be[-1] < grid[-1]
-        least = (may_be[0] if len(may_be) else grid[-1]) - d
-        told = (
-            {"D_E": equal, "D_T": equal - d, "D_T_hi": may_be[-1] - d}
-            if is_told
-            else dict.fromkeys(("D_E", "D_T", "D_T_hi"), np.nan)
-        )
-        expected = float(scratch.predict(N=n, D=d)["value"].iloc[0])
-        rows.append({"size": size, "N": n, "D_F": d, "loss": loss, "scratch_loss": expected, "D_T_lo": least, **told,
-                     "kind": "told" if is_told else "at least"})  # fmt: skip
+        least, equal, most = (_first_below(grid, at[name].to_numpy(), loss) for name in ("pi_lo", "value", "pi_hi"))
+        is_told = bool(np.isfinite(most))
+        expected = float(np.interp(np.log(d), np.log(grid), at["value"]))
+        row = {"size": size, "N": n, "D_F": d, "loss": loss, "scratch_loss": expected}
+        row |= {"D_E": equal, "D_T": equal - d, "D_T_lo": np.fmin(least, grid[-1]) - d, "D_T_hi": most - d}
+        row |= {} if is_told else dict.fromkeys(("D_E", "D_T"), np.nan)
+        rows.append({**row, "kind": "told" if is_told else "at least"})
     return pd.DataFrame(rows)
+
+
+def _first_below(grid: Array, curve: Array, loss: float) -> float:
+    """Find where a falling curve (m,) over a grid (m,) reaches a loss; NaN where it stays above."""
+    below = np.flatnonzero(curve <= loss)
+    if not len(below):
+        return float("nan")
+    i = max(int(below[0]), 1)
+    return float(np.exp(np.interp(-loss, -curve[i - 1 : i + 1], np.log(grid[i - 1 : i + 1]))))

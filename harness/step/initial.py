@@ -32,7 +32,8 @@ def find_initial(training: TrainingConfig, init: InitSection) -> dict[str, Tenso
     wanted = model_shapes(model)
     state = {name: tensor for name, tensor in read_weights(where).items() if not name.startswith(PROBE)}
     if init.parts == "backbone":
-        wanted, state = ({name: each[name] for name in each if name.startswith(BACKBONE)} for each in (wanted, state))
+        wanted = {name: shape for name, shape in wanted.items() if name.startswith(BACKBONE)}
+        state = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     elif not any(name.startswith("pixel_head.") for name in state):
         raise WeightsError(f"{where} has no pixel head, as released files; use init.parts: backbone")
     elif theirs.target != model.target:

@@ -59,12 +59,11 @@ def _source_run(text: str, cell: Fields, sweep: Sweep, before: Sequence[Run]) ->
     if not isinstance(images_seen, int):
         raise SweepError(f"{where} names no budget; write RUN_ID@D, such as w32-d2_*@16k")
     runs_dir = sweep.root / of_sweep / "runs" if of_sweep else sweep.runs_dir
+    known: dict[str, Run | None] = {run.run_id: run for run in before}
     if of_sweep:
         known = {path.name: None for path in sorted(runs_dir.glob("*/")) if path.name[:1] != "."}
-    else:
-        known = {run.run_id: run for run in before}
     chosen = [each for each in known if fnmatch.fnmatchcase(each, name)]
-    chosen = chosen or [each.run_id for each in before if _is_of_variant(each, name, cell)]
+    chosen = chosen or [each for each, run in known.items() if run and _is_of_variant(run, name, cell)]
     if len(chosen) != 1:
         hint = f"write more of its id; {some(chosen)}" if chosen else "no run comes before it"
         hint = did_you_mean(name, known, "there are") if known and not chosen else hint

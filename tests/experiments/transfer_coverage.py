@@ -1,4 +1,4 @@
-"""Coverage of the law of data transferred on simulated tables: `python tests/experiments/transfer_coverage.py [NUMBER]`.
+"""Coverage of the law of data transferred on simulated tables: `python tests/experiments/transfer_coverage.py 120`.
 
 Tables of six sizes, five amounts of data from scratch and four of warm runs follow D_T = k D_F^a N^b, or transfer
 nothing, with independent noise or with errors that the rows of a size share.
