@@ -101,7 +101,8 @@ class Transfer(Result):
     """Law of the runs from scratch alone, inverted at each warm loss."""
     table: pd.DataFrame
     """A row per size and amount of data: size, N, D_F, loss, scratch_loss (of the law), D_E, D_T, D_T_lo, D_T_hi, and
-    kind: `told`, or `at least`, where D_T_lo alone is a number."""
+    kind: `told`; `at least` or `at most` where D_E lies outside of the data from scratch, so that one end alone is a
+    number."""
     flags: tuple[Flag, ...]
     """Cautions, those of the law from scratch among them."""
 
@@ -119,7 +120,7 @@ class Transfer(Result):
             return (
                 f"{self.level} is not known to be worth data: a warm run's data count {interval} times, {sign} than 1"
             )
-        if (self.table["kind"] != "told").any():
+        if (self.table["kind"] == "at least").any():
             interval = f"at least {_number(self.times[1])}"
         return f"{self.level} multiplies data by {interval} on average over these rows, against {self.baseline}"
 
@@ -129,13 +130,18 @@ class Transfer(Result):
         """List cautions, what a start is worth, its law, and what D_F counts."""
         facts = [*(("caution", text) for text in flag_words(self.flags)), ("worth", self.headline())]
         if self.law is not None:
-            facts += [("law", "D_T = k D_F^a N^b: " + ", ".join(f"{n} = {self.law.shown(n, 3)}" for n in "kab"))]
+            unknown = [name for name in "ab" if name in self.law.not_identified]
+            told = ", ".join(f"{name} = {self.law.shown(name, 3)}" for name in "kab")
+            what = (
+                f"{' and '.join(unknown)} not identified; more sizes and amounts of data tell them" if unknown else told
+            )
+            facts += [("law", f"D_T = k D_F^a N^b: {what}")]
         facts += [("D_F", f"counts {self.words}"), ("from scratch", self.scratch.law.formula)]
         (low, high), level = self.scratch.ranges["D"], level_words(current_level())
         facts += [
             ("range", f"runs from scratch have D of {human(low)} to {human(high)}; {human(BEYOND)} times are told")
         ]
-        return [*facts, ("intervals", f"{level}, {self.scratch.interval_method}; each D_T with its own run's noise")]
+        return [*facts, ("intervals", f"{level}, {self.scratch.interval_method}; each D_T with the noise of one run")]
 
     def cells(self) -> list[dict[str, str]]:
         """Write a row per size and amount of data."""
@@ -144,8 +150,8 @@ class Transfer(Result):
                 "size": str(row["size"]),
                 "D_F": human(row["D_F"]),
                 "loss": f"{row['loss']:.4f}",
-                "from scratch": f"{row['scratch_loss']:.4f}",
-                "D_T": human(row["D_T"]) if row["kind"] == "told" else f"at least {human(row['D_T_lo'])}",
+                "from scratch": f"{row['scratch_loss']:.4f}" if np.isfinite(row["scratch_loss"]) else "",
+                "D_T": human(row["D_T"]) if row["kind"] == "told" else f"{row['kind']} {human(_end(row))}",
                 "interval": f"[{human(row['D_T_lo'])}, {human(row['D_T_hi'])}]" if row["kind"] == "told" else "",
             }
             for row in self.table.to_dict("records")
@@ -154,6 +160,11 @@ class Transfer(Result):
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _end(row: Mapping[str, Any]) -> float:
+    """Return the end that is known of a D_T."""
+    return float(row["D_T_lo" if row["kind"] == "at least" else "D_T_hi"])
 
 
 def transfer(
@@ -215,7 +226,10 @@ def _transfer(runs: Runs, levels: pd.Series, by: str, base: str, level: str, y: 
     times = _mean_times(more, warm)
     is_told = _mean_times(more, warm, CONFIDENCE)[1] > 1
     table = _inverted(scratch, warm)
-    unknown = int((table["kind"] != "told").sum())
+    unknown, below = (int((table["kind"] == kind).sum()) for kind in ("at least", "at most"))
+    if below:
+        text = f"{below} of {len(table)} warm losses are those of fewer data than any run from scratch has"
+        flags += [Flag(kind="below", number=below, text=f"{text}, so D_T is less than the difference.")]
     if unknown:
         text = f"{unknown} of {len(table)} warm losses lie beyond {human(BEYOND)} times the data from scratch"
         text += ", so the law of D_T is not told; train longer from scratch"
@@ -262,12 +276,13 @@ def _inverted(scratch: Fit, warm: pd.DataFrame) -> pd.DataFrame:
     for n, d, size, loss in losses.reset_index().itertuples(index=False):
         at = scratch.predict(N=np.full(STEPS, n), D=grid)
         least, equal, most = (_first_below(grid, at[name].to_numpy(), loss) for name in ("pi_lo", "value", "pi_hi"))
-        is_told = bool(np.isfinite(most))
-        expected = float(np.interp(np.log(d), np.log(grid), at["value"]))
-        row = {"size": size, "N": n, "D_F": d, "loss": loss, "scratch_loss": expected}
-        row |= {"D_E": equal, "D_T": equal - d, "D_T_lo": np.fmin(least, grid[-1]) - d, "D_T_hi": most - d}
-        row |= {} if is_told else dict.fromkeys(("D_E", "D_T"), np.nan)
-        rows.append({**row, "kind": "told" if is_told else "at least"})
+        kind = "told" if np.isfinite(most) and equal >= low else "at most" if equal < low else "at least"
+        ends = (0.0 if least <= grid[0] else np.fmin(least, grid[-1])), (max(most, low) if kind == "at most" else most)
+        row = {"size": size, "N": n, "D_F": d, "loss": loss}
+        row["scratch_loss"] = float(np.interp(np.log(d), np.log(grid), at["value"])) if low <= d <= high else np.nan
+        row["D_E"] = equal if kind == "told" else np.nan
+        shown = {"D_T": row["D_E"], "D_T_lo": np.nan if kind == "at most" else ends[0], "D_T_hi": ends[1]}
+        rows.append({**row, **{name: value - d for name, value in shown.items()}, "kind": kind})
     return pd.DataFrame(rows)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aimscale.aim.config import model_config
@@ -15,8 +20,11 @@ from aimscale.harness.run.row import build_model_config
 from aimscale.harness.step.feed import run_on_all_ranks
 
 
-def find_initial(training: TrainingConfig, init: InitSection) -> dict[str, Tensor]:
+def find_initial(training: TrainingConfig, init: InitSection, *, with_values: bool = True) -> dict[str, Tensor]:
     """Map the tensors that a run starts from into memory; values are not read.
+
+    Args:
+        with_values: whether values are needed; else shapes are read, for which no host is too small.
 
     Raises:
         WeightsError: they are of another model, or of a kind of model that cannot start so.
@@ -30,7 +38,7 @@ def find_initial(training: TrainingConfig, init: InitSection) -> dict[str, Tenso
     if theirs.num_heads != model.num_heads:
         raise WeightsError(f"{where} is of {theirs.num_heads} attention heads, and {model.name} has {model.num_heads}")
     wanted = model_shapes(model)
-    state = {name: tensor for name, tensor in read_weights(where).items() if not name.startswith(PROBE)}
+    state = {name: tensor for name, tensor in _tensors(where, with_values).items() if not name.startswith(PROBE)}
     if init.parts == "backbone":
         wanted = {name: shape for name, shape in wanted.items() if name.startswith(BACKBONE)}
         state = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
@@ -45,6 +53,14 @@ def find_initial(training: TrainingConfig, init: InitSection) -> dict[str, Tenso
         raise WeightsError(f"{where} has no norms of queries and keys, as released files; leave out model.qk_norm")
     check_shapes(state, wanted, where)
     return state
+
+
+def _tensors(path: Path, with_values: bool) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors" and not with_values:
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "numpy") as file:  # maps no private memory
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return read_weights(path)
 
 
 def check_source(training: TrainingConfig, init: InitSection) -> None:

@@ -99,7 +99,7 @@ def _check_file(training: TrainingConfig, init: InitSection) -> list[Notice]:
     from aimscale.harness.step.initial import find_initial
 
     try:
-        find_initial(training, init)
+        find_initial(training, init, with_values=False)
     except UserError as error:
         return [problem("init", str(error))]
     return []
