@@ -24,9 +24,21 @@ from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.fitting.covariance import CONFIDENCE, current_level, level_words
 from aimscale.analysis.fitting.estimate import fit
 from aimscale.analysis.fitting.result import Fit
-from aimscale.analysis.laws import CHINCHILLA, Array, Columns, Law, Parameter, Params, Terms
+from aimscale.analysis.laws import (
+    CHINCHILLA,
+    Array,
+    Columns,
+    Law,
+    Parameter,
+    Params,
+    Terms,
+    coefficient,
+    exponent,
+    power,
+)
 from aimscale.analysis.table.points import usable_rows
 from aimscale.analysis.table.runs import Runs, Table
+from aimscale.analysis.table.schema import varies
 from aimscale.analysis.table.select import main_part
 
 BEYOND = 10.0
@@ -38,19 +50,22 @@ MIN_POOLS = 3
 
 
 def _terms(x: Columns, t: Params) -> Terms:
-    log_n, log_d = x.log("N"), x.log("D")
-    slope = t["a"] * (log_d - np.log(t["D0"])) + t["b"] * (log_n - np.log(t["N0"]))
+    log_d, slope = x.log("D"), np.zeros(1)
+    if "a" in t:
+        slope = t["a"] * (log_d - np.log(t["D0"]))
+    if "b" in t:
+        slope = slope + t["b"] * (x.log("N") - np.log(t["N0"]))
     if "times" in t:
         log_data = log_d + (x["G"] - 1.0) * (np.log(t["times"]) + slope)
     else:
-        share = t["T"] * np.exp(slope) / x["D"]
-        log_data = log_d + np.log(1.0 + (x["G"] - 1.0) * share)
-    return 1.0, np.exp(-t["alpha"] * log_n), np.exp(-t["beta"] * log_data)
+        log_data = log_d + np.log(1.0 + (x["G"] - 1.0) * t["T"] * np.exp(slope) / x["D"])
+    size = [np.exp(-t["alpha"] * x.log("N"))] if "b" in t else []
+    return 1.0, *size, np.exp(-t["beta"] * log_data)
 
 
 def _report(p: Params) -> dict[str, Array]:
     shown = {name: value for name, value in p.items() if name not in ("T", "N0", "D0")}
-    return {**shown, "k": p["T"] * p["D0"] ** -p["a"] * p["N0"] ** -p["b"]}
+    return {**shown, "k": p["T"] * p["D0"] ** -p["a"] * (p["N0"] ** -p["b"] if "b" in p else 1.0)}
 
 
 def _transferred(x: Columns) -> tuple[float, float]:
@@ -58,28 +73,36 @@ def _transferred(x: Columns) -> tuple[float, float]:
     return 1e-4 * float(x["D"].min()), BEYOND * float(x["D"].max())
 
 
-_EXPONENTS = (Parameter(name="a", bounds=(-2.0, 2.0)), Parameter(name="b", bounds=(-2.0, 2.0)))
-_BASE: dict[str, Any] = {
-    "variables": ("N", "D", "G"),
-    "linear": CHINCHILLA.linear,
-    "basis": _terms,
-    "constants": {"N0": 1.0, "D0": 1.0},
-    "source": "Hernandez et al. 2021, equation 1.1, on Chinchilla's law; G is 1 from scratch and 2 of warm runs",
-}
-TIMES = Law(
-    name="warm_times",
-    formula="L = E + A N^-alpha + B (M D)^-beta, M = times D^a N^b of warm runs",
-    nonlinear=(*CHINCHILLA.nonlinear, Parameter(name="times", bounds=(1e-3, 1e4), log=True), *_EXPONENTS),
-    **_BASE,
-)
-TRANSFER = Law(
-    name="transfer",
-    formula="L = E + A N^-alpha + B (D + D_T)^-beta, D_T = k D^a N^b of warm runs",
-    nonlinear=(*CHINCHILLA.nonlinear, Parameter(name="T", bounds=_transferred, log=True), *_EXPONENTS),
-    report=_report,
-    scales={"k": "log"},
-    **_BASE,
-)
+def _laws(*, sizes: bool) -> tuple[Law, Law]:
+    """Make the law of the factor on warm data, and that of the data transferred; without sizes, for a table of one,
+    whose few rows tell one factor alone."""
+    size_term, times_term, data_term = "A N^-alpha + " * sizes, " D^a N^b" * sizes, f"D^a{' N^b' * sizes}"
+    exponents = [Parameter(name=name, bounds=(-2.0, 2.0)) for name in ("a", "b")[: 1 + sizes]]
+    laws = []
+    for name, bounds, data in (
+        ("times", (1e-3, 1e4), f"(M D)^-beta, M = times{times_term}"),
+        ("T", _transferred, f"(D + D_T)^-beta, D_T = k {data_term}"),
+    ):
+        laws += [
+            Law(
+                name=f"transfer_{name}",
+                formula=f"L = E + {size_term}B {data} of warm runs",
+                variables=(*["N"] * sizes, "D", "G"),
+                linear=tuple(coefficient(each) for each in ("E", *"A" * sizes, "B")),
+                nonlinear=(
+                    *[exponent("alpha")] * sizes,
+                    exponent("beta"),
+                    Parameter(name=name, bounds=bounds, log=True),
+                    *(exponents if sizes or name == "T" else []),
+                ),
+                basis=_terms,
+                report=_report if name == "T" else None,
+                constants={"D0": 1.0, **({"N0": 1.0} if sizes else {})},
+                scales={"k": "log"},
+                source="Hernandez et al. 2021, equation 1.1, on Chinchilla's law; G is 1 from scratch, 2 of warm runs",
+            )
+        ]
+    return laws[0], laws[1]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -102,7 +125,7 @@ class Transfer(Result):
     table: pd.DataFrame
     """A row per size and amount of data: size, N, D_F, loss, scratch_loss (of the law), D_E, D_T, D_T_lo, D_T_hi, and
     kind: `told`; `at least` or `at most` where D_E lies outside of the data from scratch, so that one end alone is a
-    number."""
+    number. D_T_hi is NaN where it lies beyond `BEYOND` times these."""
     flags: tuple[Flag, ...]
     """Cautions, those of the law from scratch among them."""
 
@@ -130,12 +153,13 @@ class Transfer(Result):
         """List cautions, what a start is worth, its law, and what D_F counts."""
         facts = [*(("caution", text) for text in flag_words(self.flags)), ("worth", self.headline())]
         if self.law is not None:
-            unknown = [name for name in "ab" if name in self.law.not_identified]
-            told = ", ".join(f"{name} = {self.law.shown(name, 3)}" for name in "kab")
+            names = [name for name in "kab" if name in self.law.params]
+            unknown = [name for name in names[1:] if name in self.law.not_identified]
+            told = ", ".join(f"{name} = {self.law.shown(name, 3)}" for name in names)
             what = (
                 f"{' and '.join(unknown)} not identified; more sizes and amounts of data tell them" if unknown else told
             )
-            facts += [("law", f"D_T = k D_F^a N^b: {what}")]
+            facts += [("law", f"D_T = k D_F^a{' N^b' * ('b' in names)}: {what}")]
         facts += [("D_F", f"counts {self.words}"), ("from scratch", self.scratch.law.formula)]
         (low, high), level = self.scratch.ranges["D"], level_words(current_level())
         facts += [
@@ -152,7 +176,7 @@ class Transfer(Result):
                 "loss": f"{row['loss']:.4f}",
                 "from scratch": f"{row['scratch_loss']:.4f}" if np.isfinite(row["scratch_loss"]) else "",
                 "D_T": human(row["D_T"]) if row["kind"] == "told" else f"{row['kind']} {human(_end(row))}",
-                "interval": f"[{human(row['D_T_lo'])}, {human(row['D_T_hi'])}]" if row["kind"] == "told" else "",
+                "interval": _interval(row) if row["kind"] == "told" else "",
             }
             for row in self.table.to_dict("records")
         ]
@@ -162,7 +186,13 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _end(row: Mapping[str, Any]) -> float:
+def _interval(row: Mapping[Any, Any]) -> str:
+    """Write the interval of a D_T, whose upper end is no number beyond `BEYOND` times the data from scratch."""
+    high = human(row["D_T_hi"]) if np.isfinite(row["D_T_hi"]) else "more than is told"
+    return f"[{human(row['D_T_lo'])}, {high}]"
+
+
+def _end(row: Mapping[Any, Any]) -> float:
     """Return the end that is known of a D_T."""
     return float(row["D_T_lo" if row["kind"] == "at least" else "D_T_hi"])
 
@@ -211,18 +241,22 @@ def transfer(
 def _transfer(runs: Runs, levels: pd.Series, by: str, base: str, level: str, y: str, chosen: str) -> Transfer:
     names = {"N": runs.column("N"), "D": runs.column("D"), "y": y}
     points = usable_rows(runs[levels.isin([base, level])], names, best_by="y")
-    sizes = points.rows["size"] if "size" in points.rows else points.numbers["N"].map(human)
-    rows = points.numbers.assign(size=sizes, G=1.0 + (levels[points.index] == level))
+    named = points.rows["size"] if "size" in points.rows else points.numbers["N"].map(human)
+    rows = points.numbers.assign(size=named, G=1.0 + (levels[points.index] == level))
     data, column = "images_seen", runs.column("U")
     if column in runs and rows.assign(U=points.rows[column])[rows["G"] == 2]["U"].nunique() >= MIN_POOLS:
         rows, data = _best_passes(rows.assign(U=points.rows[column])), "unique_images"
     cold, warm = rows[rows["G"] == 1], rows[rows["G"] == 2]
-    scratch = fit(cold[["N", "D", "y"]], CHINCHILLA, y="y")
+    sizes = varies(rows["N"])
+    scratch, (of_times, of_data) = (
+        fit(cold[["N", "D", "y"]], CHINCHILLA if sizes else power("D"), y="y"),
+        _laws(sizes=sizes),
+    )
     flags = [*scratch.flags]
     if chosen:
         flags += [Flag(kind="part", text=f"Of several experiments the one with most cells is taken: {chosen}.")]
     both = rows[["N", "D", "G", "y"]]
-    law, more = None, fit(both, TIMES, y="y", is_tested=False)
+    law, more = None, fit(both, of_times, y="y", is_tested=False)
     times = _mean_times(more, warm)
     is_told = _mean_times(more, warm, CONFIDENCE)[1] > 1
     table = _inverted(scratch, warm)
@@ -235,7 +269,7 @@ def _transfer(runs: Runs, levels: pd.Series, by: str, base: str, level: str, y: 
         text += ", so the law of D_T is not told; train longer from scratch"
         flags += [Flag(kind="beyond", number=unknown, text=f"{text}, or fewer images from {level}.")]
     elif is_told:
-        law = fit(both, TRANSFER, y="y")
+        law = fit(both, of_data, y="y")
     return Transfer(
         by=by,
         baseline=base,
@@ -252,10 +286,11 @@ def _transfer(runs: Runs, levels: pd.Series, by: str, base: str, level: str, y: 
 
 def _mean_times(result: Fit, warm: pd.DataFrame, level: float | None = None) -> tuple[float, float, float]:
     """Return the geometric mean over warm rows of the factor on their data, with its interval."""
-    moved = [float(np.log(warm[v]).mean() - np.log(result.law.constants[f"{v}0"])) for v in ("D", "N")]
+    names = {name: v for name, v in (("a", "D"), ("b", "N")) if name in result.law.names}
+    centres = {name: float(np.log(warm[v] / result.law.constants[f"{v}0"]).mean()) for name, v in names.items()}
 
     def mean(p: Params) -> Array:
-        return np.log(p["times"]) + p["a"] * moved[0] + p["b"] * moved[1]
+        return np.log(p["times"]) + sum(p[name] * centre for name, centre in centres.items())
 
     (low,), (high,) = result.estimate.interval_of(mean, level)
     value, low, high = np.exp([result.estimate.value_of(mean)[0], low, high]).tolist()
@@ -274,10 +309,14 @@ def _inverted(scratch: Fit, warm: pd.DataFrame) -> pd.DataFrame:
     grid = np.geomspace(min(low, float(warm["D"].min())) / BEYOND, BEYOND * high, STEPS)
     losses = np.log(warm["y"]).groupby([warm[name] for name in ("N", "D", "size")]).mean().map(np.exp)
     for n, d, size, loss in losses.reset_index().itertuples(index=False):
-        at = scratch.predict(N=np.full(STEPS, n), D=grid)
+        at = scratch.predict({"N": np.full(STEPS, n), "D": grid})
         least, equal, most = (_first_below(grid, at[name].to_numpy(), loss) for name in ("pi_lo", "value", "pi_hi"))
-        kind = "told" if np.isfinite(most) and equal >= low else "at most" if equal < low else "at least"
-        ends = (0.0 if least <= grid[0] else np.fmin(least, grid[-1])), (max(most, low) if kind == "at most" else most)
+        # NaN is neither
+        kind = "told" if equal >= low else "at most" if equal < low else "at least"
+        ends = (
+            (0.0 if least <= grid[0] else np.fmin(least, grid[-1])),
+            (np.fmax(most, low) if kind == "at most" else most),
+        )
         row = {"size": size, "N": n, "D_F": d, "loss": loss}
         row["scratch_loss"] = float(np.interp(np.log(d), np.log(grid), at["value"])) if low <= d <= high else np.nan
         row["D_E"] = equal if kind == "told" else np.nan
