@@ -46,6 +46,7 @@ def test_every_field_of_every_section_is_listed_with_its_meaning() -> None:
         in (
             "aimscale.harness.run.config",
             "aimscale.harness.run.evaluation",
+            "aimscale.harness.run.init",
             "aimscale.harness.run.program",
             "aimscale.sweeps.planning.recipes",
             "aimscale.sweeps.planning.sections",
