@@ -139,10 +139,8 @@ class Transfer(Result):
         """Say what a warm start is worth."""
         interval = f"{_number(self.times[0])} [{_number(self.times[1])}, {_number(self.times[2])}]"
         if not self.is_told:
-            sign = "fewer" if self.times[2] < 1 else "no more"
-            return (
-                f"{self.level} is not known to be worth data: a warm run's data count {interval} times, {sign} than 1"
-            )
+            worth = "costs data" if self.times[2] < 1 else "is not known to be worth data"
+            return f"{self.level} {worth}: those of a warm run count {interval} times"
         if (self.table["kind"] == "at least").any():
             interval = f"at least {_number(self.times[1])}"
         return f"{self.level} multiplies data by {interval} on average over these rows, against {self.baseline}"
@@ -154,17 +152,13 @@ class Transfer(Result):
         facts = [*(("caution", text) for text in flag_words(self.flags)), ("worth", self.headline())]
         if self.law is not None:
             names = [name for name in "kab" if name in self.law.params]
-            unknown = [name for name in names[1:] if name in self.law.not_identified]
-            told = ", ".join(f"{name} = {self.law.shown(name, 3)}" for name in names)
-            what = (
-                f"{' and '.join(unknown)} not identified; more sizes and amounts of data tell them" if unknown else told
-            )
+            what = ", ".join(f"{name} = {self.law.shown(name, 3)}" for name in names)
+            if unknown := [name for name in names[1:] if name in self.law.not_identified]:
+                what = f"{' and '.join(unknown)} not identified; more sizes and amounts of data tell them"
             facts += [("law", f"D_T = k D_F^a{' N^b' * ('b' in names)}: {what}")]
         facts += [("D_F", f"counts {self.words}"), ("from scratch", self.scratch.law.formula)]
-        (low, high), level = self.scratch.ranges["D"], level_words(current_level())
-        facts += [
-            ("range", f"runs from scratch have D of {human(low)} to {human(high)}; {human(BEYOND)} times are told")
-        ]
+        (low, high), level = map(human, self.scratch.ranges["D"]), level_words(current_level())
+        facts += [("range", f"runs from scratch have D of {low} to {high}; {human(BEYOND)} times are told")]
         return [*facts, ("intervals", f"{level}, {self.scratch.interval_method}; each D_T with the noise of one run")]
 
     def cells(self) -> list[dict[str, str]]:
@@ -220,7 +214,7 @@ def transfer(
         AnalysisError: no such column, one level alone, too few rows from scratch for their law.
 
     Example:
-        >>> transfer(read_tables(["cold.parquet", "warm.parquet"]))[0].table
+        >>> transfer(read_table("two.csv"), by="recipe", baseline="old")[0].table
     """
     runs = Runs(table, columns)
     by, y = runs.column(by), runs.column(y)
@@ -247,11 +241,8 @@ def _transfer(runs: Runs, levels: pd.Series, by: str, base: str, level: str, y: 
     if column in runs and rows.assign(U=points.rows[column])[rows["G"] == 2]["U"].nunique() >= MIN_POOLS:
         rows, data = _best_passes(rows.assign(U=points.rows[column])), "unique_images"
     cold, warm = rows[rows["G"] == 1], rows[rows["G"] == 2]
-    sizes = varies(rows["N"])
-    scratch, (of_times, of_data) = (
-        fit(cold[["N", "D", "y"]], CHINCHILLA if sizes else power("D"), y="y"),
-        _laws(sizes=sizes),
-    )
+    of_times, of_data = _laws(sizes=varies(rows["N"]))
+    scratch = fit(cold[["N", "D", "y"]], CHINCHILLA if varies(rows["N"]) else power("D"), y="y")
     flags = [*scratch.flags]
     if chosen:
         flags += [Flag(kind="part", text=f"Of several experiments the one with most cells is taken: {chosen}.")]
