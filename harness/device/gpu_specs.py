@@ -16,36 +16,53 @@ class GpuSpec(NamedTuple):
     """Data sheet of a GPU."""
 
     tflops: float
-    """Dense bf16 TFLOP/s. TF32, in which GPUs multiply float32 (`start_group`), is half of it on all of them."""
+    """Dense bf16 TFLOP/s, summed in float32. TF32, in which GPUs multiply float32 (`start_group`), is half of it."""
     memory_gb: float
     """Memory that its driver reports, GB, rounded down."""
+    bandwidth_gb: float
+    """Bandwidth of its memory, GB/s."""
+    watts: float
+    """Most power that it may take."""
     is_linked: bool = True
     """Whether NVLink or its like joins all GPUs of a node; a bridge joins two."""
 
+    @property
+    def reached_tflops(self) -> float:
+        """Speed of large matrix products, TFLOP/s: the clock that the power allows, not the data sheet's.
+
+        A line through an RTX 3090 (1.04 times its 71 TFLOP/s at 350 W) and an H100 (0.71 times 990 at 700 W).
+        """
+        return self.tflops * max(0.6, 1.10 - 0.275 * self.tflops / self.watts)
+
 
 GPUS = {
-    "A100": GpuSpec(312, 42),
-    **dict.fromkeys(("A100 80GB", "A100L"), GpuSpec(312, 85)),
-    "A30": GpuSpec(165, 25, False),
-    "A40": GpuSpec(149.7, 48, False),
-    "A10": GpuSpec(125, 24, False),
-    "A6000": GpuSpec(154.8, 51, False),
-    "RTX 6000 Ada": GpuSpec(364.25, 51, False),
-    "H100 PCIe": GpuSpec(756.5, 85, False),
-    "H100 NVL": GpuSpec(835.5, 99, False),
-    "H100": GpuSpec(989.5, 85),
-    "GH200": GpuSpec(989.5, 102),
-    "H200 NVL": GpuSpec(835.5, 150),
-    "H200": GpuSpec(989.5, 150),
-    "L40S": GpuSpec(362.05, 48, False),
-    "L40": GpuSpec(181.05, 48, False),
-    "L4": GpuSpec(121, 24, False),
-    "B200": GpuSpec(2250, 190),
-    "GB200": GpuSpec(2500, 196),
-    "MI300X": GpuSpec(1307.4, 205),
+    "A100": GpuSpec(312, 42, 1555, 400),
+    **dict.fromkeys(("A100 80GB", "A100L"), GpuSpec(312, 85, 2039, 400)),
+    "A30": GpuSpec(165, 25, 933, 165, False),
+    "A40": GpuSpec(149.7, 48, 696, 300, False),
+    "A10": GpuSpec(125, 24, 600, 150, False),
+    "A6000": GpuSpec(154.8, 51, 768, 300, False),
+    "RTX 6000 Ada": GpuSpec(364.25, 51, 960, 300, False),
+    "RTX 3090": GpuSpec(71.2, 25, 936, 350, False),
+    "RTX 4090": GpuSpec(165.2, 25, 1008, 450, False),
+    "RTX 5090": GpuSpec(209.5, 34, 1792, 575, False),
+    "RTX PRO 6000": GpuSpec(503.8, 102, 1792, 600, False),
+    "RTX PRO 6000 Max Q": GpuSpec(438.9, 102, 1792, 300, False),
+    "H100 PCIe": GpuSpec(756.5, 85, 2039, 350, False),
+    "H100 NVL": GpuSpec(835.5, 99, 3938, 400, False),
+    "H100": GpuSpec(989.5, 85, 3350, 700),
+    "GH200": GpuSpec(989.5, 102, 4000, 900),
+    "H200 NVL": GpuSpec(835.5, 150, 4800, 600),
+    "H200": GpuSpec(989.5, 150, 4800, 700),
+    "L40S": GpuSpec(362.05, 48, 864, 350, False),
+    "L40": GpuSpec(181.05, 48, 864, 300, False),
+    "L4": GpuSpec(121, 24, 300, 72, False),
+    "B200": GpuSpec(2250, 190, 8000, 1000),
+    "GB200": GpuSpec(2500, 196, 8000, 1200),
+    "MI300X": GpuSpec(1307.4, 205, 5300, 750),
 }
-"""Data sheets by name; the longest name whose words are all in a device's name counts. From the vendors' sheets of 2021
-to 2024; NVIDIA's print twice as many FLOP/s, with sparsity, from the H100 on. SXM modules have the plain name."""
+"""Data sheets by name; the longest name whose words are all in a device's name counts. From the vendors' sheets of 2020
+to 2025; NVIDIA's print twice as many FLOP/s, with sparsity, from the H100 on. SXM modules have the plain name."""
 UNKNOWN_TFLOPS = 100.0
 """Assumption: peak of a GPU of this machine that is not in the table, TFLOP/s."""
 CORE_TFLOPS = 0.1
@@ -54,8 +71,9 @@ reached 0.095 in float32, and of 2024 0.26.)"""
 CORE_MEMORY_BYTES = 4 * 10**9
 """Assumption: memory of a cluster's node for each of its cores."""
 MFU = 0.40
-"""Assumption: share of its peak at which a device trains, launches and communication included. On one core, sizes from
-rung-64 up reached it; smaller ones take up to four times as long."""
+"""Assumption: share of its peak at which a core trains, or the user's program a device; GPUs have a roofline
+(`harness.device.roofline`). On one core, sizes from rung-64 up reached it; smaller ones take up to four times as long,
+and `plan` measures them."""
 DECODED_PER_S = 1100.0
 """Assumption: JPEGs of 500 x 375 px per second that one loader process decodes and crops to 224 px; measured on one
 core of an AMD EPYC of 2022 (docs/evidence.md)."""
@@ -119,6 +137,16 @@ def find_gpu(name: str) -> GpuSpec | None:
         return None
     matches = [each for each in GPUS if words.issuperset(each.lower().split())]
     return GPUS[max(matches, key=len)] if matches else None
+
+
+def gpu_spec(device: Device) -> GpuSpec:
+    """Return the data sheet of a GPU, at the peak that the user states; one without has the proportions of an H100."""
+    spec = find_gpu(device.name)
+    factor = (
+        (device.peak_tflops or UNKNOWN_TFLOPS) / (spec or GPUS["H100"]).tflops if device.peak_tflops or not spec else 1
+    )
+    like = spec or GPUS["H100"]._replace(bandwidth_gb=factor * GPUS["H100"].bandwidth_gb)
+    return like._replace(tflops=factor * like.tflops, watts=factor * like.watts)
 
 
 def has_fast_link(name: str) -> bool:

@@ -38,6 +38,10 @@ class ProbeCost:
     """Images through the backbone, forward; those that LoRA trains on count three times."""
     flops: float
     """FLOPs of these forward passes, of training and evaluating heads, and of the k-NN search."""
+    pairs: float = 0.0
+    """Pairs of images that the k-NN search compares."""
+    heads_flops: float = 0.0
+    """Part of `flops` for training and evaluating heads."""
 
 
 def probe_cost(
@@ -67,10 +71,10 @@ def probe_cost(
     products = heads * trained * _head_flops(with_tokens, model, num_classes)
     if "linear" in frozen and not on_views:
         products += PASSES * (sets * len(L2S) * fit + 2 * train) * _head_flops(["linear"], model, num_classes)
-    if "knn" in frozen:  # the held-out images against the others, for every set; the test split against all, twice
-        products += 2.0 * model.width * (sets * fit * held + 2 * train * test)
-    passes = images * (flops.patch_embed + flops.trunk)
-    return ProbeCost(task=section.task, images=images, flops=passes + products)
+    # the held-out images against the others, for every set; the test split against all, twice
+    pairs = sets * fit * held + 2.0 * train * test if "knn" in frozen else 0.0
+    whole = images * (flops.patch_embed + flops.trunk) + products + 2 * model.width * pairs
+    return ProbeCost(task=section.task, images=images, flops=whole, pairs=pairs, heads_flops=products)
 
 
 def _head_flops(kinds: Sequence[str], model: ModelConfig, num_classes: int) -> float:

@@ -49,7 +49,7 @@ def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_digest(kind: Literal["training", "validation", "probe", "program"], fields: Values) -> str:
+def config_digest(kind: Literal["training", "validation", "probe", "program", "clock"], fields: Values) -> str:
     """Compute eight hex digits of what is trained or how something is measured."""
     text = json.dumps({"schema": 1, "kind": kind, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return short_hash(text)

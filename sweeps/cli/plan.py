@@ -36,9 +36,10 @@ from aimscale.sweeps.monitor.layout import (
     print_key_values,
 )
 from aimscale.sweeps.monitor.status import sweep_status
-from aimscale.sweeps.monitor.view import format_price, launch_view
+from aimscale.sweeps.monitor.view import describe_wall_time, format_price, launch_view
 from aimscale.sweeps.planning.cards import not_identified, to_json, totals
 from aimscale.sweeps.planning.checks import check, raise_on_problems
+from aimscale.sweeps.planning.measuring import measure_here
 from aimscale.sweeps.planning.notices import Notice, describe_runs, group_notices
 from aimscale.sweeps.planning.run import BudgetCost, CostCard
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 OF_OUR_TRAINER = ("backbone", "epochs", "batch", "lr", "memory", "rehearsed", "disk", "step, ms", "limit")
 """Columns that nothing is known of where another program trains."""
+MIN_MEASURED_S = 60
+"""Assumed time of a sweep from which its runs are measured before its times are told."""
 MAX_EVALUATION_SHARE = 0.5
 """Share of the time above which evaluation raises a caution."""
 Rehearse = Annotated[
@@ -111,6 +114,14 @@ AsSchema = Annotated[
         "--schema", callback=print_schema, is_eager=True, help="Print the JSON Schema of sweep files, for editors."
     ),
 ]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        help="Time steps, loading and evaluation of each size on the cores here, a second of each; by default once, if "
+        "the sweep takes minutes.",
+        show_default=False,
+    ),
+]
 Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone, and print all of it.")]
 
 
@@ -120,6 +131,7 @@ def plan(
     on: On = None,
     rehearse: Rehearse = False,
     only: Only = None,
+    measure: Measure = None,
     hours: Suggest = None,
     data: Annotated[Path | None, typer.Option(help="As in `init`, with --suggest.")] = None,
     gpu: Annotated[str | None, typer.Option(help="As in `init`, with --suggest.")] = None,
@@ -139,6 +151,8 @@ def plan(
         raise SweepError("--run chooses the run that --rehearse steps; add --rehearse")
     chosen = {notice.run_id for notice in runs} if only is None else {*select_run_ids(planned, [only])}
     problems = check(loaded, runs)
+    if measure or (measure is None and not problems and not as_json):
+        planned = _measured(planned, again=bool(measure))
     rehearsals: dict[str, Rehearsal] = {}
     if rehearse:
         if loaded.file.trainer is not None:
@@ -174,6 +188,17 @@ def plan(
         print_next("launch", sweep, root, *options)
     else:
         print_next_step(sweep_status(planned), loaded, sweep, root, *options)
+
+
+def _measured(planned: PlannedSweep, *, again: bool) -> PlannedSweep:
+    """Return the sweep with the times that its runs take here, measured if they take minutes, or `again`."""
+    num_devices = local_machine(planned.runs).devices
+    if not again and sum(card.wall_s for card in planned.cards) / num_devices < MIN_MEASURED_S:
+        return planned
+    tell = functools.partial(typer.echo, err=True)
+    if measure_here(planned.sweep, planned.runs, num_devices, again=again, tell=tell):
+        planned = PlannedSweep(planned.sweep, is_thorough=planned.is_thorough)
+    return planned
 
 
 def _still_to_do(planned: PlannedSweep) -> list[KeyValue]:
@@ -244,7 +269,8 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     longest, limit_s = format_duration(total["longest_wall_s"]), 60.0 * sweep.file.slurm.time_limit_min
     if sweep.is_for_slurm and total["longest_wall_s"] > limit_s:
         longest += f", in {math.ceil(total['longest_wall_s'] / limit_s)} jobs of {format_duration(limit_s)}"
-    time = f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"
+    needed = f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"
+    time = f"{_wall_time(sweep, cards)}; {needed}"
     if (trainer := sweep.file.trainer) is not None:
         flops = f"{total['flops_executed']:.3g} FLOPs" if total["flops_executed"] else "FLOPs not known"
         facts = [
@@ -264,18 +290,36 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}{apart}"),
         ("time", time),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
-        *zip(("assumed", "", ""), _assumptions(cards), strict=True),
+        *zip(("assumed", "", ""), _assumptions(cards, sweep.file.cost.mfu), strict=True),
     ]
     return [KeyValue(key=key, value=value) for key, value in facts]
 
 
-def _assumptions(cards: Sequence[CostCard]) -> Iterator[str]:
+def _wall_time(sweep: Sweep, cards: Sequence[CostCard]) -> str:
+    """Describe the time of a whole sweep, on all devices that a launch takes."""
+    num_devices, place, device = 1, "here", cards[0].device
+    if device.is_gpu and not sweep.is_for_slurm and not local_machine([]).gpus:
+        num_devices, place = max(card.run.devices for card in cards), f"of type {device.name}"
+    elif not sweep.is_for_slurm:
+        num_devices = local_machine([card.run for card in cards]).devices
+    return describe_wall_time(sweep, [(card, 1.0) for card in cards], num_devices, place)
+
+
+def _assumptions(cards: Sequence[CostCard], stated: float | None) -> Iterator[str]:
     """Yield the assumptions: device, speed and loading."""
     device = cards[0].device
     peaks = {card.precision: device.flops_per_s(card.precision) for card in cards}
     rates = " and ".join(f"{peak / 1e12:.4g} TFLOP/s in {precision}" for precision, peak in peaks.items())
     yield f"{device.name} ({device.why}), {decimal(device.memory_bytes)}"
-    yield f"{rates}, MFU {100 * cards[0].rates.mfu:g} %"
+    if measured := [card for card in cards if card.rates.clock]:
+        num_scaled = sum(not card.rates.clock.is_measured for card in measured if card.rates.clock)
+        yield "times measured here: steps, loading, evaluation and start of each size (`plan --measure` renews them)"
+        yield f"{num_scaled} runs in proportion to smaller ones" if num_scaled else "cores that are otherwise idle"
+        return
+    low, high = (100 * each(card.rates.mfu for card in cards) for each in (min, max))
+    share = f"{low:.0f} to {high:.0f} %" if round(high) > round(low) else f"{low:.2g} %"
+    is_roofline = device.is_gpu and stated is None
+    yield f"{rates}, MFU {share}{' by a roofline over the operations of a step' if is_roofline else ''}"
     yield f"{DECODED_PER_S:,.0f} photographs/s a loader process (see `aimscale bench data`)"
 
 

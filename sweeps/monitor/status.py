@@ -65,9 +65,9 @@ class SweepStatus:
     counts: dict[str, int]
     """Number of runs by state."""
     progress: float
-    """Share of the sweep's FLOPs executed, 0..1."""
+    """Share of the sweep's planned device time, evaluation included, whose work is done, 0..1."""
     given_up: float
-    """Share of its FLOPs that remain in runs which failed or were cancelled, 0..1."""
+    """Share of that time that remains in runs which failed or were cancelled, 0..1."""
     eta_s: float | None
     """Time to the end of all active and waiting runs, s, on the devices in use; None if none is."""
     eta_is_measured: bool
@@ -105,15 +105,14 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
     pending = _pending_jobs(live, cards)
     lines = [_inspect_run(run_state, card, pending) for run_state, card in zip(planned.states, cards, strict=True)]
     lines, eta_s, is_measured = time_left(cards, lines)
-    is_known = all(card.flops_executed for card in cards)
-    flops = [card.flops_executed if is_known else card.images_executed for card in cards]
+    work = [card.wall_s * card.run.devices for card in cards]
+    left = [_left_s(card, line) * card.run.devices for card, line in zip(cards, lines, strict=True)]
     return SweepStatus(
         sweep=sweep.name,
         runs=tuple(lines),
         counts=dict(Counter(line.state.value for line in lines)),
-        progress=sum(f * line.progress for f, line in zip(flops, lines, strict=True)) / sum(flops),
-        given_up=sum(f * (1 - line.progress) for f, line in zip(flops, lines, strict=True) if line.state.over)
-        / sum(flops),
+        progress=1 - sum(left) / sum(work),
+        given_up=sum(each for each, line in zip(left, lines, strict=True) if line.state.over) / sum(work),
         eta_s=eta_s,
         eta_is_measured=is_measured,
         device_hours=sum(line.device_hours for line in lines),
@@ -141,9 +140,7 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
     waiting: list[tuple[float, float, int]] = []
     free: list[float] = []
     for card, line, factor in zip(cards, lines, slower, strict=True):
-        evaluated = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
-        left_s = (1 - line.progress) * card.training_s + (1 - evaluated) * card.evaluation_s
-        left_s *= factor or usual
+        left_s = _left_s(card, line) * (factor or usual)
         now.append(replace(line, eta_s=left_s) if line.state.active else line)
         if line.state.active:
             free += [left_s] * card.run.devices
@@ -152,6 +149,12 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
     waiting.sort(key=lambda entry: -entry[0])
     ends = schedule_s(free, [(left_s, num_devices) for _, left_s, num_devices in waiting]) if free else []
     return now, max(ends, default=None), any(slower)
+
+
+def _left_s(card: CostCard, line: RunStatus) -> float:
+    """Return the planned time of what a run has left to train and to evaluate, s."""
+    evaluated = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
+    return (1 - line.progress) * (card.start_s + card.training_s) + (1 - evaluated) * card.evaluation_s
 
 
 def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:

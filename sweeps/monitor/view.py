@@ -94,23 +94,34 @@ def _fraction_remaining(card: CostCard, run_state: RunState) -> float:
 def _cost_summary(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int) -> str:
     """Describe device-hours, money and time of what is left of runs that start (cards, shares)."""
     hours = sum(share * card.device_hours for card, share in starting)
+    longest = format_duration(max(share * card.wall_s for card, share in starting))
+    return (
+        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; "
+        f"{describe_wall_time(sweep, starting, num_devices)}; longest run {longest}"
+    )
+
+
+def describe_wall_time(
+    sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int, place: str = "here"
+) -> str:
+    """Describe the time to the end of runs (cards, shares) on so many devices of a place, or in Slurm's jobs."""
     if sweep.is_for_slurm:
-        num_jobs = min(len(starting), sweep.file.slurm.max_jobs)
-        where, num_devices = f"in {num_jobs} jobs at once", num_jobs
+        num_devices = min(len(starting), sweep.file.slurm.max_jobs)
+        where = f"in {num_devices} jobs at once"
         needs = [(share * card.wall_s, 1) for card, share in starting]
     else:
-        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} here"
+        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} {place}"
         needs = [
             (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
             for card, share in starting
         ]
+    return f"about {format_duration(wall_time_s(needs, num_devices))} {where}"
+
+
+def wall_time_s(needs: Sequence[tuple[float, int]], num_devices: int) -> float:
+    """Return the time to the end of runs of some duration, s, and devices: the longest first."""
     longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
-    whole_s = max(schedule_s([0.0] * num_devices, longest_first))
-    longest = format_duration(max(share * card.wall_s for card, share in starting))
-    return (
-        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; {format_duration(whole_s)} {where}; "
-        f"longest run {longest}"
-    )
+    return max(schedule_s([0.0] * num_devices, longest_first))
 
 
 def format_price(sweep: Sweep, device_hours: float) -> str:
@@ -262,7 +273,7 @@ def _progress_text(status: SweepStatus) -> str:
     pace = _images_per_s(status.runs)
     given_up = f", {100 * status.given_up:.0f} % in failed or cancelled runs" if status.given_up else ""
     now = f", {format_number(pace)} {status.runs[0].unit}/s" if pace else ""
-    return f"{100 * status.progress:.0f} % of the FLOPs{given_up}{now}"
+    return f"{100 * status.progress:.0f} % of the work{given_up}{now}"
 
 
 def progress_line(status: SweepStatus) -> str:

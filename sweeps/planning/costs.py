@@ -13,7 +13,7 @@ from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_coun
 from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
-from aimscale.harness.device.gpu_specs import MFU, has_fast_link
+from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.probe.cost import probe_cost
 from aimscale.harness.run.config import RunConfig, TrainingConfig
@@ -63,7 +63,7 @@ def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
         fit = plan_execution(
             config, run.devices, device.memory_bytes, device.is_gpu, measuring, is_linked=has_fast_link(device.name)
         )
-    rates = expected_rates(config, run.devices, device, sweep.file.cost.mfu or MFU, lookup)
+    rates = expected_rates(config, run, fit, context, lookup)
 
     def seconds(flops: float, images: float) -> float:
         return max(flops / (rates.flops_per_image * rates.compute_per_s), images / rates.loaded_per_s)
@@ -79,8 +79,15 @@ def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
     )
     probes_flops, probes_images = (sum(getattr(probe, name) for probe in probes) for name in ("flops", "images"))
     flops_at_budgets = num_budgets * (flops.forward * validated + probes_flops)
-    training_s = executed / rates.images_per_s
+    training_s, start_s = executed / rates.images_per_s, 0.0
     at_budgets_s = seconds(flops_at_budgets, num_budgets * (validated + probes_images)) * run.devices / ranks
+    if clock := rates.clock:
+        start_s = clock.start_s + clock.evaluation_start_s
+        training_s += num_budgets * clock.budget_s
+        validation_in_training_s = points * validated * clock.validation_s
+        heads_s = sum(probe.heads_flops for probe in probes) / (rates.flops_per_image * rates.compute_per_s)
+        probes_s = heads_s + sum(clock.feature_s * each.images + clock.pair_s * each.pairs for each in probes)
+        at_budgets_s = num_budgets * (validated * clock.validation_s + probes_s)
     evaluation_s = at_budgets_s + validation_in_training_s
     card = CostCard(
         run=run,
@@ -112,10 +119,11 @@ def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
         flops_during=flops_during,
         share_during=validation_in_training_s / (training_s + evaluation_s),
         limit=rates.limit,
+        start_s=start_s,
         training_s=training_s,
         evaluation_s=evaluation_s,
-        wall_s=training_s + evaluation_s,
-        device_hours=((training_s + validation_in_training_s) * run.devices + at_budgets_s * ranks) / 3600,
+        wall_s=start_s + training_s + evaluation_s,
+        device_hours=((start_s + training_s + validation_in_training_s) * run.devices + at_budgets_s * ranks) / 3600,
         cautions=(),
     )
     cautions = [*_cautions(card, config, unique, lookup, lacks_memory=lacks_memory), *scratch_rate(config, sweep)]

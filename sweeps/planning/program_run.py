@@ -238,6 +238,7 @@ def _card(run: ProgramRun, context: PlanContext) -> CostCard:
         flops_during=0.0,
         share_during=0.0,
         limit="compute",
+        start_s=0.0,
         training_s=training_s,
         evaluation_s=0.0,
         wall_s=training_s,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from aimscale.harness.device.clock import Clock
 from aimscale.harness.device.execution import ExecutionPlan
 from aimscale.harness.device.gpu_specs import Device
 from aimscale.harness.probe.cost import ProbeCost
@@ -191,6 +192,8 @@ class Rates:
 
     num_measured: int = 0
     """Number of rows whose measured speed is taken instead of that MFU."""
+    clock: Clock | None = None
+    """Times measured on this machine, which are taken instead of that MFU."""
 
     @property
     def images_per_s(self) -> float:
@@ -259,13 +262,15 @@ class CostCard:
     """Share of `wall_s` that evaluation during training takes, 0..1."""
     limit: Limit
     """Resource that limits the speed of training."""
+    start_s: float
+    """Time of the starts of its programs, s; 0 where it was not measured."""
     training_s: float
     """Time of training, loading included, s."""
     evaluation_s: float
     """Time of validation and probes at all budgets and points during training, s: their FLOPs at the speed of training,
     or their images at the speed of the loader, whichever takes longer."""
     wall_s: float
-    """Sum of `training_s` and `evaluation_s`, s."""
+    """Sum of `start_s`, `training_s` and `evaluation_s`, s."""
     device_hours: float
     cautions: tuple[Notice, ...]
     """Cautions to read before launching."""

@@ -71,7 +71,8 @@ class CostSection(Section):
     """Dense peak of one device, TFLOP/s; null: the data sheet's at the run's precision (TF32 for fp32), or 0.1 for a
     core."""
     mfu: float | None = Field(None, ge=1e-6, le=1)
-    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it); null: 0.40."""
+    """Share of that peak at which training executes FLOPs (`aimscale bench train` measures it); null: a roofline on a
+    GPU, a measurement on cores of this machine, else 0.40."""
     memory_gb: float | None = Field(None, ge=1e-3, le=1e6)
     """Memory of one device, GB; null: the data sheet's, or this machine's."""
     pool_images: Count | None = None

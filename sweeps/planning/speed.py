@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.dataset_info import DatasetLookup
-from aimscale.harness.device.gpu_specs import CORE_MEMORY_BYTES, DECODED_PER_S, Device, device_here, find_gpu
+from aimscale.harness.device.clock import Clock, remembered
+from aimscale.harness.device.execution import ExecutionPlan
+from aimscale.harness.device.gpu_specs import (
+    CORE_MEMORY_BYTES,
+    DECODED_PER_S,
+    MFU,
+    Device,
+    device_here,
+    find_gpu,
+    gpu_spec,
+)
+from aimscale.harness.device.memory import ELEMENT_BYTES
+from aimscale.harness.device.roofline import step_s
 from aimscale.harness.run.config import MAX_LOADERS, RunConfig
 from aimscale.harness.run.row import build_model_config
-from aimscale.sweeps.planning.run import Rates, Run
+from aimscale.sweeps.planning.run import PlanContext, Rates, Run
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
 ASSUMED_GPU = "H100"
@@ -53,16 +66,53 @@ def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
     )
 
 
-def expected_rates(config: RunConfig, num_devices: int, device: Device, mfu: float, lookup: DatasetLookup) -> Rates:
-    """Estimate how fast a run trains on so many devices."""
-    training, runtime = config.training, config.runtime
+def is_measurable(run: Run, context: PlanContext) -> bool:
+    """Return whether a run's times can be measured here: one process on this machine's cores, whose speed the sweep
+    file leaves open."""
+    cost = context.sweep.file.cost
+    is_stated = cost.mfu is not None or cost.peak_tflops is not None or cost.device is not None
+    return not (context.device.is_gpu or context.sweep.is_for_slurm or is_stated or run.devices > 1)
+
+
+def measured_clock(config: RunConfig, run: Run, context: PlanContext) -> Clock | None:
+    """Return the times of a run that were measured here, if any."""
+    return remembered(config) if is_measurable(run, context) else None
+
+
+def expected_rates(
+    config: RunConfig, run: Run, fit: ExecutionPlan | None, context: PlanContext, lookup: DatasetLookup
+) -> Rates:
+    """Estimate how fast a run trains on its devices: at the stated MFU; or a GPU by a roofline, and a core by the
+    assumed MFU."""
+    training, runtime, sweep, device = config.training, config.runtime, context.sweep, context.device
     model = build_model_config(training)
-    flops = executed_flops_per_image(model, mean_scored_tokens(model, training.objective.prefix)).train
-    peak = device.flops_per_s(training.optimiser.precision) * (1 if device.is_gpu else runtime.num_threads)
+    scored_tokens = mean_scored_tokens(model, training.objective.prefix)
+    flops = executed_flops_per_image(model, scored_tokens).train
+    optimiser, num_devices = training.optimiser, run.devices
+    peak = device.flops_per_s(optimiser.precision) * (1 if device.is_gpu else runtime.num_threads)
+    mfu = sweep.file.cost.mfu or MFU
+    if device.is_gpu and sweep.file.cost.mfu is None and fit is not None:
+        taken_s = step_s(
+            model,
+            fit,
+            gpu_spec(device),
+            batch_size=optimiser.batch_size,
+            scored_tokens=scored_tokens,
+            element=ELEMENT_BYTES[optimiser.precision],
+            num_devices=num_devices,
+            devices_per_node=sweep.file.slurm.devices_per_node if sweep.is_for_slurm else num_devices,
+            is_compiled=runtime.compile is True or (runtime.compile == "auto" and fit.zero_stage < 3),
+        )
+        mfu = flops * optimiser.batch_size / (taken_s * num_devices * peak)
     file_bytes = 0.0
     for source in training.data.sources:
         info = lookup(source.path)
         file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
+    if clock := measured_clock(config, run, context):
+        rate = optimiser.batch_size / clock.step_s
+        return Rates(
+            mfu=flops * rate / peak, flops_per_image=flops, compute_per_s=rate, loaded_per_s=math.inf, clock=clock
+        )
     cores = device.cores or MAX_LOADERS + 1
     loaders = max(1, min(runtime.loader_processes(is_gpu=device.is_gpu, cores=cores), cores))
     return Rates(
