@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -97,11 +98,19 @@ def write_suggestion(file: Path, data: Path, hours: float, gpu: str | None) -> N
         SweepError: the file exists or is no YAML file, the data lack a part, or the hours are too few.
     """
     from aimscale.sweeps.engine.devices import local_machine
+    from aimscale.sweeps.planning.measuring import measure_here
+    from aimscale.sweeps.planning.planner import plan
     from aimscale.sweeps.planning.suggestion import Request, suggest
+    from aimscale.sweeps.planning.sweepfile import Sweep
 
     _refuse_file(file)
     machine = local_machine([])
     is_gpu = gpu is not None or bool(machine.gpus)
     devices = 1 if gpu else machine.devices
-    file.write_text(suggest(Request(path=file, data=data, hours=hours, devices=devices, gpu=gpu, is_gpu=is_gpu)))
+
+    def measure(sweep: Sweep) -> bool:
+        return measure_here(sweep, plan(sweep), devices, tell=functools.partial(typer.echo, err=True))
+
+    request = Request(path=file, data=data, hours=hours, devices=devices, gpu=gpu, is_gpu=is_gpu)
+    file.write_text(suggest(request, (lambda _: False) if is_gpu else measure))
     typer.echo(f"wrote {file}", err=True)

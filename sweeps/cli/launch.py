@@ -110,10 +110,13 @@ def launch(
     options += [*(["--devices", str(devices)] if devices else []), *["--allow-dirty"] * allow_dirty]
     result = LaunchResult()
     if place == "slurm":
-        from aimscale.sweeps.engine.slurm_worker import launch_slurm
+        from aimscale.sweeps.engine.slurm_worker import describe_step, launch_slurm
 
         submitted = launch_slurm(planned, retry=retry, stop_sd=stop_off_track, dry_run=dry_run, allow_dirty=allow_dirty)
         _print_submissions(submitted, dry_run=dry_run)
+        for part in submitted if dry_run else ():
+            if step := describe_step(planned, part.shape):
+                typer.echo(f"# starts the ranks of a run of {part.shape.nodes} nodes\n{step}")
     elif dry_run:
         raise_on_problems(loaded, planned.startable(retry=retry))
     else:

@@ -37,8 +37,9 @@ from aimscale.sweeps.monitor.layout import (
 )
 from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.monitor.view import describe_wall_time, format_price, launch_view
-from aimscale.sweeps.planning.cards import not_identified, to_json, totals
+from aimscale.sweeps.planning.cards import not_identified, plan_context, to_json, totals
 from aimscale.sweeps.planning.checks import check, raise_on_problems
+from aimscale.sweeps.planning.costs import node_host_bytes
 from aimscale.sweeps.planning.measuring import measure_here
 from aimscale.sweeps.planning.notices import Notice, describe_runs, group_notices
 from aimscale.sweeps.planning.run import BudgetCost, CostCard
@@ -193,7 +194,8 @@ def plan(
 def _measured(planned: PlannedSweep, *, again: bool) -> PlannedSweep:
     """Return the sweep with the times that its runs take here, measured if they take minutes, or `again`."""
     num_devices = local_machine(planned.runs).devices
-    if not again and sum(card.wall_s for card in planned.cards) / num_devices < MIN_MEASURED_S:
+    is_short = sum(card.wall_s for card in planned.cards) / num_devices < MIN_MEASURED_S
+    if not again and (is_short or all(card.rates.clock for card in planned.cards)):
         return planned
     tell = functools.partial(typer.echo, err=True)
     if measure_here(planned.sweep, planned.runs, num_devices, again=again, tell=tell):
@@ -269,6 +271,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
     longest, limit_s = format_duration(total["longest_wall_s"]), 60.0 * sweep.file.slurm.time_limit_min
     if sweep.is_for_slurm and total["longest_wall_s"] > limit_s:
         longest += f", in {math.ceil(total['longest_wall_s'] / limit_s)} jobs of {format_duration(limit_s)}"
+        longest += _on_more_devices(sweep, max(cards, key=lambda card: card.wall_s), limit_s)
     needed = f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"
     time = f"{_wall_time(sweep, cards)}; {needed}"
     if (trainer := sweep.file.trainer) is not None:
@@ -290,9 +293,26 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard]) -> list[KeyValue]:
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}{apart}"),
         ("time", time),
         ("disk", f"{decimal(total['disk_bytes'])} of run directories"),
+        *[("host", _host_memory(sweep, cards))] * sweep.is_for_slurm,
         *zip(("assumed", "", ""), _assumptions(cards, sweep.file.cost.mfu), strict=True),
     ]
     return [KeyValue(key=key, value=value) for key, value in facts]
+
+
+def _on_more_devices(sweep: Sweep, card: CostCard, limit_s: float) -> str:
+    """Say how long a run takes on as many more devices as end it within a job, or on eight times as many."""
+    context = plan_context(sweep, [card.run])
+    for number in (2 * card.run.devices, 4 * card.run.devices, 8 * card.run.devices):
+        wall_s = replace(card.run, devices=number).card(context).wall_s
+        if wall_s <= limit_s:
+            break
+    return f" (on {number} devices {format_duration(wall_s)})" if wall_s < card.wall_s else ""
+
+
+def _host_memory(sweep: Sweep, cards: Sequence[CostCard]) -> str:
+    """Describe the memory that a job needs of its node's host."""
+    most = max(node_host_bytes(card, sweep.file.slurm.devices_per_node) for card in cards)
+    return f"about {decimal(round(most))} of a node's memory: processes, loaders, and the copy of a checkpoint (extra: mem)"
 
 
 def _wall_time(sweep: Sweep, cards: Sequence[CostCard]) -> str:

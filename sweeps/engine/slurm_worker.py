@@ -107,6 +107,16 @@ def _submit_evaluations(planned: PlannedSweep, worker: Worker, served: set[str])
             _log.warning("could not submit the evaluation (%s); `aimscale launch` does", error)
 
 
+def describe_step(planned: PlannedSweep, shape: JobShape) -> str:
+    """Return the command by which a job of several nodes starts its ranks, as a shell would be given it; empty for one
+    node."""
+    run = next((run for run in planned.runs if job_shape(run, planned.sweep.file.slurm) == shape), None)
+    if run is None or shape.nodes == 1:
+        return ""
+    machine, _ = _find_machine(planned.sweep.file.slurm, shape)
+    return shlex.join(machine.command(run, [planned.sweep.run_dir(run.run_id)], shape.devices))
+
+
 def _find_machine(section: SlurmSection, shape: JobShape) -> tuple[Machine, str | None]:
     """Return this job's devices, and what they lack of what the job requested, if anything."""
     gpus = visible_gpus() if section.gpus else []

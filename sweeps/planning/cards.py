@@ -11,14 +11,15 @@ from aimscale.sweeps.planning.speed import planned_device
 from aimscale.sweeps.planning.sweepfile import Sweep
 
 
-def plan_context(sweep: Sweep, runs: Sequence[Run]) -> PlanContext:
+def plan_context(sweep: Sweep, runs: Sequence[Run], *, takes_measured: bool = True) -> PlanContext:
     """Return what the runs of a plan share."""
-    return PlanContext(sweep=sweep, device=planned_device(sweep, runs), once=new_once())
+    device = planned_device(sweep, runs)
+    return PlanContext(sweep=sweep, device=device, once=new_once(), takes_measured=takes_measured)
 
 
-def cost_cards(sweep: Sweep, runs: Sequence[Run]) -> list[CostCard]:
-    """Return the cost card of each run, in the order of `runs`."""
-    context = plan_context(sweep, runs)
+def cost_cards(sweep: Sweep, runs: Sequence[Run], *, takes_measured: bool = True) -> list[CostCard]:
+    """Return the cost card of each run, in the order of `runs`; see `PlanContext`."""
+    context = plan_context(sweep, runs, takes_measured=takes_measured)
     return [run.card(context) for run in runs]
 
 

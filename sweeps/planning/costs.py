@@ -17,6 +17,7 @@ from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.probe.cost import probe_cost
 from aimscale.harness.run.config import RunConfig, TrainingConfig
+from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.run.timeouts import MIN_GRACE_S, STEP_ALLOWANCE_S
@@ -40,6 +41,8 @@ SAME_SIZE = 0.02
 MAX_EPOCHS, FAR_TOO_MANY_EPOCHS = 4, 40
 PLATEAU_RATES = 0.5, 2.0
 """Factors on the rate of the recipe `small` within which the first plateau ends sooner at a higher rate."""
+RANK_HOST_BYTES, LOADER_HOST_BYTES, RING_BYTES = 4e9, 0.3e9, 2**31
+"""Assumption: host memory of a rank with its libraries, of a loader process, and of the images loaded ahead."""
 MIN_VALIDATION_IMAGES = 100
 """Number of validation images below which the loss is uncertain by several per cent."""
 
@@ -160,6 +163,9 @@ def _cautions(
     if config.training.data.is_unindexed:
         words = "wds:// has no index: what a run sees depends on restarts, ranks and workers"
         yield caution("data.sources", f"{words}; epochs are not counted, validation images in it are not found")
+    if any("://" in each.path for each in config.training.data.sources) and config.runtime.cache_dir is None:
+        words = f"remote shards are copied to {cache_folder()}, up to {config.runtime.cache_gb:g} GB"
+        yield caution("runtime.cache_dir", f"{words}; name a disk of the node if that is a home with a quota")
     validation = config.evaluation.validation.path
     if (held_out := lookup(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
         words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
@@ -234,6 +240,16 @@ def plan_execution(
     training = config.training.model_copy(update={"seed": 0})
     where = {"world_size": devices, "device_bytes": device_bytes, "is_gpu": is_gpu, "is_linked": is_linked}
     return _cached_plan(training, config.runtime, **where, measuring=measuring)
+
+
+def node_host_bytes(card: CostCard, devices_per_node: int) -> float:
+    """Return the host memory that a run needs on a node: its processes, and a copy of what they save."""
+    ranks, loaders = (
+        min(card.run.devices, devices_per_node),
+        card.run.config.runtime.loader_processes(is_gpu=card.device.is_gpu, cores=card.device.cores or 1),
+    )
+    saved = CHECKPOINT_BYTES_PER_PARAM * (card.params_total or 0) * ranks / card.run.devices
+    return ranks * (RANK_HOST_BYTES + loaders * LOADER_HOST_BYTES + (RING_BYTES if loaders else 0)) + saved
 
 
 def grace_period_s(num_params: int) -> int:

@@ -41,7 +41,7 @@ def measure_here(
         tell: called with a sentence before it begins.
 
     Returns:
-        Whether anything was measured.
+        Whether the times of all runs are known now.
     """
     context = plan_context(sweep, runs)
     shapes: dict[str, RunConfig] = {}
@@ -56,8 +56,8 @@ def measure_here(
     chosen = [small[round(i * (len(small) - 1) / (MAX_SHAPES - 1))] for i in range(MAX_SHAPES)]
     chosen = small if len(small) <= MAX_SHAPES else chosen
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("deepspeed")
-    if not chosen or not has_torch or not all(map(_has_data, chosen)):
-        return False
+    if not wanted or not chosen or not has_torch or not all(map(_has_data, chosen)):
+        return not wanted
     tell(f"measuring {len(chosen)} shapes of runs on {num_devices} cores, a second of each; --no-measure goes without")
     _measure(chosen, min(num_devices, len(chosen)))
     known = [(config, clock) for config in chosen if (clock := remembered(config))]

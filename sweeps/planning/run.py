@@ -44,6 +44,8 @@ class PlanContext:
     device: Device
     """Device on which all runs are priced."""
     once: Once
+    takes_measured: bool = True
+    """Whether times that were measured on this machine count; else all follow from the assumptions alike."""
 
 
 @dataclass(frozen=True, kw_only=True)

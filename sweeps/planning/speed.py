@@ -76,7 +76,7 @@ def is_measurable(run: Run, context: PlanContext) -> bool:
 
 def measured_clock(config: RunConfig, run: Run, context: PlanContext) -> Clock | None:
     """Return the times of a run that were measured here, if any."""
-    return remembered(config) if is_measurable(run, context) else None
+    return remembered(config) if context.takes_measured and is_measurable(run, context) else None
 
 
 def expected_rates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,10 @@ PROBE_KINDS: tuple[list[str], ...] = (["linear", "knn"], ["knn"], [])
 """Kinds of probes: the first that leave `MIN_TRAINING` of the time to training. On cores linear ones take longer than
 the training of such models, and tell the same."""
 MIN_TRAINING = 0.6
-CPU_SHARE = 0.5
-"""Share of the hours that is planned for a CPU, where runs this small take up to twice what is planned."""
+CPU_FACTOR = 2.0
+"""Time of runs this small on a CPU, over that of their FLOPs at the assumed speed, until it is measured."""
+NUM_MEASURED, FITS = 3, 1.05
+"""Number of grids that are measured, and the time of one, over the hours, up to which it fits."""
 MAX_VALIDATION_IMAGES = 5000
 
 
@@ -70,32 +73,56 @@ class Request:
     is_gpu: bool
 
 
-def suggest(request: Request) -> str:
+def suggest(request: Request, measure: Callable[[Sweep], bool] = lambda _: False) -> str:
     """Return the text of a sweep file.
+
+    Args:
+        measure: measures the runs of a sweep on this machine, and says whether it did.
 
     Raises:
         SweepError: the folder lacks a part, or the smallest grid takes longer.
     """
-    from aimscale.harness.data.store.index import open_dataset
-
     data = request.data
     if missing := [name for name in ("train", "validation") if not (data / name).is_dir()]:
         words = " and no ".join(missing)
         raise SweepError(f"{data} has no {words}; `aimscale data pack IMAGES {data} --split 80/10/10` writes them")
-    dataset = open_dataset(str(data / "train"))
+    factor = 1.0 if request.is_gpu else CPU_FACTOR
+    fitting: dict[float, Sweep] = {}
+    for _ in range(NUM_MEASURED):
+        sweep, planned = _largest_grid(request, factor)
+        if not measure(sweep):
+            return sweep.text
+        hours = _hours(request, cost_cards(sweep, plan(sweep)))
+        if hours <= FITS * request.hours:
+            fitting[hours] = sweep
+        if abs(factor * planned / hours - 1) < FITS - 1 or (hours in fitting and hours > 0.8 * request.hours):
+            break
+        factor = hours / planned
+    return fitting[max(fitting)].text if fitting else _largest_grid(request, factor)[0].text
+
+
+def _largest_grid(request: Request, factor: float) -> tuple[Sweep, float]:
+    """Return the largest grid whose time by the assumed speed, times a factor, fits the hours; and that time, h.
+
+    Raises:
+        SweepError: the smallest grid takes longer.
+    """
+    from aimscale.harness.data.store.index import open_dataset
+
+    dataset = open_dataset(str(request.data / "train"))
     side = float(np.median(np.minimum(*dataset.sides(dataset.usable()))))
     shapes = [shape for shape in SHAPES if shape[0] <= side] or [SHAPES[-1]]
     smallest, most_images = math.inf, MAX_PASSES * dataset.info.num_usable
     for shape in shapes:
-        found: tuple[int, Sweep] | None = None
+        found: tuple[int, Sweep, float] | None = None
         for middle in MIDDLE_WIDTHS:
             sweep, hours = _cheapest_probes(request, _grid(request, middle, shape))
-            smallest = min(smallest, hours)
-            if hours > request.hours or (found and sweep.file.budgets[-1] > most_images):
+            smallest = min(smallest, factor * hours)
+            if factor * hours > request.hours or (found and sweep.file.budgets[-1] > most_images):
                 break
-            found = middle, sweep
+            found = middle, sweep, hours
         if found and (found[0] >= MIN_MIDDLE_WIDTH or shape == shapes[-1]):
-            return found[1].text
+            return found[1:]
     raise SweepError(
         f"{request.hours:g} hours are too few for a grid that identifies a law; the smallest takes {smallest:.2g} on "
         f"{request.devices} {request.gpu or 'devices here'}"
@@ -154,7 +181,7 @@ def _cheapest_probes(request: Request, values: Fields) -> tuple[Sweep, float]:
             task["precision"] = "fp32"
         probed = {**values, "base": {**values["base"], **({"probes": [task]} if kinds else {})}}
         sweep = _sweep(request, probed)
-        cards = cost_cards(sweep, plan(sweep))
+        cards = cost_cards(sweep, plan(sweep), takes_measured=False)
         if not kinds or sum(card.training_s for card in cards) >= MIN_TRAINING * sum(card.wall_s for card in cards):
             break
     return sweep, _hours(request, cards)
@@ -162,8 +189,7 @@ def _cheapest_probes(request: Request, values: Fields) -> tuple[Sweep, float]:
 
 def _hours(request: Request, cards: list[CostCard]) -> float:
     """Return the hours until all runs have ended."""
-    planned = max(sum(card.device_hours for card in cards) / request.devices, max(card.wall_s for card in cards) / 3600)
-    return planned if request.is_gpu else planned / CPU_SHARE
+    return max(sum(card.device_hours for card in cards) / request.devices, max(card.wall_s for card in cards) / 3600)
 
 
 def _sweep(request: Request, values: Fields) -> Sweep:
