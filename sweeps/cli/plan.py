@@ -312,7 +312,7 @@ def _on_more_devices(sweep: Sweep, card: CostCard, limit_s: float) -> str:
 def _host_memory(sweep: Sweep, cards: Sequence[CostCard]) -> str:
     """Describe the memory that a job needs of its node's host."""
     most = max(node_host_bytes(card, sweep.file.slurm.devices_per_node) for card in cards)
-    return f"about {decimal(round(most))} of a node's memory: processes, loaders, and the copy of a checkpoint (extra: mem)"
+    return f"about {decimal(round(most))} of a node's memory: processes, loaders, a copy of the checkpoint (extra: mem)"
 
 
 def _wall_time(sweep: Sweep, cards: Sequence[CostCard]) -> str:

@@ -52,20 +52,19 @@ def measure_here(
     wanted = sorted(shapes.values(), key=_step_flops)
     if not again:
         wanted = [config for config in wanted if remembered(config) is None]
-    small = [config for config in wanted if _step_flops(config) / (MFU * CORE_TFLOPS * 1e12) <= MAX_STEP_S]
-    chosen = [small[round(i * (len(small) - 1) / (MAX_SHAPES - 1))] for i in range(MAX_SHAPES)]
-    chosen = small if len(small) <= MAX_SHAPES else chosen
+    chosen = [config for config in wanted if _step_flops(config) <= MAX_STEP_S * MFU * CORE_TFLOPS * 1e12]
+    if len(chosen) > MAX_SHAPES:
+        chosen = [chosen[round(i * (len(chosen) - 1) / (MAX_SHAPES - 1))] for i in range(MAX_SHAPES)]
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("deepspeed")
-    if not wanted or not chosen or not has_torch or not all(map(_has_data, chosen)):
-        return not wanted
-    tell(f"measuring {len(chosen)} shapes of runs on {num_devices} cores, a second of each; --no-measure goes without")
-    _measure(chosen, min(num_devices, len(chosen)))
-    known = [(config, clock) for config in chosen if (clock := remembered(config))]
+    if chosen and has_torch and all(map(_has_data, chosen)):
+        tell(f"measuring {len(chosen)} shapes of runs on {num_devices} cores, a second of each")
+        _measure(chosen, min(num_devices, len(chosen)))
+    known = [(config, clock) for config in shapes.values() if (clock := remembered(config)) and clock.is_measured]
     for config in wanted if known else ():
         if config not in chosen:
             like, clock = min(known, key=lambda each: abs(_step_flops(each[0]) - _step_flops(config)))
             remember(config, _scaled(clock, _step_flops(config) / _step_flops(like)))
-    return bool(known)
+    return all(remembered(config) for config in shapes.values())
 
 
 def _measure(configs: Sequence[RunConfig], num_processes: int) -> None:

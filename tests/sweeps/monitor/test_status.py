@@ -183,6 +183,19 @@ def test_the_time_left_is_that_of_the_last_run_to_end(write_sweep: Any) -> None:
     assert time_left(cards[:1], [evaluating])[1] == pytest.approx(cards[0].evaluation_s / 2)
 
 
+def test_what_is_to_be_evaluated_is_work_too(write_sweep: Any) -> None:
+    """A run that is trained and not evaluated is as far as its training takes of the planned time."""
+    planned = PlannedSweep(write_sweep(sizes=["rung-32"], budgets=[64_000], base=PROBED))
+    (card,) = planned.cards
+    planned.cards = (replace(card, start_s=1.0, training_s=30.0, evaluation_s=69.0, wall_s=100.0),)
+    status = sweep_status(planned)
+    assert status.progress == 0
+    trained = replace(status.runs[0], progress=1.0, to_evaluate=4)
+    stages = [trained, replace(trained, evaluated=2), replace(trained, evaluated=4)]
+    left = [time_left(planned.cards, [replace(each, state=State.RUNNING)])[1] for each in stages]
+    assert left == pytest.approx([69.0, 34.5, 0.0])
+
+
 def test_before_anything_is_measured_the_plan_stands(write_sweep: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1, 2], base=PROBED)
     cards = cost_cards(sweep, plan(sweep))

@@ -17,7 +17,7 @@ from aimscale.sweeps.cli.plan import print_plan
 from aimscale.sweeps.planning.cards import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import CostCard
-from aimscale.sweeps.planning.suggestion import Request, suggest
+from aimscale.sweeps.planning.suggestion import TOLD, Request, suggest
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 
@@ -42,15 +42,15 @@ def suggested(tmp_path: Path, write_images: Any, monkeypatch: pytest.MonkeyPatch
     return make
 
 
-def is_identified(sizes: Any, budgets: Any, seed: int) -> list[bool]:
+def is_identified(sizes: Any, budgets: Any, seed: int, scatter: float = 0.001) -> list[bool]:
     """Say whether a simulated table identifies both exponents: whole, and without the largest size and budget.
 
-    At the middle of the grid each term is a tenth of the floor, as in the studies; sizes and points scatter by 0.1 %.
+    At the middle of the grid each term is a tenth of the floor, as in the studies; sizes and points scatter.
     """
     rng = np.random.default_rng(seed)
     n, d = (each.ravel() for each in np.meshgrid(np.asarray(sizes, float), np.asarray(budgets, float), indexing="ij"))
     terms = sum(0.1 * (x / np.exp(np.log(x).mean())) ** -power for x, power in ((n, 0.55), (d, 0.55)))
-    errors = np.repeat(rng.normal(0, 0.001, len(sizes)), len(budgets)) + rng.normal(0, 0.001, len(n))
+    errors = np.repeat(rng.normal(0, scatter, len(sizes)), len(budgets)) + rng.normal(0, scatter / 2, len(n))
     table = pd.DataFrame({"params_total": n, "images_seen": d, "val_loss": 0.4 * (1 + terms) * np.exp(errors)})
     fit = analysis.fit(table, CHINCHILLA)
     tests = (fit, *(analysis.held_out(fit, table, by=by) for by in "ND"))
@@ -69,6 +69,8 @@ def test_a_suggested_sweep_fits_its_hours_and_identifies_a_law(suggested: Any, h
     assert all(each.run.is_tuning is False for each in cards)
     found = [is_identified(sizes, sweep.file.budgets, seed) for seed in range(5)]
     assert np.mean(found, axis=0).min() >= 0.8
+    noisy = [is_identified(sizes, sweep.file.budgets, seed, scatter=TOLD / 100)[0] for seed in range(5)]
+    assert np.mean(noisy) >= 0.8, "what the file says of itself"
     poor = [is_identified(sizes[1:6], np.array([80, 115, 160, 230]) * 1000, seed) for seed in range(5)]
     assert np.mean(poor, axis=0).min() <= 0.4, "the test can tell a grid that does not"
 
