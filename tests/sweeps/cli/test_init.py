@@ -24,7 +24,7 @@ def test_init_writes_a_sweep_file_and_plan_writes_none(
     assert not ended.value.code
     assert capsys.readouterr().out.splitlines() == [f"next: aimscale plan {file}"]
     sweep = load_sweep(file, tmp_path / "root")
-    assert (len(sweep.file.sizes), len(sweep.file.budgets), sweep.file.cost.device) == (7, 6, "H100")
+    assert (len(sweep.file.sizes), len(sweep.file.budgets), sweep.file.cost.device) == (9, 6, "H100")
     assert "exists already" in refused("init", file, *words, "--hours", "100")
     assert "no name of a YAML file" in refused("init", tmp_path / "mysweep", *words, "--hours", "100")
     before = {path for path in tmp_path.rglob("*") if path.suffix != ".yaml"}

@@ -93,7 +93,7 @@ def test_money_and_time_on_what_is_there_are_told_before_they_are_spent(write_sw
     _, said = call(sweep, "launch", "--dry-run", "--devices", "2")
     (line,) = (line for line in said.splitlines() if line.startswith("cost"))
     both = format_duration(hours * 3600 * 2 / 3)  # three equal runs on two devices
-    assert f"device-hours ({format_number(2.5 * hours)} EUR); {both} on 2 devices here; longest run" in line
+    assert f"device-hours ({format_number(2.5 * hours)} EUR); about {both} on 2 devices here; longest run" in line
     _, said = call(sweep, "plan")
     assert f"device-hours ({format_number(2.5 * hours)} EUR); longest run" in said
     _, said = call(sweep, "plan", "--json")
