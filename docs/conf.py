@@ -1,4 +1,4 @@
-"""Build of the pages: `sphinx-build -W --keep-going -n docs site`. Warnings are errors, a dead link among them.
+"""Build of the pages: `.ci/step pages`. Warnings are errors, a dead link among them.
 
 Five pages (commands, fields of a configuration, columns of a table, the Python API, figures) and the sample reports are
 written by the modules in `generate`.

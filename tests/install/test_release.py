@@ -152,7 +152,7 @@ def test_a_fresh_environment_without_torch_analyses(dist: Path, tmp_path: Path) 
 @pytest.mark.release
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", ["whl", "tar.gz"])
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
 def test_a_fresh_environment_can_use_the_release(version: str, kind: str, dist: Path, tmp_path: Path) -> None:
     python = shutil.which(f"python{version}")
     assert python, f"python{version} is not on the PATH"
