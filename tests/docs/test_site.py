@@ -12,6 +12,7 @@ import typer
 import typer.main
 import yaml
 from generate import api_reference, board, command_reference, config_reference, table_reference
+from packaging.version import Version
 from pages import PAGES, ROOT
 
 from aimscale.analysis.report.sections import SECTIONS
@@ -24,6 +25,7 @@ GENERATED = {
     ROOT / "docs/columns.md": table_reference.markdown,
 }
 """Pages that the site's build writes, but the gallery."""
+KINDS_OF_CHANGES = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")  # keepachangelog.com
 
 
 def without_blocks(text: str) -> str:
@@ -102,12 +104,23 @@ def test_commands_that_are_mentioned_exist(page: Path) -> None:
 
 
 def test_changelog_citation_and_package_say_one_release() -> None:
+    """What is cited is the newest release; the package is that one, or says `.dev0` while changes are unreleased."""
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    changes = (ROOT / "CHANGELOG.md").read_text()
-    assert cited["version"] == project["version"]
-    assert f"\n## {cited['version']} ({cited['date-released']})" in changes
+    headings = re.findall(r"^## (.+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    unreleased, version = headings[0] == "Unreleased", Version(project["version"])
+    assert headings[unreleased].startswith(f"{cited['version']} ({cited['date-released']})")
+    assert version.is_devrelease == unreleased
+    assert (version > Version(cited["version"])) if unreleased else (project["version"] == cited["version"])
     assert cited["repository-code"] == project["urls"]["Repository"]
+
+
+def test_the_changelog_has_a_line_for_each_change_under_what_it_is() -> None:
+    releases = re.split(r"^## .+\n", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1:]
+    for release in releases:
+        parts = re.findall(r"^### (.+)\n\n((?:- .+\n(?:  .+\n)*)+)$", release, flags=re.M)
+        assert [name for name, _ in parts] == [kind for kind in KINDS_OF_CHANGES if f"### {kind}\n" in release]
+        assert parts, release
 
 
 def test_the_page_on_forecasts_shows_the_record_of_today() -> None:
