@@ -162,6 +162,15 @@ def test_more_clusters_than_are_left_out_in_turn_have_the_interval_of_independen
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.006)
 
 
+def test_an_interval_is_never_narrower_than_that_of_independent_rows():
+    """Without any one of five equal clusters the coefficient is the same: a jackknife alone knows it exactly."""
+    x, y = np.random.default_rng(0).multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 6).T
+    df = pd.DataFrame({"x": np.tile(x, 5), "y": np.tile(y, 5), "params_total": np.repeat(10.0 ** np.arange(5), 6)})
+    (found,) = correlate(df, x="x", y="y", methods=["pearson"])
+    assert found.num_clusters == 5
+    assert (found.low, found.high) == pytest.approx(tuple(stats.pearsonr(df.x, df.y).confidence_interval()))
+
+
 def test_ranks_that_agree_but_for_two_neighbours_have_a_narrow_interval():
     """Without one of the two the order is perfect, which is infinitely far on Fisher's scale."""
     x = np.arange(20.0)

@@ -41,6 +41,9 @@ def test_a_known_effect_is_found_over_runs_not_rows(known_study):
     assert found.ratio == pytest.approx(np.exp(0.05), abs=0.002)
     assert found.ratio_low < np.exp(0.05) < found.ratio_high
     assert found.verdict == "worse"
+    for side in ("baseline", "level"):
+        runs = df[df["prefix"] == getattr(found, side)].groupby("run_id")["val_loss"].mean()
+        assert getattr(found, f"{side}_mean") == pytest.approx(runs.mean(), rel=1e-12)
     by_run = found.pairs.groupby("seed")["difference"].mean()
     exact = stats.ttest_1samp(by_run, 0).confidence_interval()
     assert (found.low, found.high) == pytest.approx((exact.low, exact.high))

@@ -100,6 +100,13 @@ def test_fixed_and_bounded_parameters(grid):
     assert result.table.set_index("parameter").loc["E", "note"] == "held"
 
 
+@pytest.mark.parametrize(("bounds", "told"), [((0.3, 1.0), "lower bound 0.3"), ((0.01, 0.05), "upper bound 0.05")])
+def test_a_coefficient_on_a_bound_of_its_own_is_told(grid, bounds, told):
+    result = fit(grid, laws.CHINCHILLA, bounds={"E": bounds})
+    assert result.params["E"] in bounds
+    assert f"E lies on its {told}." in [flag.text for flag in result.flags]
+
+
 def test_rows_are_left_out_by_name_never_silently(grid):
     grid.loc[0, "val_loss"] = np.nan
     grid.loc[1, "val_loss"] = -1.0

@@ -97,6 +97,19 @@ def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -
     assert corrected < as_they_are / 3
 
 
+def test_the_lowest_loss_is_raised_by_as_much_as_the_error_of_its_optimum_lowers_it() -> None:
+    """The minimum of an uncertain parabola lies below that of the true one; simulated from its coefficients."""
+    rng = np.random.default_rng(3)
+    surface = rates(simulated(rng, 3e-3, scatter=0.0)).surface
+    draws = rng.multivariate_normal(surface.coefficients[0], surface.covariance[0], 1_000_000)
+    minima, estimate = (
+        c[:, 0] - c[:, 1] ** 2 / (2 * c[:, 2:] @ surface.scale[0]) for c in (draws, surface.coefficients)
+    )
+    too_low = estimate[0] - minima.mean()
+    assert too_low > 1e-4
+    assert surface.lowest[0] - estimate[0] == pytest.approx(too_low, rel=0.15)
+
+
 def test_an_optimum_beyond_the_rates_by_less_than_its_error_counts() -> None:
     """Left out, those that err to the inside drew the law to the rates that were tried."""
     rng = np.random.default_rng(7)

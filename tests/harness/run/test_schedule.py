@@ -30,6 +30,16 @@ def test_the_walk_goes_up_the_trunk_and_down_every_branch(tiny_config: Config) -
     assert schedule.images_planned() == 640 + 80 + 160
 
 
+@pytest.mark.parametrize(
+    ("steps", "fraction", "decay"), [(8, 0.2, 2), (8, 0.3, 2), (9, 0.2, 2), (3, 0.1, 1), (3, 1.0, 3)]
+)
+def test_a_decay_has_the_nearest_number_of_steps_and_one_at_least(
+    tiny_config: Config, steps: int, fraction: float, decay: int
+) -> None:
+    schedule = make(tiny_config, budgets=(8 * steps,), warmup_images=0, decay_fraction=fraction)
+    assert schedule.branch_point(8 * steps) == 8 * (steps - decay)
+
+
 TRUNK, FIRST, REST, SECOND = (
     Segment(start=0, stop=320, branch=None),
     Segment(start=320, stop=400, branch=400),

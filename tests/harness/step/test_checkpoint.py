@@ -183,6 +183,28 @@ def test_no_rank_goes_on_from_another_checkpoint_alone(tmp_path: Path, in_group:
     in_group(load_where_one_sees_less, tmp_path, world_size=2)
 
 
+def lose_a_byte(group: Group, folder: Path) -> None:
+    """The disk below the page cache keeps another byte than it was given."""
+    engine = make_engine(group, 0)
+    save(folder / "1", engine, group)
+
+    def spoil(descriptor: int, *args: int) -> None:
+        with open(f"/proc/self/fd/{descriptor}", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            (last,) = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+
+    os.posix_fadvise = spoil  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match="does not read back as it was written"):
+        save(folder / "2", engine, group)
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def test_what_does_not_read_back_as_it_was_written_is_no_checkpoint(tmp_path: Path, in_group: Ranks) -> None:
+    in_group(lose_a_byte, tmp_path)
+
+
 def fill_the_disk(group: Group, folder: Path) -> None:
     engine = make_engine(group, 0)
     save(folder / "1", engine, group, images_seen=24)

@@ -37,6 +37,7 @@ from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
 from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import schedule_of
+from aimscale.harness.train import loop
 from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]
@@ -349,6 +350,31 @@ def test_a_branch_equals_a_run_that_had_only_that_budget(whole: Whole) -> None:
         assert (row["val_loss"], row["train_loss"]) == (only["val_loss"], only["train_loss"])
         with np.load(several.validation_file(budget)) as ours, np.load(alone.validation_file(budget)) as theirs:
             assert np.array_equal(ours["loss_sum"], theirs["loss_sum"])
+
+
+def train_with_slow_writes(rank: int, path: Path) -> None:
+    """Train, and die where a budget's weights are begun before the checkpoint that its decay left is published."""
+    run, real_write, real_save = RunDir(path), aimscale.harness.step.saving._write_part, loop.save_weights
+    trunk = schedule_of(run.load_config()).branch_point(64)
+
+    def write(*args: Any) -> Any:
+        time.sleep(1)
+        return real_write(*args)
+
+    def save(*args: Any) -> int:
+        assert run.checkpoint_dir(trunk).exists()
+        return real_save(*args)
+
+    aimscale.harness.step.saving._write_part, loop.save_weights = write, save
+    train_in(rank, path)
+
+
+def test_weights_of_a_budget_come_after_the_checkpoint_that_the_walk_returns_to(
+    tmp_path: Path, tiny_config: Config, in_processes: Run
+) -> None:
+    """Else a run that is killed between the two has a budget, and nothing that leads to the next."""
+    run = RunDir.create(tmp_path / "run", tiny_config(budgets=[64]))
+    assert in_processes(train_with_slow_writes, run.path) == [0]
 
 
 def test_steps_have_the_schedules_rates_to_the_digit(whole: Whole, tiny_config: Config) -> None:

@@ -85,6 +85,14 @@ def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected
     assert 0 < longer.progress < 1
 
 
+def test_progress_counts_flops(write_sweep: Any, launch: Any, stand_in: Any) -> None:
+    launch(write_sweep(sizes=["rung-32"]), devices=1, command=stand_in())
+    sweep = write_sweep(sizes=["rung-32", "rung-64"])
+    small, large = (card.flops_executed for card in PlannedSweep(sweep).cards)
+    assert look(sweep).progress == pytest.approx(small / (small + large))
+    assert large > 2 * small, "by images or runs it were a half"
+
+
 def test_who_holds_a_run_says_where_it_stands(write_sweep: Any, capsys: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"], seeds=[*range(9)])
     runs = plan(sweep)

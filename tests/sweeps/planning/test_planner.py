@@ -116,6 +116,10 @@ def test_aim_paper_reproduces_published_parameters_and_flops(tmp_path: Path) -> 
         forward = 2 * num_tokens * o * d + trunk + 2 * num_tokens * (d * head + 8 * n * head**2 + head * o)
         assert [budget.flops for budget in card.budgets] == [3 * forward * b.images_seen for b in card.budgets]
         assert card.flops_executed < card.budgets[-1].flops  # half of the tokens skip the head
+        head_and_patches = 2 * o * d + d * head + n * head**2  # weights beside the trunk, of 6ND too
+        for budget in card.budgets:
+            per_parameter = budget.flops_6nd / (6 * num_tokens * budget.images_seen)
+            assert per_parameter == card.params_total > card.params_trunk + 0.1 * head_and_patches
     assert f"{cards[0].budgets[0].flops:.1e}" == "3.5e+21"
     assert f"{cards[-1].budgets[0].flops:.1e}" == "5.4e+22"
     assert [card.fit.zero_stage for card in cards if card.fit] == [2] * len(cards)
