@@ -226,7 +226,7 @@ def _shape(size: str) -> tuple[int, int, int]:
     wanted = re.fullmatch(r"rung-(\d+)", size)
     nearest = sorted(RUNG_WIDTHS, key=lambda width: abs(width - int(wanted[1])))[:2] if wanted else ()
     near = " or ".join(f"'rung-{width}'" for width in sorted(nearest))
-    hint = f"did you mean {near}?" if near else did_you_mean(size, known_sizes(), "known sizes:")
+    hint = f"did you mean {near}?" if near else did_you_mean(size, known_sizes()[::-1], "known sizes:")
     raise ModelConfigError(
         f"unknown size '{size}'; {hint} (any other shape is w<width>-d<depth> or w<width>-d<depth>-h<heads>)"
     )

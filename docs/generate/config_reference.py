@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -177,3 +178,7 @@ def _sizes() -> Iterator[str]:
         totals = " | ".join(f"{count.total:,}" for count in counts)
         yield f"| `{name}` | {shape.width} | {shape.depth} | {shape.num_heads} | {counts[0].trunk:,} | {totals} |"
     yield ""
+
+
+if __name__ == "__main__":
+    Path(__file__).parents[1].joinpath("configuration.md").write_text(markdown())

@@ -6,6 +6,7 @@ The site's build writes what `markdown()` returns to `docs/columns.md`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from aimscale.analysis.table.schema import COLUMNS, OF_CURVES, PROBE_FIELDS, SCHEMA_VERSION, Column
 
@@ -26,3 +27,7 @@ def markdown() -> str:
 def _table(columns: Iterable[Column]) -> str:
     rows = [f"| `{each.name}` | {each.dtype} | {each.unit} | {each.meaning} |" for each in columns]
     return "\n".join(["| name | type | unit | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+if __name__ == "__main__":
+    Path(__file__).parents[1].joinpath("columns.md").write_text(markdown())

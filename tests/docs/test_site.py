@@ -5,26 +5,21 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import typer
 import typer.main
 import yaml
-from generate import api_reference, board, command_reference, config_reference, table_reference
+from generate import board, config_reference, table_reference
 from packaging.version import Version
-from pages import PAGES, ROOT
+from pages import BUILT, PAGES, ROOT
 
+from aimscale.analysis.laws import LAWS
 from aimscale.analysis.report.sections import SECTIONS
 from aimscale.sweeps.cli.main import HIDDEN, VERBS, app
 
-GENERATED = {
-    ROOT / "docs/commands.md": command_reference.markdown,
-    ROOT / "docs/configuration.md": config_reference.markdown,
-    ROOT / "docs/api.md": api_reference.markdown,
-    ROOT / "docs/columns.md": table_reference.markdown,
-}
-"""Pages that the site's build writes, but the gallery."""
 KINDS_OF_CHANGES = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")  # keepachangelog.com
 
 
@@ -38,8 +33,7 @@ def without_code(text: str) -> str:
 
 def anchors(page: Path) -> set[str]:
     """Return GitHub's anchors of a page's headings."""
-    text = GENERATED[page]() if page in GENERATED else page.read_text()
-    headings = re.findall(r"^#+ (.+)$", without_blocks(text), flags=re.M)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text()), flags=re.M)
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
 
@@ -53,7 +47,8 @@ def test_links_lead_somewhere_from_the_repository_too(page: Path) -> None:
             assert re.fullmatch(r"[\w.-]+\.[a-z]{2,}", parts.netloc), f"{page.name}: {target} is no address"
             continue
         file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-        assert file.exists() or file in GENERATED, f"{page.name} links to {target}, which is not there"
+        assert file.exists(), f"{page.name} links to {target}, which is not there"
+        assert file not in BUILT, f"{page.name} links to {target}, which is not in the repository"
         if parts.fragment:
             assert parts.fragment in anchors(file), f"{page.name}: {file.name} has no heading #{parts.fragment}"
 
@@ -123,8 +118,20 @@ def test_the_changelog_has_a_line_for_each_change_under_what_it_is() -> None:
         assert parts, release
 
 
+@pytest.mark.parametrize(("page", "told"), [("configuration", config_reference), ("columns", table_reference)])
+def test_pages_of_fields_and_columns_are_those_of_the_code(page: str, told: Any) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert text == told.markdown(), f"run `python docs/generate/{Path(told.__file__).name}`"
+
+
 def test_the_page_on_forecasts_shows_the_record_of_today() -> None:
     assert board.page_with_record() == board.PAGE.read_text()
+
+
+def test_the_page_on_laws_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/analysis.md").read_text(), flags=re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named >= LAWS.keys(), "add a row to the table of laws"
 
 
 def test_the_page_on_reports_names_every_section() -> None:

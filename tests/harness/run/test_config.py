@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from aimscale.harness.run.config import ConfigError, RunConfig, RuntimeConfig, parse, read_yaml, run_config
+import aimscale
+from aimscale.aim.config import model_config
+from aimscale.harness.run.config import ConfigError, RunConfig, RuntimeConfig, Section, parse, read_yaml, run_config
 
+PACKAGE = Path(next(iter(aimscale.__path__)))
 FIELDS = {
     "model": {"size": "w16-d2", "image_size": 16, "patch_size": 4},
     "data": {"sources": [{"path": "train"}]},
@@ -30,6 +36,25 @@ FIELDS = {
 def test_a_mistake_is_one_sentence(changes: dict, subject: str) -> None:
     with pytest.raises(ConfigError, match=subject):
         run_config({**FIELDS, **changes}, "the test")
+
+
+def sections(kind: type[Section]) -> Iterator[type[Section]]:
+    for each in kind.__subclasses__():
+        if each.__module__.startswith("aimscale.harness."):  # those of sweep files are read by their keys
+            yield each
+        yield from sections(each)
+
+
+def test_every_field_is_read_somewhere() -> None:
+    """A field that nothing reads is accepted, documented, and without effect."""
+    files = [path for folder in ("aim", "harness", "sweeps") for path in (PACKAGE / folder).rglob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= set(inspect.signature(model_config).parameters)  # which are given all fields of `model` at once
+    fields = {f"{kind.__name__}.{name}" for kind in sections(Section) for name in kind.model_fields}
+    assert len(fields) > 100
+    assert {field for field in fields if field.split(".")[1] not in read} == set()
 
 
 def test_budgets_are_checked_in_a_file_too() -> None:

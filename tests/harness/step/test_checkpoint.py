@@ -16,6 +16,7 @@ import torch
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, HELD
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step import checkpoint, saving
@@ -181,6 +182,28 @@ def load_where_one_sees_less(group: Group, folder: Path) -> None:
 @pytest.mark.timeout(120)
 def test_no_rank_goes_on_from_another_checkpoint_alone(tmp_path: Path, in_group: Ranks) -> None:
     in_group(load_where_one_sees_less, tmp_path, world_size=2)
+
+
+def bytes_per_param(group: Group, folder: Path) -> tuple[float, float]:
+    """Return what the optimiser holds of each parameter, and what a checkpoint keeps, in bytes."""
+    engine = make_engine(group, 0)
+    train(engine, group, 0, 1)
+    save(folder / "1", engine, group)
+    num_params = sum(parameter.numel() for parameter in AIM(CONFIG).parameters())
+    owners = engine.optimiser_tensors()
+    tensors = [
+        *owners,
+        *(value for owner in owners for value in engine.adam_state(owner).values() if torch.is_tensor(value)),
+    ]
+    held = sum(each.nbytes for each in tensors if each.numel() > 1)
+    return held / num_params, sum(path.stat().st_size for path in (folder / "1").iterdir()) / num_params
+
+
+def test_planned_memory_and_disk_are_those_of_the_optimiser(tmp_path: Path, in_group: Ranks) -> None:
+    """Another optimiser needs other numbers in harness/device/memory.py: every plan of memory and disk follows them."""
+    ((held, kept),) = in_group(bytes_per_param, tmp_path)
+    assert held == pytest.approx(sum(HELD["fp32", 0][0]), rel=0.01)
+    assert kept == pytest.approx(CHECKPOINT_BYTES_PER_PARAM, rel=0.15), "names and the manifest come on top"
 
 
 def lose_a_byte(group: Group, folder: Path) -> None:

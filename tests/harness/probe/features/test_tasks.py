@@ -9,8 +9,8 @@ from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.probe.features.tasks import ProbeError, block_sets, check_benchmark
 
 
-def test_benchmarks_are_the_papers_fifteen_in_its_order_and_under_the_names_that_compare_knows() -> None:
-    assert tuple(BENCHMARKS) == TASKS
+def test_the_papers_fifteen_come_first_in_its_order_and_under_the_names_that_compare_knows() -> None:
+    assert tuple(BENCHMARKS)[: len(TASKS)] == TASKS
 
 
 def test_a_subset_cannot_pass_for_the_benchmark() -> None:
