@@ -85,10 +85,11 @@ def test_a_finished_run_that_is_extended_is_neither_finished_nor_to_be_collected
     assert 0 < longer.progress < 1
 
 
-def test_progress_counts_flops(write_sweep: Any, launch: Any, stand_in: Any) -> None:
-    launch(write_sweep(sizes=["rung-32"]), devices=1, command=stand_in())
-    sweep = write_sweep(sizes=["rung-32", "rung-64"])
-    small, large = (card.flops_executed for card in PlannedSweep(sweep).cards)
+def test_progress_counts_planned_time(write_sweep: Any, launch: Any, stand_in: Any) -> None:
+    slow = {"peak_tflops": 1e-3}  # so that steps take longer than images
+    launch(write_sweep(sizes=["rung-32"], cost=slow), devices=1, command=stand_in())
+    sweep = write_sweep(sizes=["rung-32", "rung-64"], cost=slow)
+    small, large = (card.wall_s for card in PlannedSweep(sweep).cards)
     assert look(sweep).progress == pytest.approx(small / (small + large))
     assert large > 2 * small, "by images or runs it were a half"
 
