@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/results.md).
+"""TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/loggers.md).
 
 `train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...` and `probe/...` hold a point
 for each budget. So a panel fits any number of budgets, and its x axis never goes back.

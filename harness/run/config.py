@@ -232,7 +232,7 @@ class RuntimeConfig(Section):
     """Number of steps, after the first few of each start, whose trace every rank writes into `profile/`, for
     ui.perfetto.dev; on a GPU with a snapshot of its memory, for pytorch.org/memory_viz."""
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Loggers beside `metrics.jsonl`, which is always written; docs/results.md says what they show."""
+    """Loggers beside `metrics.jsonl`, which is always written; docs/loggers.md says what they show."""
 
     def loader_processes(self, *, is_gpu: bool, cores: int) -> int:
         """Return the loader processes of a rank that has so many cores."""

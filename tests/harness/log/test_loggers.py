@@ -137,7 +137,7 @@ def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     values = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
     assert values["params_total"] == run.read_rows()[0]["params_total"]
     every = pd.DataFrame([{"run_id": config.run_id} | values | line for line in lines if "val/loss" in line])
-    every.to_json(tmp_path / "history.jsonl", orient="records", lines=True)  # as docs/results.md writes it
+    every.to_json(tmp_path / "history.jsonl", orient="records", lines=True)  # as docs/loggers.md writes it
     table = read_table(tmp_path / "history.jsonl", {"D": "images_seen", "L": "val/loss"})
     assert table["val_loss"].tolist() == pytest.approx([row["val_loss"] for row in run.read_rows()])
     assert table["images_seen"].tolist() == [64, 128]
