@@ -149,10 +149,10 @@ def probe_state(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -
     Raises:
         WeightsError: there is none, or one that does not fit the model.
     """
-    own = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
-    shapes = _shapes_of(_probe_on_meta(own, config, where))
-    check_tensors(own, {f"{PROBE}{name}": shape for name, shape in shapes.items()}, where)
-    return own
+    probe = {name: tensor for name, tensor in state.items() if name.startswith(PROBE)}
+    shapes = _shapes_of(_probe_on_meta(probe, config, where))
+    check_tensors(probe, {f"{PROBE}{name}": shape for name, shape in shapes.items()}, where)
+    return probe
 
 
 def _probe_on_meta(state: Mapping[str, Tensor], config: ModelConfig, where: Path) -> AttentiveProbe:

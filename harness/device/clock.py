@@ -66,8 +66,8 @@ def shape_digest(config: RunConfig) -> str:
 
 @functools.cache
 def _where() -> Mapping[str, Any]:
-    found: dict[str, Any] = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    machine: dict[str, Any] = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
     for name in ("torch", "deepspeed", "aimscale"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            machine[name] = version(name)
+    return machine

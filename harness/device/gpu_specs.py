@@ -106,11 +106,11 @@ def device_here(*, wants_cpu: bool) -> Device:
     gpus = [] if wants_cpu or is_hidden else gpus_here()
     name, num_bytes = gpus[0] if gpus else (cpu_name(), free_host_bytes())
     is_unknown = bool(gpus) and find_gpu(name) is None
-    why = "of this machine" if gpus else "one core of this machine, with no GPU here or asked for"
+    origin = "of this machine" if gpus else "one core of this machine, with no GPU here or asked for"
     return Device(
         name=name,
         is_gpu=bool(gpus),
-        why=f"{why}; its peak is unknown, set cost.peak_tflops" if is_unknown else why,
+        why=f"{origin}; its peak is unknown, set cost.peak_tflops" if is_unknown else origin,
         memory_bytes=num_bytes,
         peak_tflops=UNKNOWN_TFLOPS if is_unknown else None,
         cores=max(1, len(os.sched_getaffinity(0)) // max(1, len(gpus))),

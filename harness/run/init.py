@@ -72,14 +72,14 @@ def sha256_of(path: Path) -> str:
 
 def cached_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, which is remembered on this machine until its size or its time change."""
-    found, kept = path.stat(), cache_folder() / "digests" / f"{short_hash(str(path.resolve()))}.json"
-    known = {"path": str(path.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    status, kept = path.stat(), cache_folder() / "digests" / f"{short_hash(str(path.resolve()))}.json"
+    identity = {"path": str(path.resolve()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     with contextlib.suppress(OSError, UserError):
-        if (told := read_object(kept)) and known.items() <= told.items():
+        if (told := read_object(kept)) and identity.items() <= told.items():
             return str(told["sha256"])
     digest = sha256_of(path)
     with contextlib.suppress(OSError):
-        write_json(kept, {**known, "sha256": digest}, durable=False)
+        write_json(kept, {**identity, "sha256": digest}, durable=False)
     return digest
 
 

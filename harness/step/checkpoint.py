@@ -97,10 +97,10 @@ def read_manifest(path: Path) -> Manifest | None:
 
 def read_parts(path: Path) -> list[Manifest]:
     """Read the manifests of a checkpoint's parts, in the order of ranks; empty while one is missing."""
-    found = sorted(path.glob("part-*-of-*.json"))
-    if not found or len(found) < int(found[0].stem.rpartition("-")[2]):
+    paths = sorted(path.glob("part-*-of-*.json"))
+    if not paths or len(paths) < int(paths[0].stem.rpartition("-")[2]):
         return []
-    parts = [_manifest_in(each) for each in found]
+    parts = [_manifest_in(each) for each in paths]
     return [] if None in parts else [part for part in parts if part]
 
 
@@ -115,8 +115,8 @@ def complete_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     """List the complete checkpoints of a run; the last one is furthest in training."""
     if not folder.is_dir():
         return []
-    found = [(path, read_manifest(path)) for path in folder.iterdir() if not path.name.startswith(".")]
-    complete = [(path, manifest) for path, manifest in found if manifest is not None]
+    listed = [(path, read_manifest(path)) for path in folder.iterdir() if not path.name.startswith(".")]
+    complete = [(path, manifest) for path, manifest in listed if manifest is not None]
     return sorted(complete, key=lambda pair: pair[1].progress["images_done"])
 
 
@@ -150,8 +150,8 @@ def _checked_manifest(path: Path, manifest: Manifest | None, group: Group) -> Ma
     """Verify the checksums of a checkpoint's files, of which each rank reads some, and return its manifest."""
     crcs = {name: entry["crc32"] for name, entry in sorted(manifest.files.items())} if manifest else {}
     mine = [*crcs][group.rank :: group.world_size]
-    own = run_on_all_ranks(group, lambda: [name for name in mine if file_crc32(path / name) != crcs[name]])
-    damaged = [name for part in group.all_gather_object(own) for name in part]
+    damaged_here = run_on_all_ranks(group, lambda: [name for name in mine if file_crc32(path / name) != crcs[name]])
+    damaged = [name for part in group.all_gather_object(damaged_here) for name in part]
     if manifest is None or damaged:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({', '.join(damaged) or 'incomplete'}); restore it, or delete checkpoints/ "
@@ -162,12 +162,12 @@ def _checked_manifest(path: Path, manifest: Manifest | None, group: Group) -> Ma
 
 def _slices(files: list[Any]) -> dict[str, list[tuple[int, Any]]]:
     """Map kind and name of a tensor to its slices: index of the first value, and a lazy reader of the values."""
-    found = collections.defaultdict(list)
+    slices = collections.defaultdict(list)
     for file in files:
         for key in file.keys():  # noqa: SIM118 (not a dict)
             name, _, start = key.rpartition("@")
-            found[name].append((int(start), file.get_slice(key)))
-    return found
+            slices[name].append((int(start), file.get_slice(key)))
+    return slices
 
 
 def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collection[int]) -> Manifest | None:
@@ -190,8 +190,8 @@ def load_newest(folder: Path, engine: Engine, group: Group, *, branches: Collect
         except CheckpointError as error:
             damaged[path] = error
             continue
-        for bad, why in damaged.items() if group.is_first else ():
-            _log.warning("%s; going on from %s instead", why, path.name)
+        for bad, reason in damaged.items() if group.is_first else ():
+            _log.warning("%s; going on from %s instead", reason, path.name)
             remove_dir(bad)
         return manifest
     if damaged:

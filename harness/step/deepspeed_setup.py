@@ -100,12 +100,12 @@ def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], devi
     model.pixel_head.to_empty(device=device, recurse=False)
     placed: Any = None
     for layer in model.modules():
-        own = list(layer.parameters(recurse=False))
-        if not own:
+        weights = list(layer.parameters(recurse=False))
+        if not weights:
             continue
         layer.to_empty(device=device, recurse=False)
         if placed is None:
-            deepspeed.zero.Init(module=layer, config_dict_or_path=settings, dtype=own[0].dtype)
+            deepspeed.zero.Init(module=layer, config_dict_or_path=settings, dtype=weights[0].dtype)
             placed = next(layer.parameters())
         else:
             placed.convert_to_zero_parameters(param_list=list(layer.parameters(recurse=False)))

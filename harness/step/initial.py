@@ -74,9 +74,9 @@ def check_source(training: TrainingConfig, init: InitSection) -> None:
     if init.run is not None:
         run_dir = init.file.parents[2]
         check_weights(RunDir(run_dir), int(init.file.parent.name))
-    elif init.digest is not None and (found := sha256_of(init.file)) != init.digest:
+    elif init.digest is not None and (digest := sha256_of(init.file)) != init.digest:
         raise WeightsError(
-            f"{init.file} was exchanged or damaged: its SHA-256 begins with {found[:8]}, and that of the file which "
+            f"{init.file} was exchanged or damaged: its SHA-256 begins with {digest[:8]}, and that of the file which "
             f"this run was planned with by {init.digest[:8]}; restore it, or plan the sweep anew"
         )
     state = find_initial(training, init)

@@ -93,8 +93,8 @@ class LearningCurve:
 
     def _is_missing(self, images_seen: int) -> bool:
         """Return whether no line at this position holds the loss by the present settings."""
-        there = {point["images_seen"]: point.get("validation") for point in self._run.read_curve()}
-        return not is_measurement(there.get(images_seen), self._settings)
+        settings_at = {point["images_seen"]: point.get("validation") for point in self._run.read_curve()}
+        return not is_measurement(settings_at.get(images_seen), self._settings)
 
     def _loss(self, images_seen: int) -> dict[str, float | None]:
         """Measure the validation columns of a row."""

@@ -222,8 +222,8 @@ class Trainer:
         saved = list(group.broadcast_from_rank0(lambda: saved_budgets(run)))
         for budget in saved if group.is_first else ():
             record_trained(run, budget)
-        left = [budget for budget in schedule.budgets if budget not in saved]
-        manifest = load_newest(run.checkpoints, self.engine, group, branches=left)
+        missing = [budget for budget in schedule.budgets if budget not in saved]
+        manifest = load_newest(run.checkpoints, self.engine, group, branches=missing)
         if manifest is None:
             if trunk := max((schedule.branch_point(budget) for budget in saved), default=0):
                 load_checkpoint(run.checkpoint_dir(trunk), self.engine, group)  # raises what is wrong with it

@@ -106,13 +106,13 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
     lines = [_inspect_run(run_state, card, pending) for run_state, card in zip(planned.states, cards, strict=True)]
     lines, eta_s, is_measured = time_left(cards, lines)
     work = [card.wall_s * card.run.devices for card in cards]
-    left = [_left_s(card, line) * card.run.devices for card, line in zip(cards, lines, strict=True)]
+    remaining = [_left_s(card, line) * card.run.devices for card, line in zip(cards, lines, strict=True)]
     return SweepStatus(
         sweep=sweep.name,
         runs=tuple(lines),
         counts=dict(Counter(line.state.value for line in lines)),
-        progress=1 - sum(left) / sum(work),
-        given_up=sum(each for each, line in zip(left, lines, strict=True) if line.state.over) / sum(work),
+        progress=1 - sum(remaining) / sum(work),
+        given_up=sum(each for each, line in zip(remaining, lines, strict=True) if line.state.over) / sum(work),
         eta_s=eta_s,
         eta_is_measured=is_measured,
         device_hours=sum(line.device_hours for line in lines),

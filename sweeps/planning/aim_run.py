@@ -57,8 +57,8 @@ class AimRun(Run):
     @property
     def data(self) -> Mapping[str, str]:
         training, init = self.config.training, self.config.training.init
-        found = {each.path: each.fingerprint for each in training.data.sources if each.fingerprint}
-        return found | ({init.weights: init.digest} if init and init.weights and init.digest else {})
+        fingerprints = {each.path: each.fingerprint for each in training.data.sources if each.fingerprint}
+        return fingerprints | ({init.weights: init.digest} if init and init.weights and init.digest else {})
 
     @property
     def awaited(self) -> str:

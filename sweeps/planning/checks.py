@@ -34,9 +34,9 @@ def check(sweep: Sweep, runs: Sequence[Run]) -> tuple[Notice, ...]:
 def raise_on_problems(sweep: Sweep, runs: Sequence[Run], problems: Sequence[Notice] | None = None) -> None:
     """Raise SweepError that lists every problem of these runs; return if there is none."""
     lines = []
-    for each in check(sweep, runs) if problems is None else problems:
-        key = "" if each.text.startswith(each.key) else f"{each.key}: "
-        lines.append(f"{describe_runs(each.run_ids, len(runs))}: {key}{each.text}")
+    for notice in check(sweep, runs) if problems is None else problems:
+        key = "" if notice.text.startswith(notice.key) else f"{notice.key}: "
+        lines.append(f"{describe_runs(notice.run_ids, len(runs))}: {key}{notice.text}")
     if len(lines) == 1:
         raise SweepError(f"{sweep.source}: {lines[0]}")
     if lines:
@@ -100,21 +100,21 @@ def _open(path: str) -> tuple[Any, str | None]:
 def _check_stream(once: Once, data: DataSection, channels: int) -> list[Notice]:
     """Check the training data as the training stream does."""
     if not data.is_unindexed:
-        missing = [why for source in data.sources if (why := once(_open, source.path)[1])]
+        missing = [reason for source in data.sources if (reason := once(_open, source.path)[1])]
         if missing:
-            return [problem("data.sources", why) for why in missing]
+            return [problem("data.sources", reason) for reason in missing]
     from aimscale.harness.data.store.index import require_channels
     from aimscale.harness.data.stream.order import require_fingerprint, unique_per_source
 
-    found = _check_call("model.channels", require_channels, channels)
+    notices = _check_call("model.channels", require_channels, channels)
     if data.is_unindexed:
         from aimscale.harness.data.stream.unindexed import shard_urls
 
-        return found + _check_call("data.sources", shard_urls, data.sources[0].path)
+        return notices + _check_call("data.sources", shard_urls, data.sources[0].path)
     infos = [read_info(source.path) for source in data.sources]
     for source, info in zip(data.sources, infos, strict=True):
-        found += _check_call("data.sources", require_fingerprint, source, info)
-    return found + _check_call("data.unique_images", unique_per_source, data, infos)
+        notices += _check_call("data.sources", require_fingerprint, source, info)
+    return notices + _check_call("data.unique_images", unique_per_source, data, infos)
 
 
 def _check_validation(once: Once, data: DataSection, section: ValidationSection) -> list[Notice]:
@@ -126,20 +126,20 @@ def _check_validation(once: Once, data: DataSection, section: ValidationSection)
 
     info = read_info(section.path)
     asked = section.num_images, data.max_bad_fraction
-    found = _check_call("validation.num_images", require_images, section.path, info, *asked)
+    notices = _check_call("validation.num_images", require_images, section.path, info, *asked)
     if held_out is None:
-        return found
+        return notices
     paths = [source.path for source in data.sources if not data.is_unindexed]
     pools = [pool for path in paths if (pool := once(_open, path)[0]) is not None]
-    return found + _check_call("validation.path", refuse_overlap, pools, held_out)
+    return notices + _check_call("validation.path", refuse_overlap, pools, held_out)
 
 
 def _check_probe(once: Once, section: ProbeSection, max_bad_fraction: float) -> list[Notice]:
     """Check the data of a probe task as the probe does."""
     key = f"probes.{section.task}"
     sides = [once(_open, path) for path in dict.fromkeys((section.train, section.test))]
-    if missing := [why for _, why in sides if why]:
-        return [problem(key, why) for why in missing]
+    if missing := [reason for _, reason in sides if reason]:
+        return [problem(key, reason) for reason in missing]
     if any(dataset is None for dataset, _ in sides):
         return []
     from aimscale.harness.probe.features.tasks import open_splits

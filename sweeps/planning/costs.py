@@ -151,8 +151,8 @@ def _cautions(
         yield caution("budgets", f"{epochs:.1f} epochs of {unique:,} images, more than {MAX_EPOCHS}")
     if short := [budget for budget in run.budgets if budget < on_plateau]:
         steps = f"{', '.join(f'{each:,}' for each in short)} images are at most {short[-1] // batch_size:,} steps"
-        why = f"{steps}: on the first plateau, where a loss follows no law"
-        yield caution("budgets", f"{why}; at a batch of {batch_size} begin at {float(f'{on_plateau:.2g}'):,.0f}")
+        reason = f"{steps}: on the first plateau, where a loss follows no law"
+        yield caution("budgets", f"{reason}; at a batch of {batch_size} begin at {float(f'{on_plateau:.2g}'):,.0f}")
     if card.device.is_gpu and card.limit == "loader":
         loaded, wanted = card.rates.loaded_per_s, card.rates.compute_per_s
         words = f"the loader gives {loaded:,.0f} of the {wanted:,.0f} images/s that training could take"

@@ -59,10 +59,10 @@ def measure_here(
     if chosen and has_torch and all(map(_has_data, chosen)):
         tell(f"measuring {len(chosen)} shapes of runs on {num_devices} cores, a second of each")
         _measure(chosen, min(num_devices, len(chosen)))
-    known = [(config, clock) for config in shapes.values() if (clock := remembered(config)) and clock.is_measured]
-    for config in wanted if known else ():
+    measured = [(config, clock) for config in shapes.values() if (clock := remembered(config)) and clock.is_measured]
+    for config in wanted if measured else ():
         if config not in chosen:
-            like, clock = min(known, key=lambda each: abs(_step_flops(each[0]) - _step_flops(config)))
+            like, clock = min(measured, key=lambda each: abs(_step_flops(each[0]) - _step_flops(config)))
             remember(config, _scaled(clock, _step_flops(config) / _step_flops(like)))
     return all(remembered(config) for config in shapes.values())
 

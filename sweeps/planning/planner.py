@@ -54,16 +54,17 @@ def plan(sweep: Sweep) -> list[Run]:
     shared = _SharedFields(sweep)
     seen: dict[str, _PlannedRun] = {}
     runs: list[Run] = []
-    for each in _planned_runs(sweep, shared):
-        run = _build_program(sweep, each) if sweep.file.trainer else _build_run(sweep, each, runs)
+    for planned in _planned_runs(sweep, shared):
+        run = _build_program(sweep, planned) if sweep.file.trainer else _build_run(sweep, planned, runs)
         before = seen.get(run.run_id)
-        seen[run.run_id] = each
+        seen[run.run_id] = planned
         if before is None:
             runs.append(run)
-        elif before.is_tuning or not each.is_tuning:  # but the grid holds the sweep's own rate, which `tune` may name
+        elif before.is_tuning or not planned.is_tuning:
+            # the grid holds the sweep's own rate, which `tune` may name
             raise SweepError(
-                f"{sweep.source}: cells {before.cell} and {each.cell} are the same run; an axis has no effect on what "
-                f"is trained"
+                f"{sweep.source}: cells {before.cell} and {planned.cell} are the same run; an axis has no effect on "
+                "what is trained"
             )
     if not runs:
         raise SweepError(f"{sweep.source}: no run is left after the exclusions")
@@ -270,8 +271,8 @@ def _nest(fields: Mapping[str, Any]) -> Fields:
 def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, ...]]:
     """Return axis -> accepted values of a condition, with counts such as `4k` read as numbers."""
     file = sweep.file
-    known = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
-    known |= {"variant": tuple(file.variants), **file.axes}
+    choices = {"size": file.sizes, "budget": file.budgets, "unique_images": file.unique_images, "seed": file.seeds}
+    choices |= {"variant": tuple(file.variants), **file.axes}
     conditions = {}
     for key, values in cell.items():
         listed = values if isinstance(values, list | tuple) else [values]
@@ -279,8 +280,8 @@ def _conditions(cell: Mapping[str, Any], sweep: Sweep) -> dict[str, tuple[Any, .
             listed = [each if isinstance(each, bool) else count(each) for each in listed]
         conditions[key] = tuple(listed)
         for value in listed:
-            if value not in known[key] and not (key == "budget" and file.isoflop):
-                hint = did_you_mean(str(value), [*map(str, known[key])], "the sweep's are")
+            if value not in choices[key] and not (key == "budget" and file.isoflop):
+                hint = did_you_mean(str(value), [*map(str, choices[key])], "the sweep's are")
                 raise SweepError(
                     f"{sweep.source}: exclude, override or tune names {key} {value!r}, which no cell has; {hint}"
                 )

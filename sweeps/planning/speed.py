@@ -41,25 +41,27 @@ def planned_device(sweep: Sweep, runs: Sequence[Run]) -> Device:
     cost, slurm = sweep.file.cost, sweep.file.slurm
     wants_cpu = all(run.wants_cpu for run in runs)
     if cost.device is not None:
-        name, why, is_gpu = cost.device, "cost.device", "cpu" not in cost.device.lower()
+        name, origin, is_gpu = cost.device, "cost.device", "cpu" not in cost.device.lower()
     elif not sweep.is_for_slurm:
-        found = device_here(wants_cpu=wants_cpu)
-        memory_bytes = found.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
-        return replace(found, peak_tflops=cost.peak_tflops or found.peak_tflops, memory_bytes=memory_bytes)
+        here = device_here(wants_cpu=wants_cpu)
+        memory_bytes = here.memory_bytes if cost.memory_gb is None else round(cost.memory_gb * 1e9)
+        return replace(here, peak_tflops=cost.peak_tflops or here.peak_tflops, memory_bytes=memory_bytes)
     elif wants_cpu or not slurm.gpus:
-        name, why, is_gpu = "CPU", "one core of a Slurm job", False
+        name, origin, is_gpu = "CPU", "one core of a Slurm job", False
     elif slurm.gpus is True:
-        name, why, is_gpu = ASSUMED_GPU, "assumed of Slurm's GPUs, since slurm.gpus names no type", True
+        name, origin, is_gpu = ASSUMED_GPU, "assumed of Slurm's GPUs, since slurm.gpus names no type", True
     else:
-        name, why, is_gpu = slurm.gpus, "slurm.gpus", True
+        name, origin, is_gpu = slurm.gpus, "slurm.gpus", True
     spec = find_gpu(name)
     if is_gpu and spec is None and None in (cost.peak_tflops, cost.memory_gb):
-        raise SweepError(f"{sweep.source}: no data sheet of {why} '{name}'; give cost.peak_tflops and cost.memory_gb")
+        raise SweepError(
+            f"{sweep.source}: no data sheet of {origin} '{name}'; give cost.peak_tflops and cost.memory_gb"
+        )
     usual_bytes = spec.memory_gb * 1e9 if spec else CORE_MEMORY_BYTES * slurm.cpus_per_task
     return Device(
         name=name,
         is_gpu=is_gpu,
-        why=why,
+        why=origin,
         memory_bytes=round(usual_bytes if cost.memory_gb is None else cost.memory_gb * 1e9),
         peak_tflops=cost.peak_tflops,
         cores=slurm.cpus_per_task if sweep.is_for_slurm else None,

@@ -115,15 +115,15 @@ def _largest_grid(request: Request, factor: float) -> tuple[Sweep, float]:
     shapes = [shape for shape in SHAPES if shape[0] <= side] or [SHAPES[-1]]
     smallest, most_images = math.inf, MAX_PASSES * dataset.info.num_usable
     for shape in shapes:
-        found: tuple[int, Sweep, float] | None = None
+        largest: tuple[int, Sweep, float] | None = None
         for middle in MIDDLE_WIDTHS:
             sweep, hours = _cheapest_probes(request, _grid(request, middle, shape))
             smallest = min(smallest, factor * hours)
-            if factor * hours > request.hours or (found and sweep.file.budgets[-1] > most_images):
+            if factor * hours > request.hours or (largest and sweep.file.budgets[-1] > most_images):
                 break
-            found = middle, sweep, hours
-        if found and (found[0] >= MIN_MIDDLE_WIDTH or shape == shapes[-1]):
-            return found[1:]
+            largest = middle, sweep, hours
+        if largest and (largest[0] >= MIN_MIDDLE_WIDTH or shape == shapes[-1]):
+            return largest[1:]
     raise SweepError(
         f"{request.hours:g} hours are too few for a grid that identifies a law; the smallest takes {smallest:.2g} on "
         f"{request.devices} {request.gpu or 'devices here'}"
