@@ -96,11 +96,11 @@ class Trainer:
         self.longest_step_s = 0.0
         self.saved_at = time.monotonic()
         self.has_saved = False
+        gc.disable()  # `_train` collects: ranks that do at different steps would wait for each other
+        gc.freeze()  # so that it looks through new objects alone: all that was imported would take 70 ms each time
 
     def run_segments(self) -> None:
         """Train from the current state of the run to its last budget."""
-        gc.disable()  # `_train` collects: ranks that do at different steps would wait for each other
-        gc.freeze()  # so that it looks through new objects alone: all that was imported would take 70 ms each time
         folder, num_profiled = self.run.path / "profile", self.config.runtime.profile
         with profiled_steps(folder, num_profiled, self.group) as self.after_step:
             segments = self._resume()

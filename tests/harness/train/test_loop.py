@@ -32,8 +32,9 @@ import aimscale.harness.log.record
 import aimscale.harness.step.engine
 import aimscale.harness.step.saving
 from aimscale.aim.cost import flops_per_image, param_count
+from aimscale.harness.bench.clock import measure
 from aimscale.harness.distributed import job
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, load_run_config
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
 from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import schedule_of
@@ -177,8 +178,14 @@ def test_killed_anywhere_a_run_ends_like_an_uninterrupted_one(
     assert start_until_finished("by-stride", train_until_change, itertools.count(29))
 
 
-def train_beside_many_objects(rank: int, path: Path, sizes: Path) -> None:
-    """Train with many objects that the engine made, as its imports do; note how many each collection looks through."""
+def measure_in(_rank: int, path: Path) -> None:
+    """Measure the times of a run's steps, as a plan does."""
+    with job.join_ranks(path.parent, "cpu") as ranks:
+        measure(load_run_config(path / "config.yaml"), ranks, path.parent / "clock")
+
+
+def beside_many_objects(rank: int, path: Path, sizes: Path, work: Callable[[int, Path], None]) -> None:
+    """Work with many objects that the engine made, as its imports do; note how many each collection looks through."""
     kept: list[list[int]] = []
     real = aimscale.harness.step.engine.Engine.__init__
 
@@ -195,14 +202,17 @@ def train_beside_many_objects(rank: int, path: Path, sizes: Path) -> None:
 
     gc.collect = collect  # type: ignore[assignment]
     try:
-        train_in(rank, path)
+        work(rank, path)
     finally:
         collect()
 
 
-def test_collections_look_through_new_objects_alone(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
+@pytest.mark.parametrize("work", [train_in, measure_in])
+def test_collections_look_through_new_objects_alone(
+    tmp_path: Path, tiny_config: Config, in_processes: Run, work: Callable[[int, Path], None]
+) -> None:
     run = RunDir.create(tmp_path / "run", tiny_config())
-    assert in_processes(train_beside_many_objects, run.path, tmp_path / "sizes") == [0]
+    assert in_processes(beside_many_objects, run.path, tmp_path / "sizes", work) == [0]
     *while_training, at_the_end = map(int, (tmp_path / "sizes").read_text().split())
     assert while_training
     assert max(while_training) < 100_000 < at_the_end
