@@ -16,6 +16,7 @@ from aimscale.harness.distributed.ranks import FAILED_RANK
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED
 from aimscale.harness.run.lock import Lock
 from aimscale.harness.run.timeouts import EARLY_S, KILL_MARGIN_S
+from aimscale.sweeps.engine.fork_server import ForkedProgram, can_fork
 from aimscale.sweeps.engine.watch import Watch
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.state.attempts import Outcome, record_end
@@ -87,12 +88,19 @@ class ActiveRun:
     """
 
     def __init__(
-        self, parts: Sequence[Part], command: Sequence[str], *, devices: tuple[int, ...], environment: Mapping[str, str]
+        self,
+        parts: Sequence[Part],
+        command: Sequence[str],
+        *,
+        devices: tuple[int, ...],
+        environment: Mapping[str, str],
+        may_fork: bool = False,
     ) -> None:
-        """Start the process in a session of its own, so that Ctrl-C on the terminal does not reach it.
+        """Start the process.
 
         Args:
             environment: variables that confine the process to its devices.
+            may_fork: whether the process may be a fork of one that has imported what it needs.
         """
         self.parts, self.devices, self.num_parts = list(parts), devices, len(parts)
         self.run, self.record = parts[0].run, parts[0].record
@@ -107,15 +115,7 @@ class ActiveRun:
         variables[FAILED_RANK] = str(failed_rank)
         self.record.logs.mkdir(parents=True, exist_ok=True)
         failed_rank.unlink(missing_ok=True)
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=variables,
-                start_new_session=True,
-            )
+        self.process = _start(command, variables, log, may_fork=may_fork)
         for part in parts[1:]:  # one log for all of them
             part.record.logs.mkdir(parents=True, exist_ok=True)
             part.record.attempt_log(part.attempt).unlink(missing_ok=True)
@@ -134,8 +134,9 @@ class ActiveRun:
         self.kill_at = float("inf")
         if self.process.poll() is not None:  # its end is still to be recorded
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for send in (os.kill, os.killpg):  # it may not lead its group yet
+            with contextlib.suppress(ProcessLookupError):
+                send(self.process.pid, signal.SIGKILL)
 
     def record_end(
         self, part: Part, exit_code: int, *, stop_requested: bool, is_interrupted: bool, nodes: Sequence[str]
@@ -192,3 +193,20 @@ class ActiveRun:
         see = f"see {part.record.attempt_log(part.attempt)}"
         what = {"retry": "trying again", "released": f"it had not begun to train, and another node may try; {see}"}
         return f"failed {name} ({status.reason_class}: {status.reason}); {what.get(outcome, see)}"
+
+
+def _start(
+    command: Sequence[str], variables: Mapping[str, str], log: Path, *, may_fork: bool
+) -> subprocess.Popen[bytes] | ForkedProgram:
+    """Start a process in a session of its own, so that Ctrl-C on the terminal does not reach it."""
+    if may_fork and can_fork(command, variables):
+        return ForkedProgram(command[1:], variables, log)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            start_new_session=True,
+        )

@@ -246,7 +246,8 @@ def _start_process(worker: Worker, parts: Sequence[Part], acquired: tuple[int, .
         command = worker.command(run_dirs[0], len(acquired))
     else:
         command = worker.machine.command(run, run_dirs, len(acquired))
-    return ActiveRun(parts, command, devices=acquired, environment=worker.devices.environment(acquired))
+    environment, may_fork = worker.devices.environment(acquired), not (worker.machine.gpus or worker.job_id)
+    return ActiveRun(parts, command, devices=acquired, environment=environment, may_fork=may_fork)
 
 
 def _claim(worker: Worker, run_state: RunState, claim: Lock, *, num_devices: int) -> Part | RunState:

@@ -28,11 +28,12 @@ from trainers import rows
 
 from aimscale.harness.data.store.pack import Listing, pack_images
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.lock import read_holder
 
 MOMENTS = ("start", "train", "save", "evaluate", "probe")
 OF_EVALUATION = ("evaluate", "probe")
 """Moments of the program that evaluates the run: its start, and its middle."""
-VICTIMS = ("launcher", "parent", "rank0", "rank1", "server", "worker")
+VICTIMS = ("launcher", "parent", "forks", "rank0", "rank1", "server", "worker")
 BUDGET = 512
 LIMIT_S = 120.0
 
@@ -40,7 +41,9 @@ LIMIT_S = 120.0
 def cells() -> Iterator[str]:
     """Names of all cells that there are."""
     for ranks, workers, moment, victim in itertools.product((1, 2), (0, 2), MOMENTS, VICTIMS):
-        has_victim = {"parent": ranks == 2, "rank1": ranks == 2} | dict.fromkeys(("server", "worker"), workers)
+        has_victim = {"parent": ranks == 2, "forks": ranks == 1, "rank1": ranks == 2} | dict.fromkeys(
+            ("server", "worker"), workers
+        )
         if has_victim.get(victim, True) and (moment not in OF_EVALUATION or victim not in ("server", "worker")):
             yield f"{ranks}-{workers}-{moment}-{victim}"
 
@@ -105,14 +108,20 @@ def processes(run: Path) -> Iterator[tuple[int, int, list[str], dict[str, str]]]
 
 
 def find_victim(run: Path, victim: str) -> int | None:
-    """Return the id of the process that started a run's ranks, of a rank, or of its last rank's server or loader."""
-    found = [*processes(run)]
+    """Return the id of the process that started a run's ranks or of which they are forks, of a rank, or of its last
+    rank's server or loader."""
+    found, folder = [*processes(run)], RunDir(run)
+    if victim == "forks":
+        alike = {pid: parent for pid, parent, words, _ in found if "distributed.preloaded" in str(words)}
+        return next((pid for pid, parent in alike.items() if parent not in alike), None)
+    holders = [read_holder(lock) for lock in (folder.lock, folder.evaluation.lock)]  # a fork has its server's words
+    forks = {holder.pid for holder in holders if holder is not None}
     if victim == "parent":
         return next((pid for pid, _, words, _ in found if "aimscale.harness.distributed.ranks" in words), None)
     ranks = {
         int(environment.get("RANK", "0")): pid
         for pid, _, words, environment in found
-        if str(run) in words and "aimscale.harness.distributed.ranks" not in words
+        if (str(run) in words or pid in forks) and "aimscale.harness.distributed.ranks" not in words
     }
     if victim.startswith("rank"):
         return ranks.get(int(victim.removeprefix("rank")))

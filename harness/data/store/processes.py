@@ -34,14 +34,14 @@ class WorkerDiedError(NoMemoryError):
     """Worker process that ended without being asked to."""
 
 
-def start_fork_server() -> ForkServerContext:
-    """Start the server that workers are forked from; if started early, it imports PyTorch in the meantime.
+def start_fork_server(preload: Sequence[str] = _PRELOAD) -> ForkServerContext:
+    """Start the server that processes are forked from; if started early, it imports these modules in the meantime.
 
     A fork of the trainer itself would copy locks that its other threads happen to hold, and about one in thousands
     would then wait for ever; the server has a single thread.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context.set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
     with _stop_signals_blocked():
         forkserver.ensure_running()

@@ -1,0 +1,89 @@
+"""Processes of runs on this machine's cores, forked from a server that has imported PyTorch and DeepSpeed once.
+
+A start of its own takes each run two to three seconds of a core, as long as hundreds of steps of a small one. GPUs are
+left to starts of their own: CUDA cannot be initialised again in a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import signal
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+from aimscale.harness.data.store.processes import start_fork_server
+from aimscale.harness.run.failures import STOP_SIGNALS
+
+PROGRAMS = ("aimscale.harness.train", "aimscale.harness.evaluate")
+"""Programs that may be forked."""
+_PRELOAD = ("aimscale.harness.distributed.preloaded", *(f"{program}.run" for program in PROGRAMS))
+_READ_AT_IMPORT = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "DS_", "LD_", "CUDA")
+"""Beginnings of the names of variables that interpreters and libraries read when they are loaded."""
+_server_variables: dict[str, str] | None = None
+
+
+class ForkedProgram:
+    """Process of a program, with the methods of a `subprocess.Popen` that a worker uses."""
+
+    def __init__(self, words: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
+        """Start a program (`-m NAME ARGUMENTS`) in a session of its own, with these environment variables alone."""
+        with _as_no_script(), _environment({**variables, "DS_ACCELERATOR": "cpu"}):  # else it tells its choice
+            context = start_fork_server(_PRELOAD)
+            arguments = (words[1:], dict(variables), log, os.getcwd())
+            self._process = context.Process(target=_execute, args=arguments, name=words[1])
+            self._process.start()
+        self.pid: int = self._process.pid or 0
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def can_fork(command: Sequence[str], variables: Mapping[str, str]) -> bool:
+    """Return whether a command is one of this interpreter's programs, and its environment that of the server, if there
+    is one already."""
+    global _server_variables
+    if list(command[:2]) != [sys.executable, "-m"] or command[2] not in PROGRAMS:
+        return False
+    read = {name: value for name, value in variables.items() if name.startswith(_READ_AT_IMPORT)}
+    _server_variables = _server_variables or read
+    return read == _server_variables
+
+
+def _execute(words: Sequence[str], variables: Mapping[str, str], log: Path, directory: str) -> None:
+    """Become the program."""
+    os.setsid()
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = list(words)
+    sys.orig_argv = [sys.executable, "-m", *words]
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+@contextlib.contextmanager
+def _as_no_script() -> Iterator[None]:
+    """Have no script in `__main__` for the block: a child would run the user's once more."""
+    with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have these environment variables alone for the block, which the server starts with."""
+    with mock.patch.dict(os.environ, variables, clear=True):
+        yield
