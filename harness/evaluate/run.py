@@ -22,7 +22,6 @@ from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.job import Job, Ranks, execute_with, join_ranks
 from aimscale.harness.distributed.progress import ProgressCallback
-from aimscale.harness.log.expected import read_expected
 from aimscale.harness.log.loggers import Logger, expected_scalars, open_loggers, row_scalars
 from aimscale.harness.probe.run import load_budget, probe_run
 from aimscale.harness.results.files import validation_name
@@ -30,6 +29,7 @@ from aimscale.harness.results.pending import Pending, pending_evaluations, pendi
 from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.expected import read_expected
 from aimscale.harness.run.failures import DivergedError, memory_advice
 from aimscale.harness.validation.losses import HeldOut, open_held_out, validate
 

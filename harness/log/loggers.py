@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from aimscale.harness.log.expected import ExpectedPoint
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
+from aimscale.harness.run.expected import ExpectedPoint
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.row import planned_columns
 

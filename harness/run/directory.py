@@ -79,7 +79,7 @@ class Status:
     num_skipped_steps: int = 0
     """Non-finite steps that were skipped."""
     deviation: float | None = None
-    """Standard deviations of the last validation losses above their forecast (`harness.log.expected`), if any."""
+    """Standard deviations of the last validation losses above their forecast (`harness.run.expected`), if any."""
     deviates_since: int | None = None
     """Images seen since which they do, if that raises an alarm."""
     heartbeat: float | None = None

@@ -17,12 +17,12 @@ import torch
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.job import Job
-from aimscale.harness.log.expected import read_expected
 from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
 from aimscale.harness.log.record import append_line
 from aimscale.harness.results.files import validation_settings
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.expected import read_expected
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import sealed
 from aimscale.harness.run.identity import is_measurement

@@ -9,19 +9,14 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from aimscale.analysis.errors import AnalysisError
-from aimscale.harness.log.expected import FILE, PERSISTENT, Expected, ExpectedPoint
+from aimscale.harness.run.expected import FILE, Expected, ExpectedPoint
 from aimscale.harness.run.files import read_object, write_json
+from aimscale.sweeps.engine.deviation import FALSE_ALARM_RATE, alarm_threshold
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.state.record import RunRecord
 
-FALSE_ALARM_RATE = 0.01
-"""Share of sound runs that may raise an alarm, at any point of their whole training."""
-NUM_SIMULATED = 2000
-"""Number of simulated sound runs from which the threshold of the alarm follows."""
 ERROR_CORRELATION_LENGTH = 2.0
 """Distance in ln images at which an error that points share is forgotten (to 1/e): past a plateau, say."""
 COLUMNS = ["run_id", "params_total", "is_budget", "images_seen", "val_loss"]
@@ -75,23 +70,7 @@ def expected_losses(rows: Sequence[dict[str, Any]], num_params: float) -> Expect
         budgets=by_kind.get(True, ()),
         memory=ERROR_CORRELATION_LENGTH,
     )
-    return dataclasses.replace(expected, alarm_sd=alarm_sd(expected, DOF), false_alarm_rate=FALSE_ALARM_RATE)
-
-
-def alarm_sd(expected: Expected, degrees: float) -> float | None:
-    """Return the deviation that `FALSE_ALARM_RATE` of simulated sound runs exceed at any of their points; None
-    if these are too few for an alarm.
-
-    Args:
-        degrees: degrees of freedom of the standard deviations.
-    """
-    if len(expected.points) < PERSISTENT:
-        return None
-    rng = np.random.default_rng(0)
-    errors = rng.standard_normal((len(expected.points), NUM_SIMULATED))
-    errors *= np.sqrt(degrees / rng.chisquare(degrees, NUM_SIMULATED))
-    deviations, _ = expected.scan(expected.root @ errors)
-    return float(np.quantile(deviations[PERSISTENT - 1 :].max(axis=0), 1 - FALSE_ALARM_RATE))
+    return dataclasses.replace(expected, alarm_sd=alarm_threshold(expected, DOF), false_alarm_rate=FALSE_ALARM_RATE)
 
 
 def points(sweep: Sweep, run: Run) -> Iterator[dict[str, Any]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 
-from aimscale.harness.log.expected import FILE, read_expected
+from aimscale.harness.run.expected import FILE, read_expected
 from aimscale.harness.run.files import write_json
+from aimscale.sweeps.engine.deviation import find_deviation, reason_to_stop
 from aimscale.sweeps.engine.forecasts import curve_losses
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.state.record import RunRecord
@@ -33,10 +34,10 @@ class Watch:
             return None
         if (expected := read_expected(self._record)) is None:
             return None
-        deviation = expected.deviation(curve_losses(self._record, self._run))
+        deviation = find_deviation(expected, curve_losses(self._record, self._run))
         self._compared = times
         if deviation is None:
             return None
         since = deviation.since if deviation.is_alarm else None
         write_json(self._record.deviation, {"deviation": deviation.sd, "deviates_since": since}, durable=False)
-        return expected.reason_to_stop(deviation)
+        return reason_to_stop(expected, deviation)

@@ -9,9 +9,9 @@ import typing
 import pytest
 from pages import ROOT
 
-from aimscale.harness.log.expected import Expected, ExpectedPoint
 from aimscale.harness.run import directory
 from aimscale.harness.run.directory import RunDir, Status
+from aimscale.harness.run.expected import Expected, ExpectedPoint
 from aimscale.harness.run.lock import Holder
 from aimscale.harness.step.checkpoint import Manifest
 from aimscale.harness.validation.losses import ValidationLosses

@@ -14,7 +14,8 @@ import numpy as np
 from simulated_tables import markdown
 
 from aimscale.analysis.forecasts.trajectory import DOF
-from aimscale.harness.log.expected import PERSISTENT, Expected, ExpectedPoint
+from aimscale.harness.run.expected import Expected, ExpectedPoint
+from aimscale.sweeps.engine.deviation import PERSISTENT, alarm_threshold, error_root, scan
 from aimscale.sweeps.engine.forecasts import MEMORY, alarm_sd
 
 IMAGES = np.arange(1, 33) * 2048
@@ -28,13 +29,13 @@ def main() -> None:
     for name, sd in ERRORS.items():
         points = [ExpectedPoint(images_seen=int(i), loss=1, low=1, high=1, sd=sd, noise=sd / 3) for i in IMAGES]
         expected = Expected(basis="", points=tuple(points), memory=MEMORY)
-        expected = dataclasses.replace(expected, alarm_sd=alarm_sd(expected, DOF))
+        expected = dataclasses.replace(expected, alarm_sd=alarm_threshold(expected, DOF))
         column = columns[f"{name}, alarm at {expected.alarm_sd:.1f} sd"] = {}
         for size in (0.0, 0.03, 0.05):
             for begin in (0.0, 0.5) if size else (0.0,):
-                errors = expected.root @ rng.standard_normal((len(IMAGES), NUM_RUNS))
+                errors = error_root(expected) @ rng.standard_normal((len(IMAGES), NUM_RUNS))
                 fault = size * (begin * IMAGES[-1] < IMAGES)[:, None]
-                deviations = expected.scan(errors + fault)[0][PERSISTENT - 1 :]
+                deviations = scan(expected, errors + fault)[0][PERSISTENT - 1 :]
                 when = f", from {'half way' if begin else 'the first point'} on" * (size > 0)
                 told = 100 * np.mean((deviations > expected.alarm_sd).any(axis=0))
                 column[f"{100 * size:.0f} % too high{when}"] = f"{told:.0f} %"

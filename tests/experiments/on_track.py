@@ -23,8 +23,9 @@ import numpy as np
 import pandas as pd
 
 from aimscale.analysis import trajectory
-from aimscale.harness.log.expected import PERSISTENT, Expected
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.expected import Expected
+from aimscale.sweeps.engine.deviation import PERSISTENT, scan
 from aimscale.sweeps.engine.forecasts import expected_losses, points
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import Run
@@ -111,7 +112,7 @@ def watched(expected: Expected, losses: dict[int, float]) -> tuple[float, int | 
     """Return the largest deviation of a run at any of its points, and the images seen at its first alarm, if any."""
     points = tuple(point for point in expected.points if point.images_seen in losses)
     seen = dataclasses.replace(expected, points=points)
-    found, _ = seen.scan(np.log([[losses[point.images_seen] / point.loss] for point in points]))
+    found, _ = scan(seen, np.log([[losses[point.images_seen] / point.loss] for point in points]))
     alarms = [
         point.images_seen
         for number, (point, sd) in enumerate(zip(points, found[:, 0], strict=True))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aimscale.harness.log.expected import FILE, read_expected
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.expected import FILE, read_expected
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.engine.forecasts import FALSE_ALARM_RATE, save_stop_threshold, write_forecasts
 from aimscale.sweeps.monitor.layout import new_console

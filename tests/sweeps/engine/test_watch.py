@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from aimscale.harness.log.expected import FILE
 from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.harness.run.expected import FILE
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.engine.watch import Watch
 from aimscale.sweeps.monitor.status import sweep_status

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aimscale.harness.log.expected import PERSISTENT, Expected, ExpectedPoint
+from aimscale.harness.run.expected import Expected, ExpectedPoint
+from aimscale.sweeps.engine.deviation import PERSISTENT, error_root, find_deviation, reason_to_stop, scan
 
 AT = np.arange(1, 29) * 2048
 
@@ -20,9 +21,9 @@ def losses(off: np.ndarray) -> dict[int, float]:
 
 
 def test_scan_is_the_deviation_of_a_mean_from_its_conditional_expectation() -> None:
-    root, rng = expected().root, np.random.default_rng(0)
+    root, rng = error_root(expected()), np.random.default_rng(0)
     covariance, off = root @ root.T, np.cumsum(rng.standard_normal((len(AT), 3)), axis=0) * 0.001
-    found, first = expected().scan(off)  # no point stands out from its neighbours
+    found, first = scan(expected(), off)  # no point stands out from its neighbours
     last = 11
     by_begin = []
     for begin in range(last - PERSISTENT + 2):
@@ -38,7 +39,7 @@ def test_scan_is_the_deviation_of_a_mean_from_its_conditional_expectation() -> N
 def test_a_shift_within_the_band_is_seen_where_it_begins() -> None:
     off = np.where(np.arange(28) < 14, 0.008, 0.008 + 0.02)
     assert np.exp(off.max()) < np.exp(1.96 * 0.02), "the band of one run still holds it"
-    early, late = expected().deviation(losses(off[:14])), expected().deviation(losses(off))
+    early, late = find_deviation(expected(), losses(off[:14])), find_deviation(expected(), losses(off))
     assert early is not None
     assert not early.is_alarm
     assert late is not None
@@ -48,7 +49,7 @@ def test_a_shift_within_the_band_is_seen_where_it_begins() -> None:
 
 
 def test_a_run_off_from_the_start_is_seen_by_the_forecast_alone() -> None:
-    found = expected(sd=0.01).deviation(losses(np.full(6, 0.06)))
+    found = find_deviation(expected(sd=0.01), losses(np.full(6, 0.06)))
     assert found is not None
     assert found.is_alarm
     assert found.since == AT[0]
@@ -58,27 +59,27 @@ def test_one_point_raises_no_alarm_and_a_run_far_below_its_forecast_does_but_nev
     """A run 11 sd below its forecast was "on track"."""
     off = np.zeros(20)
     off[-1] = 1.0
-    found = expected().deviation(losses(off))
+    found = find_deviation(expected(), losses(off))
     assert found is not None
     assert not found.is_alarm
     asked = Expected(**{**vars(expected(sd=0.01)), "stop_sd": 2.0})
-    better = asked.deviation(losses(np.full(9, -0.06)))
+    better = find_deviation(asked, losses(np.full(9, -0.06)))
     assert better is not None
     assert better.sd < -4
     assert better.is_alarm
-    assert asked.reason_to_stop(better) is None
+    assert reason_to_stop(asked, better) is None
 
 
 def test_points_beyond_the_forecast_have_no_deviation() -> None:
     seen = losses(np.zeros(5))
-    assert expected().deviation(seen) is not None
-    assert expected().deviation(seen | {10**6: 0.6}) is None
-    assert expected().deviation({1: 0.6}) is None
+    assert find_deviation(expected(), seen) is not None
+    assert find_deviation(expected(), seen | {10**6: 0.6}) is None
+    assert find_deviation(expected(), {1: 0.6}) is None
 
 
 @pytest.mark.parametrize(("stop_sd", "stops"), [(None, False), (3.0, True), (50.0, False)])
 def test_a_run_is_stopped_by_an_alarm_of_the_size_asked_for(stop_sd: float | None, stops: bool) -> None:
     asked = Expected(**{**vars(expected(sd=0.01)), "stop_sd": stop_sd})
-    found = asked.deviation(losses(np.full(6, 0.06)))
+    found = find_deviation(asked, losses(np.full(6, 0.06)))
     assert found is not None
-    assert bool(asked.reason_to_stop(found)) == stops
+    assert bool(reason_to_stop(asked, found)) == stops
