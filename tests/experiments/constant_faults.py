@@ -16,7 +16,7 @@ from simulated_tables import markdown
 from aimscale.analysis.forecasts.trajectory import DOF
 from aimscale.harness.run.expected import Expected, ExpectedPoint
 from aimscale.sweeps.engine.deviation import PERSISTENT, alarm_threshold, error_root, scan
-from aimscale.sweeps.engine.forecasts import MEMORY, alarm_sd
+from aimscale.sweeps.engine.forecasts import ERROR_CORRELATION_LENGTH
 
 IMAGES = np.arange(1, 33) * 2048
 ERRORS = {"CIFAR-10": 0.009, "photographs": 0.02}
@@ -28,7 +28,7 @@ def main() -> None:
     rng, columns = np.random.default_rng(0), dict[str, dict[str, str]]()
     for name, sd in ERRORS.items():
         points = [ExpectedPoint(images_seen=int(i), loss=1, low=1, high=1, sd=sd, noise=sd / 3) for i in IMAGES]
-        expected = Expected(basis="", points=tuple(points), memory=MEMORY)
+        expected = Expected(basis="", points=tuple(points), memory=ERROR_CORRELATION_LENGTH)
         expected = dataclasses.replace(expected, alarm_sd=alarm_threshold(expected, DOF))
         column = columns[f"{name}, alarm at {expected.alarm_sd:.1f} sd"] = {}
         for size in (0.0, 0.03, 0.05):
