@@ -267,20 +267,22 @@ def percent_axis(ax: Axes, label: bool = True) -> None:
 def series_of(data: pd.DataFrame, by: str | None) -> tuple[pd.Series, dict[str, float]]:
     """Name each row's series by the value of a column, and map the names in order to the values they stand for.
 
-    More than eight values are put into eight classes by their logarithm, called by their geometric mean. Without a
-    column there is one series without a name.
+    More than eight values are put into eight classes by their logarithm, called by their ends, which stand for their
+    geometric means. Without a column there is one series without a name.
     """
     values = data[by] if by else pd.Series(0.0, data.index)
     if not is_numeric_dtype(values):
         names = list(dict.fromkeys(values.map(str)))
         return pd.Series(pd.Categorical(values.map(str), names), data.index), dict(zip(names, count(0.0), strict=False))
+    means = values
     if values.nunique() > len(MARKERS):
         log = np.log(values)
-        values = np.exp(log.groupby(pd.cut(log, len(MARKERS), labels=False)).transform("mean"))
-    distinct = np.sort(values.unique())
-    names = told_apart(distinct, human, 3) if by else [""]
-    series = pd.Series(pd.Categorical(values, distinct), data.index)
-    return series.cat.rename_categories(names), dict(zip(names, map(float, distinct), strict=True))
+        means = np.exp(log.groupby(pd.cut(log, len(MARKERS), labels=False)).transform("mean"))
+    ends = values.groupby(means).agg(["min", "max"])
+    lows, highs = (told_apart(ends[name].to_numpy(), human, 3) for name in ends)
+    names = [low if low == high else f"{low}–{high}" for low, high in zip(lows, highs, strict=True)] if by else [""]
+    series = pd.Series(pd.Categorical(means, ends.index), data.index)
+    return series.cat.rename_categories(names), dict(zip(names, map(float, ends.index), strict=True))
 
 
 def draw(ax: Axes, rows: pd.DataFrame, columns: Sequence[str], color: Any = None, **look: Any) -> None:

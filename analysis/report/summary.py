@@ -275,8 +275,9 @@ def misfit(joint: Fit) -> Fact:
         return Fact("How far off", "Lack of fit was not tested.", ["lack of fit was not tested"])
     told, against = list[str](), list[str]()
     for test in joint.misfits:
-        name = {"form": "points" if not test.follows else test.follows, "N": "sizes", "D": "budgets"}.get(test.subject)
-        told.append(f"{name or test.subject} {test.words()}")
+        name = {"form": "points", "N": "sizes", "D": "budgets"}.get(test.subject, test.subject)
+        along = f" along {test.follows}" if test.follows else ""
+        told.append(f"{name}{along} {test.words()}")
         if test.p < ALARM / len(joint.misfits):
-            against.append(f"{name or test.subject} lie {test.off:.2g} % off the law")
+            against.append(f"{name} lie {test.off:.2g} % off the law{along}")
     return Fact("How far off", f"Lack of fit beyond noise: {'; '.join(told)}.", against)

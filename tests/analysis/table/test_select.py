@@ -119,6 +119,13 @@ def test_sizes_that_print_alike_stay_two():
     assert len(set(labels)) == 4
 
 
+def test_a_series_of_several_sizes_is_called_by_its_ends():
+    sizes = [24e3, 31e3, 48e3, 57e3, 92e3, 134e3, 224e3, 299e3, 453e3]
+    labels, values = series_of(pd.DataFrame({"params_total": sizes}), "params_total")
+    assert list(labels[:3]) == ["24k–31k", "24k–31k", "48k"]
+    assert values["24k–31k"] == pytest.approx(np.sqrt(24e3 * 31e3))
+
+
 def test_the_envelope_keeps_what_no_cheaper_row_undercuts():
     df = pd.DataFrame({"flops_train": [1.0, 2, 3, 4, 5], "val_loss": [5.0, np.nan, 6, 4, 4]}).sample(frac=1)
     assert sorted(lower_envelope(Runs(df))["flops_train"]) == [1, 4]
