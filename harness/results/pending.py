@@ -51,7 +51,7 @@ DATA_INTERVAL_S = 10.0
 class Pending:
     """Training or evaluation that a run lacks at one of its budgets."""
 
-    what: Literal["training", "validation", "probe"]
+    what: Literal["training", "validation", "probe", "evaluation"]
     images_seen: int
     """Budget."""
     section: ProbeSection | None = None

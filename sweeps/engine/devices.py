@@ -63,7 +63,8 @@ class Machine:
         if self.nodes > 1:
             step = ["srun", f"--nodes={self.nodes}", f"--ntasks-per-node={self.devices}", "--kill-on-bad-exit=1"]
             return [*step, *self.srun, *self.python, *words]
-        return [*self.python, *((*RANKS_COMMAND, str(num_devices)) if num_devices > 1 else ()), *words]
+        is_group = num_devices > 1 and not run.is_one_process
+        return [*self.python, *((*RANKS_COMMAND, str(num_devices)) if is_group else ()), *words]
 
 
 def local_machine(runs: Sequence[Run], *, devices: int | None = None) -> Machine:

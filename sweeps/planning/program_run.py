@@ -64,6 +64,10 @@ class ProgramRun(Run):
         return self.config.program.threads
 
     @property
+    def is_one_process(self) -> bool:
+        return True
+
+    @property
     def unit(self) -> str:
         return self.config.program.unit
 
@@ -92,16 +96,21 @@ class ProgramRun(Run):
         return load_program(record.config) == self.config
 
     def pending(self, record: RunDir, *, trust_note: bool = True) -> list[Pending]:
-        rows = {row["images_seen"]: set(row.get("evaluated") or ()) for row in record.read_rows()}
-        wanted = {*self.config.program.evaluate}
-        missing = [budget for budget in self.budgets if budget not in rows or wanted - rows[budget]]
-        return [Pending(what="training", images_seen=budget) for budget in missing]
+        rows = {row["images_seen"]: row.get("evaluated") or () for row in record.read_rows()}
+        missing = [budget for budget in self.budgets if budget not in rows]
+        unmeasured = [budget for budget in self.budgets if {*self.config.program.evaluate} - {*rows.get(budget, ())}]
+        if unmeasured and not missing and RunDir(record.root).is_held():
+            missing = unmeasured  # it may yet save what is measured
+        if missing:
+            return [Pending(what="training", images_seen=budget) for budget in missing]
+        return [Pending(what="evaluation", images_seen=budget) for budget in unmeasured]
 
     def check_rows(self, record: RunDir, rows: Sequence[dict[str, Any]]) -> None:
         return
 
     def command(self, run_dirs: Sequence[Path]) -> list[str]:
-        return ["-m", "aimscale.harness.program", *map(str, run_dirs)]
+        module = "aimscale.harness.program" + (".evaluation" if self.stage == "evaluate" else "")
+        return ["-m", module, *map(str, run_dirs)]
 
     def fits(self, num_devices: int, device_bytes: int) -> bool:
         return False

@@ -106,6 +106,11 @@ class Run(abc.ABC):
         return False
 
     @property
+    def is_one_process(self) -> bool:
+        """Whether one process uses all of its devices; else there is one for each."""
+        return False
+
+    @property
     def is_normalised(self) -> bool:
         """Whether a constant prediction is known to have a loss of 1."""
         return False

@@ -51,7 +51,7 @@ class RunRecord(RunDir):
     @property
     def is_of_program(self) -> bool:
         """Whether a program of the user trains it."""
-        return (self.path / PROGRAM_FILE).exists()
+        return (self.root / PROGRAM_FILE).exists()
 
     def job_log(self, job_id: str) -> Path:
         """Return the log of a Slurm job: output of its worker and of slurmstepd."""
@@ -73,9 +73,16 @@ class RunRecord(RunDir):
     def saved_progress(self) -> list[int]:
         """Return a measure of progress, which grows with everything that a resumed attempt need not repeat: numbers of
         rows, images of the furthest checkpoint, budgets with weights, files of evaluation, and the time of the last of
-        these, ns. Of a program it is the largest D that it has told."""
-        if measurements := read_object(self.path / PROGRAM_FILE):
-            return [len(self.read_rows()), int(measurements.get("D", 0)), 0, 0, 0]
+        these, ns. Of a program it is the largest D that it has told, and the number of its evaluations."""
+        if measurements := read_object(self.root / PROGRAM_FILE):
+            rows = self.read_rows()
+            return [
+                len(rows),
+                int(measurements.get("D", 0)),
+                sum(len(row.get("evaluated") or ()) for row in rows),
+                0,
+                0,
+            ]
         checkpoints = [path.name.split("-")[0] for path in self.checkpoints.glob("[0-9]*")]
         num_budgets = len(list(self.root.glob("budgets/*/model.safetensors")))
         times = []

@@ -29,7 +29,9 @@ def planned(tmp_path: Path) -> Any:
     """Return a function that plans a sweep of `TRAIN`."""
     (tmp_path / "train.py").write_text(TRAIN)
 
-    def make(hold: float = 0.0, sizes: tuple[int, ...] = (8, 16, 32), **changes: Any) -> PlannedSweep:
+    def make(
+        hold: float = 0.0, sizes: tuple[int, ...] = (8, 16, 32), more: dict[str, Any] | None = None, **changes: Any
+    ) -> PlannedSweep:
         trainer = {
             "command": "python train.py {run_dir} {width} {budget} {hold}",
             "sizes": {f"w{width}": {"width": width} for width in sizes},
@@ -37,6 +39,7 @@ def planned(tmp_path: Path) -> Any:
             "unit": "tokens",
             "runtime": {"hold": hold},
             "stop": {"seconds": 5},
+            **(more or {}),
         }
         values = {
             "name": "mine",
@@ -104,6 +107,79 @@ def test_a_run_whose_process_is_killed_goes_on_from_its_checkpoint(
     assert points == sorted({*points}) == [100 * step for step in range(1, 9)]
     lines = (sweep.sweep.run_dir(sweep.runs[0].run_id) / "metrics.jsonl").read_text().splitlines()
     assert len(lines) <= 9, "one step is trained again at most"
+
+
+EXAM = """
+import json, os, pathlib, sys, time
+result, awaited, finished = (pathlib.Path(each) for each in sys.argv[1:])
+with open(f"{result}.log", "a") as file:
+    print(os.getpid(), file=file)
+while not awaited.exists():
+    time.sleep(0.05)
+finished.touch()
+result.write_text(json.dumps({"accuracy": {"exam:top-1": 0.5}}))
+"""
+
+
+def examined(run_dir: Path) -> int:
+    """Return how often the command that evaluates a run was started."""
+    return sum(len(path.read_text().splitlines()) for path in run_dir.glob("evaluations/*/*.log"))
+
+
+def test_a_run_is_evaluated_while_another_trains(planned: Any, tmp_path: Path) -> None:
+    (tmp_path / "exam.py").write_text(EXAM)
+    # The longer run trains on until the shorter one was evaluated; were that to wait for it, both would hang.
+    wait = "while width == 16 and step == 4 and not os.path.exists('examined'): time.sleep(0.05)"
+    (tmp_path / "train.py").write_text(TRAIN.replace("time.sleep(hold)", wait))
+    exam = {"evaluate": {"exam": f"python exam.py {{result}} {tmp_path} examined"}}
+    sweep = planned(sizes=(8, 16), budgets=[800], more=exam)
+    result = launch(sweep, devices=2)
+    assert len(result.finished) == 2
+    for run in sweep.runs:
+        record = sweep.sweep.run_dir(run.run_id)
+        assert examined(record) == 1
+    assert num_trained(sweep) == [1, 1]
+    assert [[row["probes"][0]["top1"] for row in each.record.read_rows()] for each in sweep.look()] == [[0.5]] * 2
+    assert {each.state.value for each in sweep.look()} == {"finished"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["command", "supervisor"])
+def test_an_evaluation_that_is_killed_is_measured_again_and_nothing_is_trained_again(
+    victim: str, planned: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "exam.py").write_text(EXAM)
+    sweep = planned(
+        sizes=(8,), budgets=[800], more={"evaluate": {"exam": "python exam.py {result} {run_dir}/go {run_dir}/done"}}
+    )
+    run_dir = sweep.sweep.run_dir(sweep.runs[0].run_id)
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not examined(run_dir) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (supervisor,) = [
+            each for each in psutil.Process().children() if "aimscale.harness.program.evaluation" in each.cmdline()
+        ]
+        chosen = supervisor if victim == "supervisor" else supervisor.children()[0]
+        os.kill(chosen.pid, signal.SIGKILL)
+        (run_dir / "go").touch()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = launch(sweep, devices=1)
+    thread.join()
+    assert len(result.finished) == 1
+    assert (num_trained(sweep), examined(run_dir)) == ([1], 2)
+    (state,) = sweep.look()
+    assert [len(each.read_attempts()) for each in (state.record, state.record.evaluation)] == [1, 2]
+
+
+def test_a_program_of_two_devices_is_one_process(planned: Any) -> None:
+    sweep = planned(hold=0.5, sizes=(8,), budgets=[800], more={"devices": 2})
+    assert len(launch(sweep, devices=2).finished) == 1
+    assert num_trained(sweep) == [1]
+    assert len(sweep.look()[0].record.read_attempts()) == 1
 
 
 def test_a_forecast_that_fails_ends_no_launch(planned: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
