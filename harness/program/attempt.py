@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import signal
 import sys
 import time
@@ -16,15 +18,18 @@ from aimscale.harness.run.directory import (
     EXIT_DIVERGED,
     EXIT_FINISHED,
     EXIT_PREEMPTED,
+    SHARED,
     ReasonClass,
     RunDir,
 )
-from aimscale.harness.run.failures import StopFlag, classify
+from aimscale.harness.run.failures import StopFlag, classify, describe_full_disk
 from aimscale.harness.run.program import ProgramConfig, load_program
 from aimscale.harness.run.timeouts import HEARTBEAT_S
 
 LOOK_S = 0.2
 LAST_WORDS_BYTES = 4096
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+"""Words of programs that found a disk full."""
 
 
 class Stopped(Exception):
@@ -128,6 +133,8 @@ class Attempt:
         lines = [line.strip() for line in self._words.decode(errors="replace").splitlines() if line.strip()]
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         last_line = f": {lines[-1][:300]}" if lines else ""
+        if full := next((line for line in reversed(lines) if any(words in line for words in FULL)), None):
+            return ProgramFailed(f"{what} found a disk full ({full[:300]}); free some", "node")
         return ProgramFailed(f"{what} ended with {how}{last_line}", "code")
 
 
@@ -156,9 +163,12 @@ def _note_failure(run: RunDir, error: Exception) -> int:
     kind, reason = classify(error)
     if isinstance(error, ProgramFailed):
         kind, reason = error.reason_class, str(error)
+    if full := describe_full_disk(run.root):
+        kind, reason = "node", f"{reason}; {full}"
     with contextlib.suppress(OSError):
         state = "diverged" if kind == "nan" else "failed"
-        run.write_status(state=state, phase="", reason=reason, reason_class=kind)
+        failed_on = SHARED if kind == "node" else None
+        run.write_status(state=state, phase="", reason=reason, reason_class=kind, failed_on=failed_on)
     if not isinstance(error, ProgramError | OSError):
         raise error
     print(f"aimscale: {reason}", file=sys.stderr, flush=True)

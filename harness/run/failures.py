@@ -43,6 +43,10 @@ DISK_ERRORS = {
 """Error numbers that are no fault of the program: a disk that is full, read-only, closed to the user, or failing."""
 
 
+FULL_BYTES = 1 << 20
+"""A disk with fewer bytes free is full, or one of less than a GB with less than a thousandth."""
+
+
 class PreemptedError(Exception):
     """Stop requested by a signal; the run has saved."""
 
@@ -150,6 +154,17 @@ def disk_sentence(error: OSError) -> str | None:
         return None
     where = error.filename2 or error.filename  # the target of a rename
     return f"{where or 'a file'}: {error.strerror}; mend that, then give the same command again: saved work is whole"
+
+
+def describe_full_disk(folder: Path) -> str:
+    """Say that the disk of a folder has no space, or no room for more files; empty if it has, or does not tell."""
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        if disk.f_blocks and disk.f_bavail < max(1, min(disk.f_blocks // 1000, FULL_BYTES // disk.f_frsize)):
+            return f"the disk of {folder} is full ({disk.f_bavail * disk.f_frsize:,} bytes free); free some"
+        if disk.f_files and disk.f_favail == 0:
+            return f"the disk of {folder} holds as many files as it can; remove some"
+    return ""
 
 
 LIMITS = (

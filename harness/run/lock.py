@@ -22,7 +22,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,7 @@ class Lock:
                 os.close(descriptor)
                 return None
             holder = Holder(facts=facts)
-            text = (json.dumps(asdict(holder)) + "\n").encode()
-            os.pwrite(descriptor, text, 0)  # readers read one line: the rest of a longer, older text does no harm
-            os.ftruncate(descriptor, len(text))
+            _write_holder(descriptor, holder)
         except OSError as error:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -92,12 +90,23 @@ class Lock:
         _descriptors.add(descriptor)
         return holder
 
+    def note(self, **facts: Any) -> None:
+        """Add facts to the record of its holder; that needs no space on a disk, as the file has its block already."""
+        if (holder := read_holder(self.path)) and self._descriptor in _descriptors:
+            _write_holder(self._descriptor, replace(holder, facts=holder.facts | facts))
+
     def release(self) -> None:
         """Release the lock; without effect if it is not held."""
         if self._descriptor in _descriptors:
             _descriptors.remove(self._descriptor)
             os.close(self._descriptor)
         self._descriptor = -1
+
+
+def _write_holder(descriptor: int, holder: Holder) -> None:
+    text = (json.dumps(asdict(holder)) + "\n").encode()
+    os.pwrite(descriptor, text, 0)  # readers read one line: the rest of a longer, older text does no harm
+    os.ftruncate(descriptor, len(text))
 
 
 def held_descriptors() -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.failures import handling_stop_signals
+from aimscale.harness.run.failures import disk_sentence, handling_stop_signals
 from aimscale.harness.run.files import may_pass
 from aimscale.sweeps.engine import looks
 from aimscale.sweeps.engine.active_run import ActiveRun, Event, Part
@@ -202,6 +202,8 @@ def _record_end(worker: Worker, active_run: ActiveRun, part: Part, exit_code: in
         if may_pass(error) and worker.looks.may_repeat(part.run.key):
             return None
         worker.events.append(Event(text=f"left {part.record.name}: how it ended cannot be written down ({error})"))
+        with contextlib.suppress(OSError):
+            part.lock.note(ended=(isinstance(error, OSError) and disk_sentence(error)) or str(error))
         return "failed"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import Status
+from aimscale.harness.run.failures import describe_full_disk
 from aimscale.sweeps.planning.run import CostCard
 from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
@@ -82,6 +83,8 @@ class SweepStatus:
     """Why jobs of the last launch ended before they took a run, or with an error of their own."""
     num_jobs: int = 0
     """Number of the sweep's Slurm jobs that wait or run."""
+    disk: str = ""
+    """Why runs cannot be written now, if their disk is full."""
 
     @property
     def is_finished(self) -> bool:
@@ -120,6 +123,7 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
         unplanned=planned.unplanned,
         failed_jobs=_describe_failed_jobs(sweep, jobs, lines),
         num_jobs=len(live),
+        disk=describe_full_disk(sweep.directory),
     )
 
 

@@ -134,6 +134,7 @@ def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> 
     """Lay out `aimscale status`: the summary, what needs attention, and runs, or groups of them if they are many."""
     parts: list[Any] = [key_value_text(status_summary(status), width)]
     failed_jobs = [KeyValue(level="failed", key="jobs", value=reason) for reason in status.failed_jobs]
+    failed_jobs += [KeyValue(level="failed", key="disk", value=status.disk)] if status.disk else []
     notices = (notice.of(line.run_id) for line in status.runs if (notice := _notice(line)))
     if flags := [*failed_jobs, *notice_lines(notices)]:
         parts.append(key_value_text(flags, width))
@@ -238,6 +239,8 @@ def _since_heartbeat(line: RunStatus) -> float | None:
 
 def _notice(line: RunStatus) -> Notice | None:
     """Return what to say of a run that needs attention: it does not go on by itself, or not well."""
+    if not (line.state.active or line.state in (State.FINISHED, State.NOT_STARTED)):
+        return Notice(level=line.state, text=line.status.reason or "")
     loss = line.val_loss if line.val_loss is not None else line.status.loss
     if line.is_normalised and loss is not None and loss >= CONSTANT_LOSS:
         text = f"loss {loss:.2f}, no better than a constant prediction: lower optimiser.lr_peak"
@@ -251,9 +254,7 @@ def _notice(line: RunStatus) -> Notice | None:
     if line.state is State.RUNNING and line.status.phase in ("train", "decay") and data_wait > MAX_DATA_WAIT:
         share = f"waits for images {100 * data_wait:.0f} % of the time"
         return Notice(level="data-bound", text=f"{share}: raise runtime.num_workers or pack smaller images")
-    if line.state.active or line.state in (State.FINISHED, State.NOT_STARTED):
-        return None
-    return Notice(level=line.state, text=line.status.reason or "")
+    return None
 
 
 def status_summary(status: SweepStatus) -> list[KeyValue]:

@@ -229,9 +229,9 @@ def record_lost_attempt(run: RunRecord, worker: Holder | None, job_state: str | 
     if worker is None or status.state not in ("running", "queued") or run.is_held():
         return
     nodes, job_id = "", worker.facts.get("job_id")
-    reason: str = "killed with its launcher, or the machine stopped"
+    reason: str = worker.facts.get("ended") or "killed with its launcher, or the machine stopped"
     reason_class: ReasonClass = "node"
-    if job_id:
+    if job_id and "ended" not in worker.facts:
         nodes = str(worker.facts.get("nodes") or "")
         reason, reason_class = _job_failure(job_state, run.job_log(job_id), nodes)
     ended = status.heartbeat or time.time()

@@ -213,7 +213,7 @@ def _read_stage(
     elif status.state == "running" and _is_fresh_elsewhere(status):
         state, reason, is_unlocked = State.RUNNING, f"on {status.host}, whose lock is not seen here", True
     elif status.state in ("running", "queued"):
-        state, reason = State.LOST, "its process is gone"
+        state, reason = State.LOST, (worker and worker.facts.get("ended")) or "its process is gone"
     elif status.state in ("created", "finished"):
         reason = f"to do: {to_do[0]}{f' and {len(to_do) - 1} more' if len(to_do) > 1 else ''}"
     elif status.state == "preempted":

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,17 @@ def stand_in() -> Any:
         return lambda run_dir, devices: [sys.executable, str(STAND_IN), str(run_dir), behaviour]
 
     return command
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 256 kB, which needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("may not mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,17 +201,6 @@ def test_pipes_and_devices_in_place_of_files_are_not_read_without_end(finished: 
     (run_dir.parents[1] / "sweep.json").unlink()
     os.mkfifo(run_dir.parents[1] / "sweep.json")
     assert "sweep.json is a pipe" in refused("status", run_dir.parents[1])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 256 kB, which needs root."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("may not mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("trouble", ["read-only", "full"])
