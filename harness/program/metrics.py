@@ -40,8 +40,10 @@ class LineReader:
 
     def split(self, piece: bytes) -> list[bytes]:
         """Return the lines that a piece completes; a carriage return ends one, too, as in progress bars."""
-        *lines, self._rest = re.split(rb"[\r\n]", self._rest + piece)
-        self._rest = self._rest[:MAX_LINE_BYTES]
+        *lines, rest = re.split(rb"[\r\n]", piece)  # of the new bytes alone: a line may have no end
+        if lines:
+            lines[0], self._rest = self._rest + lines[0], b""
+        self._rest += rest[: MAX_LINE_BYTES - len(self._rest)]
         return lines
 
 

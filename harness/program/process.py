@@ -111,8 +111,8 @@ class Process:
                 self._is_open = bool(whole)
         if room := max(0, MAX_LOG_BYTES - self._num_written):
             sys.stdout.buffer.write(whole[:room])
-            if len(whole) > room:
-                sys.stdout.buffer.write(f"\naimscale: more than {MAX_LOG_BYTES:,} bytes; no more are kept\n".encode())
+            if len(whole) >= room:
+                sys.stdout.buffer.write(f"\naimscale: {MAX_LOG_BYTES:,} bytes; no more are kept\n".encode())
             sys.stdout.buffer.flush()
         self._num_written += len(whole)
         return whole

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,14 +118,36 @@ def test_a_bad_program_gets_a_sentence(name: str, start: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_gigabyte_of_output_is_cut_and_read_to_its_end(start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\\n", ""])
+def test_a_gigabyte_of_output_is_cut_and_read_to_its_end(end: str, start: Any, tmp_path: Path) -> None:
+    """In lines, or in one without an end, which may not fill the memory."""
     metrics = MetricsSection(pattern=r"D=(?P<D>\d+) val=(?P<val_loss>[\d.]+)")
-    process = start("[print('x' * 999) for _ in range(60_000)]; print('D=100 val=1.5')", metrics=metrics)
-    said, _ = process.communicate(timeout=120)
+    text = f"[sys.stdout.write(('x' * 999 + '{end}') * 1000) for _ in range(1000)]; print('\\nD=100 val=1.5')"
+    process = start(text, metrics=metrics)
+    (tmp_path / "log").write_bytes(process.stdout.buffer.read(50_000_000))
+    most_bytes = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            most_bytes = max(most_bytes, psutil.Process(process.pid).memory_info().rss)
+        time.sleep(0.02)
+    with (tmp_path / "log").open("ab") as log:
+        shutil.copyfileobj(process.stdout.buffer, log)
     assert process.returncode == 0
-    assert 50_000_000 < len(said) < 50_001_000
-    assert said.endswith("no more are kept\n")
+    assert 0 < most_bytes < 200_000_000
+    assert 50_000_000 < (tmp_path / "log").stat().st_size < 50_001_000
+    assert (tmp_path / "log").read_bytes().endswith(b"no more are kept\n")
     assert RunDir(tmp_path / "run").read_rows()[0]["val_loss"] == 1.5
+
+
+def test_a_program_that_prints_nothing_is_told_as_such_while_it_goes_on(start: Any, tmp_path: Path) -> None:
+    run, process = RunDir(tmp_path / "run"), start("time.sleep(600)")
+    deadline = time.monotonic() + 60
+    while run.read_status().phase != "no line yet":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert (process.returncode, run.read_status().state, run.read_rows()) == (75, "preempted", [])
 
 
 STOPPED = {
