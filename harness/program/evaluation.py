@@ -6,41 +6,13 @@ other runs, with a lock, a status and results of its own.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from aimscale.harness.program.attempt import Attempt, ProgramFailed, Stopped, attempt
+from aimscale.harness.program.attempt import Attempt, ProgramFailed, Stopped, make_attempts
 from aimscale.harness.program.metrics import probe_entries
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir, probe_key
-from aimscale.harness.run.failures import run_worker, stop_signals
+from aimscale.harness.run.directory import RunDir, probe_key
+from aimscale.harness.run.failures import run_worker
 from aimscale.harness.run.files import read_object
-
-
-def evaluate(paths: Sequence[Path]) -> int:
-    """Evaluate runs, one after the other; returns the first exit code that tells of no good end, or else 0.
-
-    A run that fails does not keep those after it from being evaluated; a request to stop does.
-
-    Raises:
-        LockHeld: another process evaluates the only run.
-    """
-    tokens, exit_code = os.environ.get("AIMSCALE_CLAIM", "").split(","), EXIT_FINISHED
-    with stop_signals() as flag:
-        for number, path in enumerate(paths):
-            os.environ["AIMSCALE_CLAIM"] = tokens[number % len(tokens)]
-            try:
-                code = attempt(Evaluation, RunDir(path).evaluation, flag)
-            except Exception as error:
-                if len(paths) == 1:
-                    raise
-                code = EXIT_CRASHED
-                print(f"aimscale: {path}: {error}", file=sys.stderr, flush=True)
-            exit_code = exit_code or code
-            if code == EXIT_PREEMPTED:
-                break
-    return exit_code
 
 
 class Evaluation(Attempt):
@@ -75,4 +47,7 @@ class Evaluation(Attempt):
 
 
 if __name__ == "__main__":
-    run_worker(evaluate, "aimscale.harness.program.evaluation RUN_DIR...")
+    run_worker(
+        lambda paths: make_attempts(Evaluation, [RunDir(path).evaluation for path in paths]),
+        "aimscale.harness.program.evaluation RUN_DIR...",
+    )

@@ -14,11 +14,10 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from aimscale.analysis.formulas import FormulaError, parse_formula
-from aimscale.harness.program.attempt import Attempt, ProgramFailed, attempt
+from aimscale.harness.program.attempt import Attempt, ProgramFailed
 from aimscale.harness.program.metrics import (
     KNOWN_KEYS,
     POINT_DISTANCE,
@@ -32,7 +31,7 @@ from aimscale.harness.program.metrics import (
 )
 from aimscale.harness.program.provenance import start_facts
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.failures import StopFlag, stop_signals
+from aimscale.harness.run.failures import StopFlag
 from aimscale.harness.run.files import flush, read_object, write_json
 from aimscale.harness.run.lock import check_writer
 from aimscale.harness.run.program import PROGRAM_FILE, ProgramConfig, ProgramSection
@@ -46,16 +45,6 @@ def program_words(run: RunDir, program: ProgramSection) -> tuple[str, ...]:
     """Return the command that starts the run, or goes on with it."""
     resumes = program.resume_if_exists is not None and (run.path / program.resume_if_exists).exists()
     return (*program.words, *(program.resume_words if resumes else ()))
-
-
-def supervise(path: Path) -> int:
-    """Train what the run in `path` lacks; returns the exit code.
-
-    Raises:
-        LockHeld: another process executes this run, or its program still does.
-    """
-    with stop_signals() as flag:
-        return attempt(Supervisor, RunDir(path), flag)
 
 
 class Supervisor(Attempt):

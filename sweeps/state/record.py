@@ -76,13 +76,8 @@ class RunRecord(RunDir):
         these, ns. Of a program it is the largest D that it has told, and the number of its evaluations."""
         if measurements := read_object(self.root / PROGRAM_FILE):
             rows = self.read_rows()
-            return [
-                len(rows),
-                int(measurements.get("D", 0)),
-                sum(len(row.get("evaluated") or ()) for row in rows),
-                0,
-                0,
-            ]
+            num_evaluated = sum(len(row.get("evaluated") or ()) for row in rows)
+            return [len(rows), int(measurements.get("D", 0)), num_evaluated, 0, 0]
         checkpoints = [path.name.split("-")[0] for path in self.checkpoints.glob("[0-9]*")]
         num_budgets = len(list(self.root.glob("budgets/*/model.safetensors")))
         times = []
