@@ -24,7 +24,11 @@ def test_a_program_is_requeued_killed_and_finishes_each_run_once(fault: Any, tmp
         "unit": "tokens",
         "runtime": {"hold": 1.5},
         "stop": {"seconds": 5},
+        "evaluate": {"exam": f"python {tmp_path}/exam.py {{result}}"},
     }
+    (tmp_path / "exam.py").write_text(
+        "import sys; open(sys.argv[1], 'w').write('{\"accuracy\": {\"exam:top-1\": 0.5}}')"
+    )
     sizes, budgets = ["w8", "w16", "w32"], [800, 1600, 3200]
     case = fault(trainer=trainer, sizes=sizes, budgets=budgets, base={}, slurm={"setup": [], "max_jobs": 3})
     assert sum(part.num_jobs for part in case.launch()) == 3
@@ -46,6 +50,7 @@ def test_a_program_is_requeued_killed_and_finishes_each_run_once(fault: Any, tmp
     case.wait_empty_queue()
     found = collect(PlannedSweep(case.sweep))
     assert (found.num_rows, found.num_complete) == (9, 9)
+    assert [row["evaluated"] for record in case.records for row in record.read_rows()] == [["exam"]] * 9
     for record in case.records:
         lines = (record.path / "metrics.jsonl").read_text().splitlines()
         assert 8 <= len(lines) <= 10, "no step is trained twice, but the one that was cut short"

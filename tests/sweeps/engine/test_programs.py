@@ -22,6 +22,7 @@ from aimscale.sweeps.engine.launch import launch
 from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.planning.sweepfile import load_sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.record import RunRecord
 
 
 @pytest.fixture
@@ -173,6 +174,21 @@ def test_an_evaluation_that_is_killed_is_measured_again_and_nothing_is_trained_a
     assert (num_trained(sweep), examined(run_dir)) == ([1], 2)
     (state,) = sweep.look()
     assert [len(each.read_attempts()) for each in (state.record, state.record.evaluation)] == [1, 2]
+
+
+def test_an_evaluation_waits_until_its_program_has_saved_and_ended(planned: Any) -> None:
+    """A program of several budgets tells of the last one before it ends."""
+    sweep = planned(sizes=(8,), budgets=[800], more={"evaluate": {"exam": "true {result}"}})
+    (run,) = sweep.runs
+    record = RunRecord(sweep.sweep.run_dir(run.run_id))
+    run.create(record.path)
+    assert [str(each) for each in run.pending(record)] == ["training at 800"]
+    record.record_row({"images_seen": 800, "run_id": run.run_id, "val_loss": 2.0})
+    with record.hold():
+        assert [str(each) for each in run.pending(record)] == ["training at 800"]
+    assert [str(each) for each in run.pending(record)] == ["evaluation at 800"]
+    record.evaluation.record_row({"images_seen": 800, "evaluated": ["exam"]})
+    assert not run.pending(record)
 
 
 def test_a_program_of_two_devices_is_one_process(planned: Any) -> None:
