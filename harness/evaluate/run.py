@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,42 +27,26 @@ from aimscale.harness.results.files import validation_name
 from aimscale.harness.results.pending import Pending, pending_evaluations, pending_work, update_row
 from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED, RunDir
+from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.expected import read_expected
-from aimscale.harness.run.failures import DivergedError, memory_advice
+from aimscale.harness.run.failures import DivergedError, memory_advice, work_in_turn
 from aimscale.harness.validation.losses import HeldOut, open_held_out, validate
 
 _log = logging.getLogger(__name__)
 
 
 def evaluate(paths: Sequence[Path]) -> int:
-    """Evaluate the saved budgets of the runs in `paths`, one after the other; returns the first exit code that tells
-    of no good end, or else 0.
+    """Evaluate the saved budgets of the runs in `paths`, and return the exit code (`work_in_turn`).
 
-    What is saved while this goes on, by a training that goes on, is left to a later call. A run that fails does not
-    keep those after it from being evaluated; a request to stop does, and the loss of a rank.
+    What is saved while this goes on, by a training that goes on, is left to a later call. The loss of a rank ends it.
 
     Raises:
         UserError: the configuration or the data of the only run, or of one on several ranks, cannot be used.
         LockHeld: another process evaluates this run.
     """
     runs = [RunDir(path).evaluation for path in paths]
-    tokens = os.environ.get("AIMSCALE_CLAIM", "").split(",")  # of each run in turn, if a worker started this
     with join_ranks(runs[0].logs, runs[0].load_config().runtime.device) as ranks:
-        exit_code = EXIT_FINISHED
-        for number, run in enumerate(runs):
-            os.environ["AIMSCALE_CLAIM"] = tokens[number % len(tokens)]
-            try:
-                code = _evaluate_one(run, ranks)
-            except Exception as error:
-                if ranks.group.world_size > 1 or len(runs) == 1:
-                    raise
-                code = EXIT_CRASHED
-                _log.error("%s: %s", run.root, error)
-            exit_code = exit_code or code
-            if code == EXIT_PREEMPTED:
-                break
-    return exit_code
+        return work_in_turn(runs, lambda run: _evaluate_one(run, ranks), raises=ranks.group.world_size > 1)
 
 
 def _evaluate_one(run: RunDir, ranks: Ranks) -> int:

@@ -22,7 +22,7 @@ from aimscale.harness.run.directory import (
     ReasonClass,
     RunDir,
 )
-from aimscale.harness.run.failures import StopFlag, classify, describe_full_disk, stop_signals
+from aimscale.harness.run.failures import StopFlag, classify, describe_full_disk, stop_signals, work_in_turn
 from aimscale.harness.run.program import ProgramConfig, load_program
 from aimscale.harness.run.timeouts import HEARTBEAT_S
 
@@ -139,33 +139,17 @@ class Attempt:
 
 
 def make_attempts(kind: type[Attempt], runs: Sequence[RunDir]) -> int:
-    """Make an attempt at each run in turn; returns the first exit code that tells of no good end, or else 0.
-
-    A run that fails does not keep those after it from theirs; a request to stop does.
+    """Make an attempt at each run, and return the exit code (`work_in_turn`).
 
     Raises:
         LockHeld: another process works on this part of the only run, or its program still does.
     """
-    tokens, exit_code = os.environ.get("AIMSCALE_CLAIM", "").split(","), EXIT_FINISHED
     with stop_signals() as flag:
-        for number, run in enumerate(runs):
-            if len(tokens) > 1:
-                os.environ["AIMSCALE_CLAIM"] = tokens[number]
-            try:
-                code = _attempt(kind, run, flag)
-            except Exception as error:
-                if len(runs) == 1:
-                    raise
-                code = EXIT_CRASHED
-                print(f"aimscale: {run.root}: {error}", file=sys.stderr, flush=True)
-            exit_code = exit_code or code
-            if code == EXIT_PREEMPTED:
-                break
-    return exit_code
+        return work_in_turn(runs, lambda run: _attempt(kind, run, flag))
 
 
 def _attempt(kind: type[Attempt], run: RunDir, flag: StopFlag) -> int:
-    """Make an attempt at a run, note how it ended, and return the exit code (`harness.run.directory`)."""
+    """Make an attempt at a run, note how it ended, and return the exit code."""
     config = load_program(run.config)
     with run.hold():
         run.write_start()

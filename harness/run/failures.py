@@ -9,13 +9,20 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, ReasonClass
+from aimscale.harness.run.directory import (
+    EXIT_CRASHED,
+    EXIT_DIVERGED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    ReasonClass,
+    RunDir,
+)
 from aimscale.harness.run.lock import LockLost
 from aimscale.harness.run.timeouts import EXIT_TIMEOUT_S
 
@@ -235,6 +242,28 @@ def exit_after(seconds: float) -> threading.Timer:
 def blames_another_rank(sentence: str) -> bool:
     """Return whether a failure only reports that another rank failed."""
     return sentence.startswith(LOST_RANK) or re.search(r"\brank \d+ failed", sentence) is not None
+
+
+def work_in_turn(runs: Sequence[RunDir], work: Callable[[RunDir], int], *, raises: bool = False) -> int:
+    """Work on runs one after the other; returns the first exit code that tells of no good end, or else 0.
+
+    A run that fails does not keep those after it from their turn, unless `raises`; a request to stop does.
+    """
+    tokens, exit_code = os.environ.get("AIMSCALE_CLAIM", "").split(","), EXIT_FINISHED
+    for number, run in enumerate(runs):
+        if len(tokens) > 1:  # of each run in turn, if a worker started this
+            os.environ["AIMSCALE_CLAIM"] = tokens[number]
+        try:
+            code = work(run)
+        except Exception as error:
+            if raises or len(runs) == 1:
+                raise
+            code = EXIT_CRASHED
+            print(f"aimscale: {run.root}: {error}", file=sys.stderr, flush=True)
+        exit_code = exit_code or code
+        if code == EXIT_PREEMPTED:
+            break
+    return exit_code
 
 
 def run_worker(work: Callable[[list[Path]], int], usage: str, max_paths: float = float("inf")) -> NoReturn:
