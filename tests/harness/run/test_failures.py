@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from aimscale.harness.run.failures import (
     NoMemoryError,
     StandstillError,
     classify,
+    describe_full_disk,
     disk_sentence,
     is_shared,
     run_worker,
@@ -121,3 +124,26 @@ def test_a_worker_says_what_is_wrong_in_one_sentence(
     monkeypatch.setattr(sys, "argv", ["worker"])
     with pytest.raises(SystemExit, match="usage: python -m worker RUN_DIR"):
         run_worker(work, "worker RUN_DIR")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "free", "files", "files_free", "words"),
+    [
+        (10**9, 255, 10**6, 10**5, r"is full \(1,044,480 bytes free\)"),
+        (10**9, 256, 10**6, 10**5, ""),
+        (64, 0, 10**6, 10**5, r"is full \(0 bytes free\)"),
+        (64, 1, 10**6, 10**5, ""),
+        (10**9, 10**8, 10**6, 0, "as many files as it can"),
+        (10**9, 10**8, 0, 0, ""),
+        (0, 0, 0, 0, ""),
+    ],
+)
+def test_a_full_disk_is_told_by_its_blocks_and_its_files(
+    blocks: int, free: int, files: int, files_free: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems without a limit tell zeros of both."""
+    disk = SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=4096, f_files=files, f_favail=files_free)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    assert re.search(words or "^$", describe_full_disk(Path("/somewhere")))
+    monkeypatch.undo()
+    assert describe_full_disk(Path("/no such folder")) == ""
