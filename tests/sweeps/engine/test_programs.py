@@ -16,6 +16,7 @@ from programs import TRAIN
 
 from aimscale.analysis.report.page import write_page
 from aimscale.analysis.report.study import read_study
+from aimscale.harness.run.program import PROGRAM_FILE
 from aimscale.sweeps.collection import collect
 from aimscale.sweeps.engine import worker
 from aimscale.sweeps.engine.launch import launch
@@ -187,8 +188,11 @@ def test_an_evaluation_waits_until_its_program_has_saved_and_ended(planned: Any)
     with record.hold():
         assert [str(each) for each in run.pending(record)] == ["training at 800"]
     assert [str(each) for each in run.pending(record)] == ["evaluation at 800"]
+    (record.path / PROGRAM_FILE).write_text('{"D": 800}')
+    assert record.evaluation.saved_progress() == [1, 800, 0, 0, 0]
     record.evaluation.record_row({"images_seen": 800, "evaluated": ["exam"]})
     assert not run.pending(record)
+    assert record.evaluation.saved_progress() == [1, 800, 1, 0, 0], "by which attempts are bounded"
 
 
 def test_a_program_of_two_devices_is_one_process(planned: Any) -> None:
