@@ -14,7 +14,8 @@ from aimscale.sweeps.cli.main import app
 
 MOST_COLUMNS_OF_CODE = 107
 """What the site shows of a block without scrolling in a window of 1280 pixels."""
-MOST_OPTIONS, MOST_OPTIONS_OF_A_VERB = 185, 15  # every verb that fits takes --level, most take --groups
+MOST_OPTIONS_OF_A_VERB = 15
+"""As CONTRIBUTING says."""
 NOT_OUR_WORDS = {
     r"(?<!model )cards?": "GPU, cost, task or file",
     r"trunk": "backbone, or stable phase",
@@ -70,4 +71,3 @@ def test_no_verb_asks_for_too_much() -> None:
         for name, each in commands
     }
     assert max(options.values()) <= MOST_OPTIONS_OF_A_VERB, options
-    assert 100 < sum(options.values()) <= MOST_OPTIONS, options
