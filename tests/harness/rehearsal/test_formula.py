@@ -66,7 +66,6 @@ GRID = [
         ("w1536-d4", (224, 14), 8, ("bf16", 2), "paired"),
         ("w1024-d4", (128, 16), 32, ("fp32", 2), "none"),
         pytest.param("aim-600M", (224, 14), 8, ("fp32", 0), "paired", marks=pytest.mark.slow),
-        pytest.param("aim-1B", (512, 16), 64, ("bf16", 2), "none", marks=pytest.mark.slow),
         *(pytest.param(*each, marks=pytest.mark.grid) for each in GRID),
     ],
     ids=str,
