@@ -249,8 +249,18 @@ def test_gradients_of_a_masked_model_come_from_masked_patches_alone() -> None:
         model(images, torch.arange(1, 9))
 
 
-@pytest.mark.parametrize("way", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [{"ln_residual": True}, {"masked": 0.5, "head_kind": "transformer"}], ids=str)
+OF_TRANSFORMERS = {"masked": 0.5, "head_kind": "transformer"}
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        ("checkpointed", {"ln_residual": True}),
+        ("checkpointed", OF_TRANSFORMERS),
+        pytest.param("compiled", OF_TRANSFORMERS, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_other_ways_to_compute_change_neither_loss_nor_gradients(way: str, options: dict) -> None:
     config = small(**options)
     model = make(config)

@@ -124,22 +124,8 @@ def test_a_plan_says_what_holds_for_warm_runs(write_sweep: Any, tmp_path: Path) 
     assert "there is no weight file" in found.text
 
 
-@pytest.mark.parametrize(
-    "size", ["aim-600M", *(pytest.param(each, marks=pytest.mark.slow) for each in ("aim-1B", "aim-3B")), "aim-7B"]
-)
-def test_released_files_are_rehearsed_with_a_frozen_start(
-    write_sweep: Any, tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Files with official names and shapes, whose values are holes: a plan reads none."""
-    monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
-    base = {
-        "model": {"image_size": 224, "patch_size": 14},
-        "optimiser": {"batch_size": 64, "precision": "bf16"},
-        "init": {"weights": "released.safetensors", "freeze_images": 128, "digest": 64 * "0"},
-    }
-    sweep = write_sweep(sizes=[size], devices=8, base=base, cost={"device": "H100"})
-    with torch.device("meta"):
-        state = AIM(build_model_config(plan(sweep)[0].config.training)).state_dict()
+def write_released(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a file with official names and shapes, whose values are holes: a plan reads none."""
     header, end = {}, 0
     for name, tensor in state.items():
         if not name.startswith("pixel_head."):
@@ -147,11 +133,28 @@ def test_released_files_are_rehearsed_with_a_frozen_start(
             header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (tmp_path / "released.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    runs = plan(sweep)
-    assert [*check_start(runs[0].config, plan_context(sweep, runs))] == []
+
+
+@pytest.mark.parametrize("size", ["aim-7B", "w64-d2", pytest.param("aim-600M", marks=pytest.mark.slow)])
+def test_a_released_file_is_checked_and_rehearsed_with_a_frozen_start(
+    write_sweep: Any, tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("aimscale.sweeps.cli.plan.check", lambda *_: ())
+    base = {
+        "model": {"image_size": 224, "patch_size": 14},
+        "optimiser": {"batch_size": 64, "precision": "bf16"},
+        "init": {"weights": "released.safetensors", "freeze_images": 128, "digest": 64 * "0"},
+    }
+    sweep = write_sweep(sizes=[size], devices=8, base=base, cost={"device": "H100"})
+    (run,) = plan(sweep)
+    with torch.device("meta"):
+        write_released(tmp_path / "released.safetensors", AIM(build_model_config(run.config.training)).state_dict())
+    assert [*check_start(run.config, plan_context(sweep, [run]))] == []
+    if size == "aim-7B":
+        return  # its rehearsal takes a minute, and says no more than that of a smaller one
     rehearse.cache_clear()
     plan_verb(str(sweep.source), sweep.root, rehearse=True, as_json=True)
     (found,) = json.loads(capsys.readouterr().out)["rehearsals"].values()
