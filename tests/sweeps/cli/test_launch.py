@@ -165,20 +165,6 @@ def test_runs_are_marked_where_there_is_no_slurm_to_ask(
     assert RunRecord(sweep.run_dir(plan(sweep)[0].run_id)).cancelled.exists()
 
 
-def test_cancelled_runs_wait_for_a_person(write_sweep: Any, call: Any) -> None:
-    """A pod that restarts launches again; it must not start what was cancelled."""
-    sweep = write_sweep(sizes=["rung-32"], seeds=[0, 1])
-    first, second = (RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep))
-    for run in plan(sweep):
-        RunRecord.create(sweep.run_dir(run.run_id), run.config)
-    first.cancelled.touch()
-    _, said = call(sweep, "launch")
-    assert (first.read_status().state, second.read_status().state) == ("created", "finished")
-    assert said.splitlines()[-1] == f"next: aimscale launch {sweep.source} --retry --root {sweep.root}"
-    call(sweep, "launch", "--retry")
-    assert first.read_status().state == "finished"
-
-
 def test_a_launch_whose_runs_are_all_cancelled_is_not_over(write_sweep: Any, call: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))

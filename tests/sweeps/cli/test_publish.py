@@ -77,6 +77,7 @@ def test_a_published_configuration_has_no_credentials_and_is_its_runs(write_swee
         (("t.csv", "out", "--weights"), "--weights exports the runs of a sweep"),
         (("t.csv", "out", "--co2", "400"), "--co2 needs --watts"),
         (("t.csv", "t.csv"), "exists already"),
+        (("t.csv", "out", "--licence", " "), "--licence is empty"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -85,14 +86,7 @@ def test_a_mistake_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("N,D,L\n1,2,3\n")
     with pytest.raises(SystemExit) as end:
-        main(["publish", *words, "--licence", "CC0-1.0"])
+        main(["publish", "--licence", "CC0-1.0", *words])
     assert end.value.code == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
-
-
-def test_a_folder_without_a_licence_is_refused(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "t.csv").write_text("N,D,L\n1,2,3\n")
-    with pytest.raises(SystemExit):
-        main(["publish", str(tmp_path / "t.csv"), str(tmp_path / "out"), "--licence", " "])
-    assert "--licence is empty" in capsys.readouterr().err
