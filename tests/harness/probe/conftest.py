@@ -45,7 +45,7 @@ class Task:
             "train": str(self.root / "train"),
             "test": str(self.root / "test"),
             "kinds": ("linear", "attentive", "knn"),
-            "epochs": 10,
+            "epochs": 5,
             "batch_size": 64,
             "lrs": (3e-3, 3e-2),
             "precision": "fp32",
