@@ -221,19 +221,6 @@ def test_a_rank_that_is_long_in_coming_outside_of_a_step_is_waited_for(run: RunD
     assert in_processes(be_rank, run, work, world_size=2) == [EXIT_FINISHED] * 2
 
 
-def test_an_exit_that_hangs_after_a_failure_is_ended(
-    run: RunDir, in_processes: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job_module, "EXIT_TIMEOUT_S", 2.0)
-
-    def work(job: Job) -> None:
-        if job.group.rank == 0:
-            job.exits.callback(time.sleep, 600)
-        raise ValueError("a bug")
-
-    assert in_processes(be_rank, run, work, world_size=2) == [EXIT_CRASHED] * 2
-
-
 def test_a_run_that_was_taken_over_ends_on_all_ranks_and_keeps_the_other_holders_status(
     run: RunDir, in_processes: Run
 ) -> None:
@@ -254,7 +241,6 @@ def test_a_run_that_was_taken_over_ends_on_all_ranks_and_keeps_the_other_holders
     assert run.read_status().state == "running"
 
 
-@pytest.mark.timeout(60)
 def test_a_number_at_which_torch_would_stand_still_is_refused(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "many")
     with pytest.raises(LaunchError, match="TORCH_FR_BUFFER_SIZE"):

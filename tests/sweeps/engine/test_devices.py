@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -62,37 +60,6 @@ def test_a_launch_that_waits_for_devices_of_another_says_so(
     who = f"waiting: other launches of this user (process {os.getpid()}) use all devices of this machine"
     assert 2 <= said.count(who) <= 3
     assert "waiting" not in said[said.rindex("started") :]
-
-
-RANK = """
-import json, os, pathlib, sys
-from aimscale.harness.distributed.group import find_placement, start_group, stop_group
-
-def listening(pid):
-    links = [os.readlink(each) for each in pathlib.Path(f"/proc/{pid}/fd").iterdir() if os.path.islink(each)]
-    lines = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}")]
-    return [line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in links]
-
-group = start_group(find_placement(), "cpu")
-found = group.all_gather_object([listening(os.getpid()), listening(os.getppid())])
-if group.is_first:
-    pathlib.Path(sys.argv[1], "found").write_text(json.dumps(found))
-group.barrier()
-stop_group()
-"""
-
-
-@pytest.mark.slow
-def test_ranks_of_one_node_listen_on_loopback_alone(write_sweep: Any, tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text(RANK)
-    (run,) = plan(write_sweep(sizes=["rung-32"], devices=2))
-    command = Machine(devices=2).command(run, [tmp_path], 2)
-    assert command[-3:-1] == ["-m", "aimscale.harness.train"]
-    command[-3:-1] = [str(tmp_path / "rank.py")]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    found = json.loads((tmp_path / "found").read_text())
-    assert [parent for _, parent in found] == [[], []]
-    assert {address for ranks, _ in found for address in ranks} == {"0100007F"}
 
 
 def test_a_sweep_of_gpus_is_not_launched_where_none_is_nor_a_run_on_more_than_there_are(
