@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import time
 
 import numpy as np
 import pandas as pd
@@ -62,12 +61,9 @@ def test_a_law_of_compute_is_taken_from_a_table_that_counts_none(table):
     assert out["columns"]["C"] == "C"
 
 
-def test_a_law_is_chosen_and_tested_in_seconds(chinchilla, tmp_path):
-    """Some 240 points; 3 s of CPU, where laws were once fitted for 172 s."""
+def test_a_law_is_chosen_and_tested(chinchilla, tmp_path):
     chinchilla.to_csv(tmp_path / "chinchilla.csv", index=False)
-    began = time.process_time()
     out = answer("fit", tmp_path / "chinchilla.csv", "--columns", "L=loss", "--law", "auto", "--hold-out", "C:19")
-    assert time.process_time() - began < 10
     assert out["law"] == out["laws"][0]["curve"]
     assert {law["curve"] for law in out["laws"]} == {"overtrained", "chinchilla", "kaplan", "coupled"}
     assert out["num_points"] == 234

@@ -50,11 +50,11 @@ def test_no_random_start_finds_a_lower_minimum(chinchilla):
     problem = make_problem(laws.CHINCHILLA, x, y, HUBER_LOG)
     rng = np.random.default_rng(0)
     low, high = [0, 0, 0, np.log(0.05), np.log(0.05)], [2, 1, 1, np.log(2), np.log(2)]
-    totals = [problem.total(minimise(problem, start)) for start in rng.uniform(low, high, (40, 5))]
+    totals = [problem.total(minimise(problem, start)) for start in rng.uniform(low, high, (20, 5))]
     assert min(totals) >= problem.total(global_minimum(problem)) * (1 - 1e-9)
     problem = make_problem(laws.COUPLED.centred(Columns(x)), x, y, HUBER_LOG)
     low, high = np.maximum(problem.lower, -3), np.minimum(problem.upper, 3)
-    totals = [problem.total(minimise(problem, start)) for start in rng.uniform(low, high, (20, len(low)))]
+    totals = [problem.total(minimise(problem, start)) for start in rng.uniform(low, high, (10, len(low)))]
     assert min(totals) >= problem.total(global_minimum(problem)) * (1 - 1e-6)
 
 
@@ -64,7 +64,7 @@ def test_the_default_finds_the_lowest_minimum_of_its_own_zone():
     result, rng = fit(df, "coupled", y="loss", is_tested=False), np.random.default_rng(0)
     problem = result.estimate.problem
     low, high = np.maximum(problem.lower, -3), np.minimum(problem.upper, 3)
-    totals = [problem.total(minimise(problem, start)) for start in rng.uniform(low, high, (30, len(low)))]
+    totals = [problem.total(minimise(problem, start)) for start in rng.uniform(low, high, (15, len(low)))]
     assert min(totals) >= result.objective_value * (1 - 1e-3)
 
 

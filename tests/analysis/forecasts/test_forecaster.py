@@ -30,7 +30,7 @@ def table(seed: int = 0) -> pd.DataFrame:
 def test_the_true_law_gets_the_weight_and_its_intervals_hold_what_comes():
     far = {"N": 1e8, "D": 3e7}
     held, widths = [], []
-    for seed in range(10):
+    for seed in range(5):
         found = forecaster(table(seed))
         row = found.predict(far).iloc[0]
         truth = laws.CHINCHILLA.value({k: np.array([v]) for k, v in far.items()}, TRUTH)[0]

@@ -65,7 +65,7 @@ def test_step_laws_optima_lie_inside_and_exponents_hold_an_independent_estimate(
 
 def test_exponents_optima_and_regrets_hold_what_they_say() -> None:
     rng, held = np.random.default_rng(0), []
-    for _ in range(40):
+    for _ in range(20):
         table = simulated(rng, 1e-3)
         found = rates(table)
         ends = found.laws["lr"].conf_int()
@@ -87,7 +87,7 @@ def test_rates_that_get_worse_with_size_are_told_and_sound_ones_are_not(mistuned
 def test_a_law_as_if_all_were_tuned_is_right_where_rates_get_worse_with_size() -> None:
     """As measured, alpha lies off the truth of 0.38."""
     rng, held, gap = np.random.default_rng(2), [], []
-    for _ in range(12):
+    for _ in range(8):
         table = simulated(rng, 1e-3, mistuned=0.25, factors=(0.25, 0.5, 1))
         measured, best = fit(table, is_tested=False), fit(tuned(table), is_tested=False)
         held.append(best.intervals["alpha"].low < 0.38 < best.intervals["alpha"].high)
