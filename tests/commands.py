@@ -1,10 +1,12 @@
-"""Helpers that call commands as a user types them; exceptions reach the test."""
+"""Helpers that call commands as a user types them, where exceptions reach the test, and that wait."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,3 +35,9 @@ def refused(*words: object) -> str:
     said = told.getvalue()
     assert (ended.value.code, said.count("\n")) == (2, 1), said
     return said
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait until a condition holds; pytest ends a test that waits in vain."""
+    while not condition():
+        time.sleep(0.05)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,14 +108,6 @@ def rows(run: RunDir) -> list[dict[str, Any]]:
 def weights(run: RunDir, budget: int) -> dict[str, bytes]:
     """Return the bytes of a budget's tensors."""
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(run.model_file(budget)).items()}
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Wait until a condition holds; a busy machine may need minutes instead of seconds."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def free_port() -> int:

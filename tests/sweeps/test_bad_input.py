@@ -182,7 +182,6 @@ def test_a_folder_that_is_no_run_and_a_file_that_is_no_folder_are_named(tmp_path
     assert str(tmp_path / "file") in refused("demo", "--root", tmp_path / "file")
 
 
-@pytest.mark.timeout(60)
 def test_pipes_and_devices_in_place_of_files_are_not_read_without_end(finished: tuple[Path, Path], capsys: Any) -> None:
     source, run_dir = finished
     os.mkfifo(source.with_name("pipe.yaml"))

@@ -39,7 +39,7 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
         "bad": "raise SystemExit('no driver')",
         "slow": "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('in order')))"
         "; time.sleep(60)",
-        "parent": f"import os, subprocess, time; subprocess.Popen(['sleep', '60']); {IGNORE}; time.sleep(60)",
+        "parent": f"import os, subprocess, time; subprocess.Popen(['sleep', '3600']); {IGNORE}; time.sleep(3600)",
     }
     monkeypatch.setattr(gpu, "GRACE_S", 1)
     parts = [gpu.Part(name=name, words=[sys.executable, "-c", code], limit_s=5) for name, code in programs.items()]
@@ -49,6 +49,6 @@ def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatc
     assert found["bad"]["problem"] == "exit code 1: no driver"
     assert found["slow"]["problem"] == "not done after 5 s"
     assert found["slow"]["result"] == ["in order"], "it could end its own processes"
-    assert found["parent"]["seconds"] < 30, "its child holds the pipe that is read"
+    assert found["parent"]["problem"], "its child, which holds the pipe that is read, is not waited for"
     monkeypatch.setattr(gpu, "TOTAL_S", 0)
     assert gpu.run(tmp_path)["parts"]["good"]["problem"] == "no time was left"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import until
+from commands import until
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.log.record import append_line

@@ -179,7 +179,6 @@ def load_where_one_sees_less(group: Group, folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"8", "16"}, "what one rank cannot see is not damaged"
 
 
-@pytest.mark.timeout(120)
 def test_no_rank_goes_on_from_another_checkpoint_alone(tmp_path: Path, in_group: Ranks) -> None:
     in_group(load_where_one_sees_less, tmp_path, world_size=2)
 

@@ -563,7 +563,6 @@ def fail_on_a_device_that_hangs(rank: int, path: Path) -> None:
     train_in(rank, path)
 
 
-@pytest.mark.timeout(200)
 def test_a_failure_is_told_and_ends_its_rank_where_the_device_hangs(
     tmp_path: Path, tiny_config: Config, in_processes: Run
 ) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import before_call, rows, train_in, until, weights
+from commands import until
+from trainers import before_call, rows, train_in, weights
 
 import aimscale.harness.log.record
 import aimscale.harness.step.saving

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from commands import until
 from programs import TRAIN
 
 from aimscale.analysis.report.page import write_page
@@ -92,9 +92,7 @@ def test_a_run_whose_process_is_killed_goes_on_from_its_checkpoint(
 
     def kill() -> None:
         (run,) = sweep.runs
-        deadline = time.monotonic() + 60
-        while not (sweep.sweep.run_dir(run.run_id) / "checkpoint").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until((sweep.sweep.run_dir(run.run_id) / "checkpoint").exists)
         (supervisor,) = supervisors()
         chosen = supervisor if victim == "supervisor" else supervisor.children()[0]
         os.kill(chosen.pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commands import until
 
 import aimscale.sweeps.engine.launch
 from aimscale.aim.errors import UserError
@@ -34,23 +35,15 @@ def starts(record: RunRecord) -> int:
     return len((record.path / "starts").read_text().split()) if (record.path / "starts").exists() else 0
 
 
-def wait_for(condition: Any, what: str) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{what} never happened")
-
-
 def both_at_work(sweep: Any, start: Any) -> tuple[list[RunRecord], Any]:
     """Launch the sweep in a process; return the records of its two runs, once both are executed, and the process."""
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     first = start(2, "wait")
-    wait_for(lambda: all(record.is_held() for record in records), "start of both runs")
+    until(lambda: all(map(starts, records)))
     return records, first
 
 
-@pytest.mark.parametrize("num_smallest_first", [0, 1, 2, 9])
+@pytest.mark.parametrize("num_smallest_first", [0, 1, 9])
 def test_longest_runs_first_and_a_second_launch_starts_nothing(
     write_sweep: Any, capsys: Any, stand_in: Any, launch: Any, num_smallest_first: int
 ) -> None:
@@ -59,8 +52,8 @@ def test_longest_runs_first_and_a_second_launch_starts_nothing(
     assert len(result.finished) == 4
     begun = [line for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
     long_first = [True, True, False, False]  # also where there are too few runs to begin with so many short ones
-    expected = {1: [False, True, True, False], 2: [False, False, True, True]}
-    assert ["rung-48" in line for line in begun] == expected.get(num_smallest_first, long_first)
+    expected = [False, True, True, False] if num_smallest_first == 1 else long_first
+    assert ["rung-48" in line for line in begun] == expected
     again = launch(sweep, devices=1, command=stand_in())
     assert not again.finished
     assert [each.state for each in again.skipped] == ["finished"] * 4
@@ -75,7 +68,7 @@ def test_interrupting_saves_and_launching_again_goes_on(
     sweep = write_sweep()
     records, first = both_at_work(sweep, start)
     first.send_signal(signal.SIGINT)
-    assert first.communicate(timeout=200)[0].splitlines()[-1] == "stopped 0"
+    assert first.communicate()[0].splitlines()[-1] == "stopped 0"
     assert {record.read_status().state for record in records} == {"preempted"}
     assert not any(record.is_held() or record.is_claimed() for record in records)
     result = launch(sweep, devices=2, command=stand_in())
@@ -96,7 +89,7 @@ def test_a_killed_worker_leaves_live_runs_alone_until_they_end_and_dead_ones_res
     pid, is_alone = int((live.path / "starts").read_text()), list[bool]()
 
     def end_it() -> None:
-        wait_for(lambda: starts(dead) == 2, "start of the dead run")
+        until(lambda: starts(dead) == 2)
         is_alone.append(starts(live) == 1 and live.is_held())
         os.kill(pid, signal.SIGTERM)
 
@@ -168,10 +161,10 @@ def test_what_cannot_start_makes_nothing(
         request.getfixturevalue("launch")(sweep, devices=1, command=stand_in())
 
 
-def test_three_workers_and_a_launch_execute_each_run_once(write_sweep: Any, start: Any) -> None:
+def test_launches_at_once_execute_each_run_once(write_sweep: Any, start: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"], seeds=list(range(8)))
-    all_of_them = [start(devices) for devices in (1, 1, 1, 2)]
-    lines = [each.communicate(timeout=240)[0].splitlines()[-1] for each in all_of_them]
+    all_of_them = [start(devices) for devices in (1, 1, 2)]
+    lines = [each.communicate()[0].splitlines()[-1] for each in all_of_them]
     assert sum(int(line.split()[-1]) for line in lines) == 8, lines
     assert {line.split()[0] for line in lines} == {"done"}
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
@@ -222,10 +215,10 @@ def test_cancelled_runs_save_and_stay_ended_until_the_next_launch_and_that_is_no
     sweep = write_sweep(seeds=[0, 1])
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     worker = start(2, "wait")
-    wait_for(lambda: sum(record.is_held() for record in records) == 2, "start of two runs")
+    until(lambda: sum(record.is_held() for record in records) == 2)
     done, failed = cancel(PlannedSweep(sweep))
     assert (len(done), failed) == (4, [])
-    assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0", "it ended by itself"
+    assert worker.communicate()[0].splitlines()[-1] == "done 0", "it ended by itself"
     assert not any(record.is_held() for record in records)
     result = launch(sweep, devices=2, command=stand_in())
     assert [each.state for each in result.skipped] == ["cancelled"] * 4, "another worker starts none of them"
@@ -238,7 +231,7 @@ def test_cancel_reaches_what_runs_although_it_is_no_longer_planned(write_sweep: 
     records, worker = both_at_work(write_sweep(), start)
     done, _ = cancel(PlannedSweep(write_sweep(seeds=[1])))
     assert [line.endswith("told to save and end") for line in done].count(True) == 2
-    assert worker.communicate(timeout=200)[0].splitlines()[-1] == "done 0"
+    assert worker.communicate()[0].splitlines()[-1] == "done 0"
     assert {record.read_status().state for record in records} == {"preempted"}
 
 
@@ -248,9 +241,7 @@ def test_a_run_that_hangs_is_killed_after_its_grace(
     monkeypatch.setattr(active_run, "KILL_MARGIN_S", -plan(write_sweep())[0].grace_s + 1.0)
     sweep = write_sweep(sizes=["rung-32"])
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
-    canceller = threading.Thread(
-        target=lambda: (wait_for(record.is_held, "start of the run"), record.cancelled.touch()), daemon=True
-    )
+    canceller = threading.Thread(target=lambda: (until(record.is_held), record.cancelled.touch()), daemon=True)
     canceller.start()
     launch(sweep, devices=1, command=stand_in("hang"))
     assert "killing" in capsys.readouterr().out
@@ -261,7 +252,7 @@ def test_a_broken_node_gives_its_runs_back_and_ends_its_worker(
     write_sweep: Any, launch: Any, stand_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """It would otherwise fail the whole sweep within minutes, faster than sound nodes train."""
-    sweep = write_sweep(seeds=list(range(4)))
+    sweep = write_sweep(seeds=[0, 1])
     records = [RunRecord(sweep.run_dir(run.run_id)) for run in plan(sweep)]
     for node in ("bad", "good"):
         monkeypatch.setattr(socket, "gethostname", lambda node=node: node)
@@ -271,8 +262,8 @@ def test_a_broken_node_gives_its_runs_back_and_ends_its_worker(
             assert "no more runs are started here" in capsys.readouterr().out
             assert (len(result.failed), sum(map(starts, records))) == (2, 2)
             states = [read_state(run, record).state for run, record in zip(plan(sweep), records, strict=True)]
-            assert sorted(states) == ["not started"] * 6 + ["paused"] * 2
-    assert (len(result.finished), result.broken) == (8, None)
+            assert sorted(states) == ["not started"] * 2 + ["paused"] * 2
+    assert (len(result.finished), result.broken) == (4, None)
 
 
 def test_a_run_that_another_worker_has_ended_since_blames_no_node(write_sweep: Any, stand_in: Any) -> None:
@@ -368,7 +359,7 @@ def test_a_launcher_whose_sweep_was_moved_stops_and_makes_nothing(
     record = RunRecord(sweep.run_dir(plan(sweep)[0].run_id))
 
     def move() -> None:
-        wait_for(record.is_held, "start of the run")
+        until(record.is_held)
         sweep.directory.rename(tmp_path / "elsewhere")
 
     threading.Thread(target=move, daemon=True).start()

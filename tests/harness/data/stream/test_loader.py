@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainers import until
+from commands import until
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.processes import WorkerDiedError, start_fork_server
