@@ -83,7 +83,7 @@ def use(python: Path, folder: Path) -> None:
     assert Path(where.strip()).is_relative_to(python.parents[1])
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_sdist_lives_beside_pypis_aim(dist: Path, tmp_path: Path) -> None:
     """Nothing but `aimscale` is installed: PyPI's `aim` (the experiment tracker) and aimscale share an environment."""
     home = tmp_path / "venv"
