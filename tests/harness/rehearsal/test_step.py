@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trainers import start_ranks
 
 from aimscale.aim.config import model_config
 from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
@@ -72,8 +74,14 @@ def observe_fake(world_size: int, *setting: Any) -> dict[str, Any]:
         return observe(*setting, group=group)
 
 
-def observe_in_rank(rank: int, settings: list[Any], out: Path) -> None:
-    """Observe one real rank, in a fork; the first writes what the fullest one found."""
+def observe_real(world_size: int, settings: list[Any], out: Path) -> list[dict[str, Any]]:
+    """The same settings on real ranks, in processes of their own."""
+    ranks = start_ranks([sys.executable, __file__, str(out), json.dumps(settings)], world_size)
+    assert [process.wait() for process in ranks] == [0] * world_size
+    return json.loads(out.read_text())
+
+
+def main(out: Path, settings: list[Any]) -> None:
     torch.set_num_threads(1)
     group = start_group(find_placement(), "cpu")
     found = [
@@ -104,12 +112,8 @@ GROUPS = [ALL, *([(precision, 3, recomputes)] for precision in ("fp32", "bf16") 
         *(pytest.param(*each, marks=pytest.mark.grid) for each in itertools.product((1, 2, 4), GROUPS)),
     ],
 )
-def test_fake_ranks_hold_and_send_what_real_ones_do(
-    world_size: int, settings: list[Any], tmp_path: Path, in_processes: Callable[..., list[int]]
-) -> None:
-    codes = in_processes(observe_in_rank, settings, tmp_path / "real", world_size=world_size)
-    assert codes == [0] * world_size
-    for setting, real in zip(settings, json.loads((tmp_path / "real").read_text()), strict=True):
+def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: list[Any], tmp_path: Path) -> None:
+    for setting, real in zip(settings, observe_real(world_size, settings, tmp_path / "real"), strict=True):
         fake = observe_fake(world_size, *setting)
         assert fake["calls"] == real["calls"], setting
         assert "broadcast" not in {name for _, _, name, _ in fake["calls"]}, "by which first steps agree on an order"
@@ -120,3 +124,8 @@ def test_fake_ranks_hold_and_send_what_real_ones_do(
             assert ours == pytest.approx(most, rel=PEAK_TOLERANCE), (setting, mine, theirs)
             for part, num_bytes in theirs["held"].items():
                 assert mine["held"][part] == pytest.approx(num_bytes, abs=NUMBERS), (setting, part, mine, theirs)
+
+
+if __name__ == "__main__":  # a rank of `observe_real`
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    os._exit(0)  # gloo's threads may outlive the interpreter
