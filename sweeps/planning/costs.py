@@ -43,7 +43,7 @@ PLATEAU_RATES = 0.5, 2.0
 """Factors on the rate of the recipe `small` within which the first plateau ends sooner at a higher rate."""
 RANK_HOST_BYTES, LOADER_HOST_BYTES, RING_BYTES = 4e9, 0.3e9, 2**31
 """Assumption: host memory of a rank with its libraries, of a loader process, and of the images loaded ahead."""
-MIN_VALIDATION_IMAGES = 100
+MIN_VALIDATION_IMAGES = 1_000
 """Number of validation images below which the loss is uncertain by several per cent."""
 
 
@@ -168,8 +168,8 @@ def _cautions(
         yield caution("runtime.cache_dir", f"{words}; name a disk of the node if that is a home with a quota")
     validation = config.evaluation.validation.path
     if (held_out := lookup(validation)) and held_out.num_samples < MIN_VALIDATION_IMAGES:
-        words = f"{held_out.num_samples} images leave the loss uncertain by several per cent; hold out more"
-        yield caution("validation.path", words)
+        words = f"{held_out.num_samples} images leave the loss uncertain by several per cent"
+        yield caution("validation.path", f"{words}; hold out {MIN_VALIDATION_IMAGES:,}")
     if card.share_during > MAX_DURING_SHARE:
         words = f"validation during training takes {100 * card.share_during:.0f} % of the time; raise it"
         yield caution("validation.every_images", words)
