@@ -26,6 +26,8 @@ MAX_DOUBTS = 4
 """Further cautions told in the summary; the others are flags of the fits below."""
 SCALES = {"N": "size", "D": "amount of data", "C": "compute"}
 """Variable -> its name in a sentence."""
+FALLS_WITH = {"alpha": "size", "aN": "size", "beta": "the amount of data", "aD": "the amount of data"}
+"""Exponent -> what loss falls with by it."""
 Colour = Literal["green", "amber", "red"]
 HEADS = {"green": "Yes", "amber": "With caution", "red": "No"}
 PRECISE = 4.0
@@ -207,7 +209,8 @@ def trust(joint: Fit | None, frontier: Approaches | None) -> Trust:
     if joint is None:
         return Trust("red", "no joint law of parameters and data could be fitted.", [], [])
     facts = [precision(joint), prediction(joint), misfit(joint)]
-    fatal = [f"{name} is not identified" for name in _exponents(joint) if name in joint.not_identified]
+    unknown = {name: FALLS_WITH.get(name, "compute") for name in _exponents(joint) if name in joint.not_identified}
+    fatal = [f"how loss falls with {of} cannot be told ({name} is not identified)" for name, of in unknown.items()]
     if joint.heldout and not any(test.is_better for test in joint.heldout):
         fatal.append("a straight line in log-log predicts the left-out scales as well")
     flags = [f for f in joint.flags if f.kind not in TOLD_APART]

@@ -58,6 +58,8 @@ def test_green_needs_three_facts_each_with_its_number(joint):
     assert light(joint, intervals=vague)[0] == "amber"
     assert light(joint, misfits=())[0] == "amber"
     assert light(joint, not_identified=frozenset({"beta"}))[0] == "red"
+    unknown = trust(changed(joint, not_identified=frozenset({"beta"})), None).answer
+    assert unknown == "how loss falls with the amount of data cannot be told (beta is not identified)."
 
 
 def test_both_scales_must_be_tested_beat_a_line_and_lie_within_noise(joint):

@@ -131,6 +131,12 @@ def test_a_file_with_a_slurm_section_is_priced_for_where_it_is_launched(write_sw
     assert " on 1 device here" in here
 
 
+def test_a_dry_run_refuses_what_its_launch_would(write_sweep: Any, call: Any) -> None:
+    code, said = call(write_sweep(sizes=["rung-32"], cost={"device": "H100"}), "launch", "--dry-run")
+    assert code == 2
+    assert "next:" not in said
+
+
 def test_time_that_is_up_is_not_success(write_sweep: Any, call: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"])
     assert call(sweep, "launch", "--time-limit", "0.001")[0] == EXIT_PREEMPTED
