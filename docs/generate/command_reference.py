@@ -21,8 +21,8 @@ Every verb and option; `aimscale VERB --help` prints the same.
 SWEEP is a sweep file, a preset or the name of a launched sweep. Presets: PRESETS.
 
 A user's mistake is one sentence on stderr and exit code 2. `launch` exits with 1 when a run failed and 130 when it was
-interrupted, `doctor` with 1 when something needed fails. [Those of `train`](run-directory.md#how-a-program-ends) are for
-schedulers.
+interrupted, `doctor` with 1 when something needed fails. [Those of
+`train`](run-directory.md#how-a-program-ends) are for schedulers.
 """
 
 
