@@ -52,7 +52,7 @@ def first_lines(folder: Path = TABLES) -> str:
 def section(folder: Path = TABLES) -> str:
     """Write the text of docs/quickstart.md about the runs of the demo, in Markdown."""
     table = read_table(folder / "results.parquet")
-    return "\n".join([*_seeds(read_seeds(folder)), "", *_accuracy(table, folder), ""])
+    return "\n".join([ranges(read_seeds(folder)), "", *_accuracy(table, folder), ""])
 
 
 def read_seeds(folder: Path) -> pd.DataFrame:
@@ -77,22 +77,6 @@ def ranges(seeds: pd.DataFrame) -> str:
 def _span(values: pd.Series) -> str:
     low, high = (f"{each:.2g}" for each in (values.min(), values.max()))
     return low if low == high else f"{low} to {high}"
-
-
-def _seeds(seeds: pd.DataFrame) -> Iterator[str]:
-    """Write a row per seed, and what they have in common."""
-    heads = "seed | torch | α | β | largest size (straight line) | largest budget (same) | r | k-NN"
-    yield f"| {heads} | raw pixels |"
-    yield "|---" * 9 + "|"
-    for row in seeds.to_dict("records"):
-        errors = (f"{100 * row[v]:.2g} % ({100 * row[f'{v}_line']:.2g} %)" for v in ("N", "D"))
-        yield (
-            f"| {row['seed']} | {row['torch']} | {row['alpha']:.2f} | {row['beta']:.2f} | "
-            f"{' | '.join(errors)} | {row['r']:.2f} | {100 * row['least']:.0f} to {100 * row['most']:.0f} % | "
-            f"{100 * row['pixels']:.0f} % |"
-        )
-    yield ""
-    yield ranges(seeds)
 
 
 def seed_row(folder: Path) -> dict[str, Any]:
