@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import rows, until, weights
+from commands import until
+from trainers import rows, weights
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
 from aimscale.sweeps.engine.fork_server import ForkedProgram, can_fork
