@@ -76,7 +76,7 @@ class HeldOut(Result):
         compared, num = "better" if self.is_better else "no better", self.num_test
         unknown = f"; not identified without them: {', '.join(sorted(self.not_identified))}" * bool(self.not_identified)
         return (
-            f"mean error {law} on {num} points, {compared} than a straight line in log-log ({line}); "
+            f"mean error {law} on {num} point{'s' * (num != 1)}, {compared} than a straight line in log-log ({line}); "
             f"on average {abs(self.mean_error) / max(self.mean_error_sd, 1e-300):.2g} standard deviations of noise off "
             f"({p_value(self.p)}); "
             f"{self.predictions['inside'].sum()} of {num} inside their prediction intervals; fitted to the "
