@@ -220,6 +220,16 @@ def test_evaluation_is_counted_in_forward_passes(write_sweep: Any, write_images:
     assert passes(kinds=["linear"], train="not-made-yet", task="mine") == pytest.approx(40)
 
 
+@pytest.mark.parametrize(("number", "is_warned"), [(999, True), (1_000, False)])
+def test_fewer_than_a_thousand_validation_images_are_warned_of(
+    number: int, is_warned: bool, write_sweep: Any, write_images: Any, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "val", number, side=4)
+    sweep = write_sweep(sizes=["rung-32"], base={"validation": {"path": "val"}})
+    (card,) = cost_cards(sweep, plan(sweep))
+    assert ("validation.path" in [each.key for each in card.cautions]) == is_warned
+
+
 def test_points_during_training_are_counted_and_a_large_share_is_named(
     write_sweep: Any, write_images: Any, tmp_path: Path
 ) -> None:
