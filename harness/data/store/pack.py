@@ -239,12 +239,22 @@ def pack_images(
     return Packed(info, skipped, num_transparent)
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def list_folder(folder: Path) -> Listing:
-    """List the image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes."""
+    """List the image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes.
+
+    Raises:
+        OSError: a sub-folder cannot be read: without it a class, or a part of one, would be missing.
+    """
     if not folder.is_dir():
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
-    paths = [path for path in folder.rglob("*") if path.is_file() or not path.exists()]  # the latter: a dangling link
+    walked = os.walk(folder, onerror=_raise)
+    paths = [Path(root, name) for root, _, names in walked for name in names]
+    paths = [path for path in paths if path.is_file() or not path.exists()]  # the latter: a dangling link
     files = sorted(path for path in paths if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
     left_out = Counter(path.suffix.lower() or path.name for path in paths)
     for extension in IMAGE_EXTENSIONS:
