@@ -53,7 +53,7 @@ def test_a_run_slower_than_planned_goes_on_in_a_longer_job(
     fault: Any, undisturbed: Losses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aimscale.sweeps.slurm.submit.time_limit_min", lambda *_: 5)  # what the plan says
-    case = fault(step_s=8.0)
+    case = fault(step_s=11.0)  # four minutes: the warning comes after three
     (part,) = case.launch()
     case.wait(lambda: case.records[0].is_claimed() and case.job() != part.job_id, "another job")
     assert "TimeLimit=00:10:00" in slurm.command("scontrol", "show", "job", case.job())
