@@ -14,7 +14,6 @@ import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from unittest import mock
 
 from aimscale.harness.data.store.processes import start_fork_server
 from aimscale.harness.run.failures import STOP_SIGNALS
@@ -32,11 +31,13 @@ class ForkedProgram:
 
     def __init__(self, words: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         """Start a program (`-m NAME ARGUMENTS`) in a session of its own, with these environment variables alone."""
-        with _as_no_script(), _environment({**variables, "DS_ACCELERATOR": "cpu"}):  # else it tells its choice
+        global _server_variables
+        with _start_of_server({**variables, "DS_ACCELERATOR": "cpu"}):  # else it tells its choice
             context = start_fork_server(_PRELOAD)
             arguments = (words[1:], dict(variables), log, os.getcwd())
             self._process = context.Process(target=_execute, args=arguments, name=words[1])
             self._process.start()
+        _server_variables = _read_at_import(variables)
         self.pid: int = self._process.pid or 0
 
     def poll(self) -> int | None:
@@ -52,12 +53,12 @@ class ForkedProgram:
 def can_fork(command: Sequence[str], variables: Mapping[str, str]) -> bool:
     """Return whether a command is one of this interpreter's programs, and its environment that of the server, if there
     is one already."""
-    global _server_variables
-    if list(command[:2]) != [sys.executable, "-m"] or command[2] not in PROGRAMS:
-        return False
-    read = {name: value for name, value in variables.items() if name.startswith(_READ_AT_IMPORT)}
-    _server_variables = _server_variables or read
-    return read == _server_variables
+    is_program = list(command[:2]) == [sys.executable, "-m"] and command[2] in PROGRAMS
+    return is_program and _server_variables in (None, _read_at_import(variables))
+
+
+def _read_at_import(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name.startswith(_READ_AT_IMPORT)}
 
 
 def _execute(words: Sequence[str], variables: Mapping[str, str], log: Path, directory: str) -> None:
@@ -67,8 +68,7 @@ def _execute(words: Sequence[str], variables: Mapping[str, str], log: Path, dire
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.chdir(directory)
-    os.environ.clear()
-    os.environ.update(variables)
+    _set_environment(variables)
     sys.argv = list(words)
     sys.orig_argv = [sys.executable, "-m", *words]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -76,14 +76,19 @@ def _execute(words: Sequence[str], variables: Mapping[str, str], log: Path, dire
 
 
 @contextlib.contextmanager
-def _as_no_script() -> Iterator[None]:
-    """Have no script in `__main__` for the block: a child would run the user's once more."""
-    with mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}):
+def _start_of_server(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have these environment variables alone for the block, which the server starts with, and no script in `__main__`:
+    a child would run the user's once more."""
+    environment, script = dict(os.environ), sys.modules["__main__"]
+    _set_environment(variables)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
         yield
+    finally:
+        _set_environment(environment)
+        sys.modules["__main__"] = script
 
 
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these environment variables alone for the block, which the server starts with."""
-    with mock.patch.dict(os.environ, variables, clear=True):
-        yield
+def _set_environment(variables: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)

@@ -15,6 +15,7 @@ from commands import until
 from trainers import rows, weights
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED, EXIT_USER_ERROR, RunDir
+from aimscale.sweeps.engine import fork_server
 from aimscale.sweeps.engine.fork_server import ForkedProgram, can_fork
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import load_sweep
@@ -60,8 +61,9 @@ def test_forks_train_what_processes_of_their_own_do(write_sweep: Any, tmp_path: 
 
 
 def test_a_fork_is_signalled_and_ends_as_a_process_of_its_own_does(
-    write_sweep: Any, data: Path, tmp_path: Path
+    write_sweep: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fork_server, "_server_variables", None)  # tests before this one may have set others
     sweep = write_sweep(sizes=["rung-32"], budgets=[640_000])
     (run,) = plan(sweep)
     run_dir, log = RunDir(sweep.run_dir(run.run_id)), tmp_path / "log"
@@ -69,7 +71,6 @@ def test_a_fork_is_signalled_and_ends_as_a_process_of_its_own_does(
     command = [sys.executable, *run.command([run_dir.path])]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert can_fork(command, variables)
-    assert not can_fork(command, {**variables, "OMP_NUM_THREADS": "2"})  # of which the server knows nothing
     assert not can_fork(["/usr/bin/python3", *command[1:]], variables)
     for number, exit_code in ((signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGKILL, -signal.SIGKILL)):
         fork = ForkedProgram(command[1:], variables, log)
@@ -81,6 +82,7 @@ def test_a_fork_is_signalled_and_ends_as_a_process_of_its_own_does(
         until(lambda fork=fork: fork.poll() is not None)
         assert fork.poll() == exit_code
         fork.send_signal(number)  # it is gone: nothing is signalled
+    assert not can_fork(command, {**variables, "OMP_NUM_THREADS": "2"})  # of which the server knows nothing
     shutil.rmtree(data / "train")
     fork = ForkedProgram(command[1:], variables, log)
     until(lambda: fork.poll() is not None)
