@@ -24,7 +24,7 @@ from aimscale.sweeps.cli.options import (
 from aimscale.sweeps.cli.progress import show_progress
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.engine.devices import local_machine, refuse_other_machine
+from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
 from aimscale.sweeps.monitor.layout import KeyValue, format_number, print_key_values
 from aimscale.sweeps.monitor.status import sweep_status
@@ -118,9 +118,8 @@ def launch(
             if step := describe_step(planned, part.shape):
                 typer.echo(f"# starts the ranks of a run of {part.shape.nodes} nodes\n{step}")
     elif dry_run:
-        runs = planned.startable(retry=retry)
-        raise_on_problems(loaded, runs)
-        refuse_other_machine(loaded, runs, local_machine(runs, devices=devices), is_said=devices is not None)
+        engine.find_machine(planned, devices=devices, retry=retry)
+        raise_on_problems(loaded, planned.startable(retry=retry))
     else:
         with show_progress(planned) as report:
             result = engine.launch(

@@ -13,7 +13,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.lock import Lock
 from aimscale.sweeps.engine.active_run import Command
-from aimscale.sweeps.engine.devices import local_machine, refuse_other_machine
+from aimscale.sweeps.engine.devices import Machine, local_machine, refuse_other_machine
 from aimscale.sweeps.engine.forecasts import save_stop_threshold
 from aimscale.sweeps.engine.worker import LaunchResult, Report, Worker, print_events, run_worker
 from aimscale.sweeps.planning.checks import raise_on_problems
@@ -63,8 +63,7 @@ def launch(
             its directory cannot be written; nothing was created.
     """
     started, runs = time.time(), planned.longest_first
-    machine = local_machine(runs, devices=devices)
-    refuse_other_machine(planned.sweep, planned.startable(retry=retry), machine, is_said=devices is not None)
+    machine = find_machine(planned, devices=devices, retry=retry)
     prepare_launch(planned, retry=retry, stop_sd=stop_sd)
     deadline = float("inf")
     if hours is not None:
@@ -75,6 +74,13 @@ def launch(
     worker = Worker(sweep=planned.sweep, machine=machine, waiting=waiting, command=command, deadline=deadline)
     worker.skip_finished(planned.states)
     return run_worker(worker, report)
+
+
+def find_machine(planned: PlannedSweep, *, devices: int | None, retry: bool) -> Machine:
+    """Return this machine for a launch, or raise SweepError for runs that were planned for another."""
+    machine = local_machine(planned.longest_first, devices=devices)
+    refuse_other_machine(planned.sweep, planned.startable(retry=retry), machine, is_said=devices is not None)
+    return machine
 
 
 def prepare_launch(planned: PlannedSweep, *, retry: bool, stop_sd: float | None = None) -> None:
