@@ -36,7 +36,7 @@ from aimscale.harness.data.store.decoding import (
     resize_shorter_side,
 )
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
-from aimscale.harness.data.store.parquet import EncodedImage, EncodedImages
+from aimscale.harness.data.store.parquet import EncodedImage, EncodedImages, walk_files
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.run.files import atomic_dir
 
@@ -239,10 +239,6 @@ def pack_images(
     return Packed(info, skipped, num_transparent)
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def list_folder(folder: Path) -> Listing:
     """List the image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes.
 
@@ -252,9 +248,7 @@ def list_folder(folder: Path) -> Listing:
     if not folder.is_dir():
         what = "is no folder of images" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
-    walked = os.walk(folder, onerror=_raise)
-    paths = [Path(root, name) for root, _, names in walked for name in names]
-    paths = [path for path in paths if path.is_file() or not path.exists()]  # the latter: a dangling link
+    paths = [path for path in walk_files(folder) if path.is_file() or not path.exists()]  # the latter: a dangling link
     files = sorted(path for path in paths if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
     left_out = Counter(path.suffix.lower() or path.name for path in paths)
     for extension in IMAGE_EXTENSIONS:

@@ -91,6 +91,20 @@ class Table(NamedTuple):
     """Class names by label."""
 
 
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, in no order.
+
+    Raises:
+        OSError: a sub-folder cannot be read: without it a class, or a part of one, would be missing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(root, name) for name in names)
+
+
 def find_parquet(source: Path) -> list[Path]:
     """Return the Parquet files that a source names, sorted: itself, or those in a folder that holds no image files.
 
@@ -100,7 +114,7 @@ def find_parquet(source: Path) -> list[Path]:
     if source.suffix.lower() == ENDING:
         return [source]
     files: list[Path] = []
-    for path in source.rglob("*") if source.is_dir() else ():
+    for path in walk_files(source) if source.is_dir() else ():
         if path.suffix[1:].lower() in IMAGE_EXTENSIONS:  # the first ends the search: there may be millions
             return []
         if path.suffix.lower() == ENDING:
