@@ -16,8 +16,9 @@ import pandas as pd
 from aimscale.analysis.display import Flag, Result, by_chance, fact_lines, flag_words, text_table
 from aimscale.analysis.distributions import normal_quantile
 from aimscale.analysis.effects.result import POWER
+from aimscale.analysis.table.files import files_of
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.table.read import files_of, read_table
+from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.runs import Runs, Table, joined
 from aimscale.analysis.table.schema import FOLDER, frame_cells
 from aimscale.analysis.table.select import probe_frame

@@ -26,7 +26,7 @@ from aimscale.analysis.published import BASELINES_FILE
 from aimscale.analysis.report.page import timestamp, write_page
 from aimscale.analysis.report.study import Study, read_study
 from aimscale.analysis.report.summary import findings
-from aimscale.analysis.table.read import run_logs
+from aimscale.analysis.table.logs import run_logs
 
 NOT_PRINTED = ("forecaster",)
 """Results of a study that the page does not show by themselves."""

@@ -28,7 +28,7 @@ from aimscale.analysis.display import Result, some
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.publication.card import sha256
 from aimscale.analysis.publication.folder import BESIDE, CHECKSUMS, NUMBERS, VERSION, Made, Record, write_results
-from aimscale.analysis.table.read import check_file
+from aimscale.analysis.table.files import check_file
 
 TOLERANCE = 1e-4
 """Relative difference up to which two numbers are the same. Between processors and releases of scipy, optimisers stop

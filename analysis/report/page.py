@@ -23,7 +23,7 @@ from aimscale.analysis.report.blocks import sort_key
 from aimscale.analysis.report.sections import sections
 from aimscale.analysis.report.study import Study, read_study
 from aimscale.analysis.report.summary import findings, verdict
-from aimscale.analysis.table.read import files_of
+from aimscale.analysis.table.files import files_of
 from aimscale.analysis.table.schema import written_aside
 
 SIGNS = {"green": "✓", "amber": "!", "red": "✗"}

@@ -18,8 +18,8 @@ from aimscale.analysis.plots.scaling import plot_points
 from aimscale.analysis.published import ADAPTED
 from aimscale.analysis.report.blocks import Block, PageFigure, feature_words, html_id, levels, result_block
 from aimscale.analysis.report.study import CORRELATION, LINK, Study
+from aimscale.analysis.table.files import files_of
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.table.read import files_of
 from aimscale.analysis.table.schema import COLUMNS, DESIGN, described
 from aimscale.analysis.table.select import read_curves
 

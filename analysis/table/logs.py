@@ -1,5 +1,5 @@
-"""Logs of other people's runs as a table: MLflow, Lightning, Hugging Face, TensorBoard, JSON lines of any name, text by
-regular expressions, and panels that Weights & Biases exports."""
+"""Logs of other people's runs as a table: MLflow, Lightning, Hugging Face, TensorBoard, JSON lines of any name, and
+text by regular expressions."""
 
 from __future__ import annotations
 
@@ -52,33 +52,16 @@ def run_logs(folder: Path, patterns: Mapping[str, str] | None = None) -> pd.Data
             f"{folder} holds neither results.parquet nor {what}{'' if patterns else ' or JSON lines'}; give another "
             f"folder, `aimscale collect` a sweep, or find numbers in text by {option('columns', 'L=log:val loss (.+)')}"
         )
-    return pd.concat([_points(*run) for run in runs.values()], ignore_index=True)
+    return pd.concat([step_rows(*run) for run in runs.values()], ignore_index=True)
 
 
-def _points(run: str, settings: Mapping[str, Any], metrics: pd.DataFrame, status: str) -> pd.DataFrame:
+def step_rows(run: str, settings: Mapping[str, Any], metrics: pd.DataFrame, status: str) -> pd.DataFrame:
     """Make a row per step of a run."""
     metrics = metrics.sort_index()
     metrics.iloc[-1] = metrics.ffill().iloc[-1]
     statuses = [*["during"] * (len(metrics) - 1), status]
     settings = {name: value for name, value in settings.items() if name not in {*metrics, metrics.index.name}}
     return metrics.reset_index().assign(**settings, run_id=run, status=statuses)
-
-
-def panel_points(frame: pd.DataFrame) -> pd.DataFrame | None:
-    """Read a panel that W&B exported, with columns `RUN - METRIC` and their `__MIN`, as points; None for another table.
-
-    The first column counts the steps.
-    """
-    lines = [str(name) for name in frame if {f"{name}__MIN", f"{name}__MAX"} <= {*frame} and " - " in str(name)]
-    if not lines:
-        return None
-    step = str(frame.columns[0])
-    by_run = pd.DataFrame([name.rpartition(" - ")[::2] for name in lines], lines, ["run", "metric"])
-    runs = []
-    for run, of_run in by_run.groupby("run", sort=False):
-        metrics = frame.set_index(step)[[*of_run.index]].set_axis([*of_run["metric"]], axis=1).dropna(how="all")
-        runs += [_points(str(run), {}, metrics, "complete")] * (len(metrics) > 0)
-    return pd.concat(runs, ignore_index=True) if runs else None
 
 
 def _mlflow_store(folder: Path) -> Iterator[_Run]:

@@ -1,31 +1,20 @@
 """A results table, ours or a foreign one, from a file, or from a folder of other people's runs: Weights & Biases and
-marin's JSON lines, TensorBoard's event files, MLflow's and Lightning's folders.
-
-A file may be a stranger's: plain ones are read, inside of their folder, of a limited size.
-"""
+marin's JSON lines, TensorBoard's event files, MLflow's and Lightning's folders."""
 
 from __future__ import annotations
 
 import ast
-import difflib
-import itertools
-import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.table.files import MAX_BYTES, check_file, files_of
-from aimscale.analysis.table.logs import FROM_LOG, panel_points, run_logs
+from aimscale.analysis.table.files import files_of, read_file
+from aimscale.analysis.table.logs import FROM_LOG, run_logs, step_rows
 from aimscale.analysis.table.runs import Runs
-from aimscale.analysis.table.schema import KNOWN, SCHEMA_VERSION, is_done
+from aimscale.analysis.table.schema import is_done
 
-MAX_VALUES = 10**8
-"""Limit on the values of a Parquet file, whose pages may hold one value many times in few bytes."""
 _RUN_NAMES = ("Name", "name", "run_path")
 """Columns that name a run of W&B, in its export, in the table that its guide makes with its API, and in marin's."""
 
@@ -53,105 +42,17 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Ru
     path, columns = Path(path), dict(columns or {})
     patterns = {ours: text.removeprefix(FROM_LOG) for ours, text in columns.items() if text.startswith(FROM_LOG)}
     columns |= {name: name for name in patterns}
-    frame = read_file(next(files_of(path, "results.parquet"), path), patterns)
+    file = next(files_of(path, "results.parquet"), path)
+    frame = read_file(file, lambda folder: run_logs(folder, patterns))
     if frame.empty:
         raise AnalysisError(f"{path} has no rows; collect the sweep's results first")
     frame, of_wandb = from_wandb(frame, path)
     return Runs(frame, of_wandb | columns, source=path)
 
 
-def read_file(path: Path, patterns: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Read a table as it stands; of a folder the logs, by patterns where there are any (`run_logs`)."""
-    if path.exists() and not path.is_dir():
-        check_file(path)
-    if not path.exists():
-        tables = [each.name for each in path.parent.glob("*") if each.suffix in _READERS]
-        near = difflib.get_close_matches(path.name, tables, n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "give another path, or `aimscale collect` a sweep"
-        raise AnalysisError(f"there is no table {path}; {hint}")
-    if path.is_file() and path.suffix not in _READERS:
-        raise AnalysisError(
-            f"cannot tell what {path} is: give a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, or the "
-            "folder of a log"
-        )
-    try:
-        frame = run_logs(path, patterns) if path.is_dir() else _READERS[path.suffix](path)
-        if not frame.columns.is_unique:
-            name = frame.columns[frame.columns.duplicated()][0]
-            raise AnalysisError(f"{path} has two columns named '{name}'; rename one of them")
-        return frame
-    except AnalysisError:
-        raise
-    except Exception as error:  # whatever damaged bytes make a parser raise
-        reason = " ".join(str(error).split())[:160]
-        raise AnalysisError(
-            f"cannot read {path} as a table ({reason}): it may be half-written; write it again"
-        ) from error
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    with pq.ParquetFile(path) as file:
-        groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-        num_values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
-        if max(num_values, file.metadata.num_rows) > MAX_VALUES:
-            raise AnalysisError(f"{path} has more than {MAX_VALUES:.0e} values; give a row per run and budget")
-        batches, num_bytes = list[pa.RecordBatch](), 0
-        for batch in file.iter_batches(1024):
-            batches.append(batch)
-            if (num_bytes := num_bytes + batch.nbytes) > MAX_BYTES:
-                raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
-        table = pa.Table.from_batches(batches, file.schema_arrow)
-    table.validate(full=True)  # else bytes that are no text fail where they are first used
-    version = int((table.schema.metadata or {}).get(b"aimscale_schema_version", b"0"))
-    if version > SCHEMA_VERSION:
-        raise AnalysisError(f"{path} has schema {version}, newer than {SCHEMA_VERSION} known here; update aimscale")
-    frame = table.to_pandas()
-    frame.columns = frame.columns.map(str)  # pandas brings numbers back as names
-    return frame.reset_index(drop=not any(frame.index.names))  # labels of frames that were joined may stand twice
-
-
-def _read_text(path: Path) -> pd.DataFrame:
-    """Read a text behind lines that begin with #; commas, semicolons or tabs part its cells, whichever part most of its
-    head. Beside semicolons 1,5 is a number."""
-    with path.open(errors="replace") as file:
-        lines = [*itertools.islice(file, 1000)]
-    notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    sep = max(",;\t", key="".join(lines[notes : notes + 1]).count)
-    has_commas = sep == ";" and re.search(r"(^|;)\s*-?\d+,\d+\s*[a-zA-Z%]?\s*(;|$)", "".join(lines), re.MULTILINE)
-    frame = pd.read_csv(path, sep=sep, skiprows=notes, dtype=_TEXTS, decimal="," if has_commas else ".")
-    texts = frame.select_dtypes(exclude="number")  # words among numbers, or suffixes
-    texts = texts.replace(r"^(\s*[-+]?\d+),(\d+\D*)$", r"\1.\2", regex=True) if has_commas else texts
-    return frame.assign(**texts)
-
-
-def _read_excel(path: Path) -> pd.DataFrame:
-    """Read the first sheet."""
-    with zipfile.ZipFile(path) as parts:
-        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
-            raise AnalysisError(f"{path} has more than {MAX_BYTES:.0e} bytes; give a row per run and budget")
-    try:
-        frame = pd.read_excel(path, dtype=_TEXTS)
-    except ImportError as error:
-        raise AnalysisError(f"{path} is a sheet of Excel; pip install openpyxl, or save it as .csv") from error
-    return frame.rename(columns=str)
-
-
-_TEXTS = {name: "string" for name, column in KNOWN.items() if column.dtype == "string"}
-"""Columns that are never numbers, though a hash such as 24476e35 looks like one."""
-_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".parquet": _read_parquet,
-    ".csv": _read_text,
-    ".tsv": _read_text,
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=_TEXTS),
-    ".xlsx": _read_excel,
-}
-SUFFIXES = tuple(_READERS)
-"""Endings of files that are tables."""
-
-
 def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """Give nested cells columns such as `config.model.width`, and map names of W&B's as `read_table`'s `columns` do."""
-    if (points := panel_points(frame)) is not None:
+    if (points := _panel_points(frame)) is not None:
         return points, {}
     if is_api := {*frame} >= {"summary", "config"} and not {*frame}.isdisjoint(_RUN_NAMES):
         try:  # a CSV has dictionaries as text
@@ -173,3 +74,20 @@ def from_wandb(frame: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str,
         return frame, {}
     called = [name for name in _RUN_NAMES if name in frame and "run_id" not in frame]
     return frame, {"run_id": called[0]} if called else {}
+
+
+def _panel_points(frame: pd.DataFrame) -> pd.DataFrame | None:
+    """Read a panel that W&B exported, with columns `RUN - METRIC` and their `__MIN`, as points; None for another table.
+
+    The first column counts the steps.
+    """
+    lines = [str(name) for name in frame if {f"{name}__MIN", f"{name}__MAX"} <= {*frame} and " - " in str(name)]
+    if not lines:
+        return None
+    step = str(frame.columns[0])
+    by_run = pd.DataFrame([name.rpartition(" - ")[::2] for name in lines], lines, ["run", "metric"])
+    runs = []
+    for run, of_run in by_run.groupby("run", sort=False):
+        metrics = frame.set_index(step)[[*of_run.index]].set_axis([*of_run["metric"]], axis=1).dropna(how="all")
+        runs += [step_rows(str(run), {}, metrics, "complete")] * (len(metrics) > 0)
+    return pd.concat(runs, ignore_index=True) if runs else None

@@ -16,8 +16,9 @@ from aimscale.analysis.display import Flag, human, option, some
 from aimscale.analysis.distributions import f_above, t_above
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.formulas import MAX_LENGTH
+from aimscale.analysis.table.files import files_of
 from aimscale.analysis.table.points import usable_rows
-from aimscale.analysis.table.read import files_of, read_table
+from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.runs import Runs, Table, joined
 from aimscale.analysis.table.schema import (
     CANONICAL,

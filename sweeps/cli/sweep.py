@@ -195,7 +195,7 @@ def find_sweep(given: str | Path, root: Path) -> Sweep | None:
     Raises:
         SweepError: there is neither.
     """
-    from aimscale.analysis.table.read import SUFFIXES
+    from aimscale.analysis.table.files import SUFFIXES
 
     path = Path(given)
     is_sweep = path.suffix in (".yaml", ".yml") or (path / SWEEP_FILE).is_file()

@@ -17,7 +17,7 @@ import pytest
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.published import read_baselines
 from aimscale.analysis.report.page import write_report
-from aimscale.analysis.table import read
+from aimscale.analysis.table import files
 from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.schema import written_aside
 from aimscale.analysis.table.select import read_curves, read_tables
@@ -131,8 +131,8 @@ def test_a_hostile_folder_is_refused_by_the_report(
     make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(read, "MAX_VALUES", 10**5)
-    monkeypatch.setattr(read, "MAX_BYTES", 10**8)
+    monkeypatch.setattr(files, "MAX_VALUES", 10**5)
+    monkeypatch.setattr(files, "MAX_BYTES", 10**8)
     (tmp_path / "folder").mkdir()
     make(tmp_path / "folder")
     with pytest.raises(AnalysisError) as caught:
