@@ -26,8 +26,8 @@ PANEL = "Table"
 Tables = Annotated[
     list[Path],
     typer.Argument(
-        help="CSV, TSV, Parquet or JSON-lines tables, sweeps (file or folder), or folders of runs of TensorBoard, "
-        "MLflow or Lightning; several are read as one."
+        help="Tables (CSV, Excel, Parquet, JSON lines), sweeps (file or folder), or folders of logs (TensorBoard, "
+        "MLflow, Lightning, Hugging Face, text); several are read as one."
     ),
 ]
 Columns = Annotated[

@@ -131,40 +131,16 @@ DEFAULT = "default"
 """Value of a column of the set-up where a run left the field at its default."""
 PROVENANCE = ("sweep", FOLDER)
 """Columns that say where a row comes from: one experiment may stand in several sweeps and folders."""
-
-
-_DONE = {
-    "complete",
-    "completed",
-    "finished",
-    "done",
-    "success",
-    "succeeded",
-    "successful",
-    "ok",
-    "during",
-    "terminated",
-}
-_NOT_DONE = {
-    *(
-        "failed",
-        "fail",
-        "failure",
-        "error",
-        "errored",
-        "crashed",
-        "killed",
-        "canceled",
-        "cancelled",
-        "canceling",
-        "aborted",
-    ),
-    *("running", "pending", "queued", "scheduled", "created", "initializing", "starting", "resuming", "recovering"),
-    *("preempted", "suspended", "paused", "pausing", "stopped", "stopping", "interrupted", "unfinished", "incomplete"),
-    *("timeout", "timed_out", "out_of_memory", "oom", "node_fail", "boot_fail", "deadline", "revoked", "requeued"),
-    *("active", "completing", "configuring", "cancelling", "submitted", "waiting", "pruned", "diverged", "unknown"),
-    *("failed_setup", "failed_precheck", "failed_driver", "failed_no_resource", "failed_controller", "lost", "nan"),
-}
+DONE = "complete completed finished done success succeeded successful ok during terminated"
+"""What tools call a run that is done, and a point of one."""
+NOT_DONE = (
+    "failed fail failure error errored crashed killed canceled cancelled canceling cancelling aborted pruned diverged "
+    "running active pending queued waiting scheduled submitted created initializing configuring starting resuming "
+    "recovering completing preempted suspended paused pausing stopped stopping interrupted unfinished incomplete "
+    "timeout timed_out out_of_memory oom node_fail boot_fail deadline revoked requeued unknown lost nan "
+    "failed_setup failed_precheck failed_driver failed_no_resource failed_controller"
+)
+"""What tools call any other."""
 
 
 def is_done(status: str) -> bool | None:
@@ -172,7 +148,7 @@ def is_done(status: str) -> bool | None:
     stable-pretraining, Slurm; `during`: a point of training); None where the word is none of theirs."""
     word = status.lower().rpartition(".")[2].partition(" by ")[0].strip(" +").replace("-", "_").replace(" ", "_")
     word = word.removeprefix("state_")
-    return True if word in _DONE else False if word in _NOT_DONE else None
+    return True if word in DONE.split() else False if word in NOT_DONE.split() else None
 
 
 def varies(values: pd.Series) -> bool:
