@@ -369,8 +369,12 @@ def in_command() -> Iterator[None]:
         _IS_COMMAND.reset(token)
 
 
-def option(name: str, value: str = "") -> str:
-    """Name an option as its reader types it: `--fix E=0` in a command, `fixed={"E": 0}` in Python."""
+def option(name: str, value: str | Mapping[str, str] = "") -> str:
+    """Name an option as its reader types it: `--fix E=0` in a command, `fixed={"E": 0}` in Python; several values by
+    their names."""
+    if isinstance(value, Mapping):
+        pairs = ",".join(f"{key}={each}" for key, each in value.items())
+        return option(name, pairs) if _IS_COMMAND.get() else f"{option(name)}={json.dumps(dict(value))}"
     if _IS_COMMAND.get():
         return f"--{name} {shlex.quote(value)}" if value else f"--{name}"
     form, (key, _, right) = _PYTHON[name], value.partition("=")

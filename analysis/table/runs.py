@@ -24,6 +24,7 @@ from aimscale.analysis.table.schema import (
     DESIGN,
     FOLDER,
     KNOWN,
+    LETTERS,
     PROVENANCE,
     SCALE,
     SCRATCH,
@@ -206,7 +207,7 @@ class Runs:
     def column(self, typed: str) -> str:
         """Find the column that a user means: by its name here, a law's letter, or the name that it has in the file."""
         ours = {theirs: ours for ours, theirs in self.names.items()}
-        choices = (typed, CANONICAL.get(typed, typed), ours.get(typed, typed))
+        choices = (typed, CANONICAL.get(typed, typed), LETTERS.get(typed, typed), ours.get(typed, typed))
         return next((name for name in choices if name in self), typed)
 
     def called(self, column: str, words: str = "") -> str:

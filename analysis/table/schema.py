@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.csv import write_csv
 
-from aimscale.analysis.display import did_you_mean, human, option, plain_types
+from aimscale.analysis.display import did_you_mean, human, option, plain_types, some
 from aimscale.analysis.errors import AnalysisError
 
 SCHEMA_VERSION = 1
@@ -92,6 +92,16 @@ _DESCRIBED = {column.name: column for column in (*_columns("comparison"), *PROBE
 CANONICAL = {"N": "params_total", "D": "images_seen", "U": "unique_images", "C": "flops_train", "L": "val_loss"}
 """Variable of a law -> its column in a results table, unless the table has a column of the variable's own name."""
 LETTERS = {name: letter for letter, name in CANONICAL.items()}
+MEANT = {
+    "N": re.compile(r"(?=.*(param|model.?size))(?!.*(per|/))", re.IGNORECASE),
+    "D": re.compile(r"(?=.*(token|image|sample|example))(?!.*(per|/|size|rate|batch|ratio))", re.IGNORECASE),
+    "L": re.compile(r"(?=.*loss)(?!.*(train|weight|aux))", re.IGNORECASE),
+}
+"""Letter of a law -> what names of columns in tables of others begin to match where they mean it."""
+UNIT = re.compile(r"[(\[_ ]([kMBGT])[)\]]?$|\bin ([tmb]|tr)(?:housand|illion)s?\b")
+"""Unit in a column's name."""
+POWERS = {"k": 3, "t": 3, "M": 6, "m": 6, "B": 9, "G": 9, "b": 9, "T": 12, "tr": 12}
+"""Unit -> its power of ten."""
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 SCALE = tuple(column.name for column in COLUMNS if column.role == "scale")
@@ -177,11 +187,29 @@ class Exclusion:
 
 def missing_column(name: str, columns: Iterable[str], purpose: str = "") -> AnalysisError:
     """Make the error about a column that a table lacks: what for, the option that names it, which columns there are."""
+    columns = [each for each in map(str, columns) if each != FOLDER]
     letter = LETTERS.get(CANONICAL.get(name, name), name if len(name) == 1 else "")
+    meant, error = columns_meant(columns), f"The table has no column {name!r}{purpose}"
+    if letter in meant:
+        typed = option("columns", meant)
+        return AnalysisError(f"{error}; name yours, for instance by {typed}; its columns are {some(columns)}.")
     formula = {"C": "C=6*N*D", "D": "D=C/(6*N)"}.get(letter)
     count = f", or count it: {option('columns', formula)}" if formula else ""
-    named = f"; name yours with {option('columns', f'{letter}=THEIRS')}{count}" if letter else ""
-    return AnalysisError(f"The table has no column {name!r}{purpose}{named}; {column_words(columns, name)}")
+    named = f"; name yours by {option('columns', f'{letter}=THEIRS')}{count}" if letter else ""
+    return AnalysisError(f"{error}{named}; {column_words(columns, name)}")
+
+
+def columns_meant(columns: Sequence[str]) -> dict[str, str]:
+    """Guess the columns of a foreign table that are meant by N, D and L, where none has that name: letter -> column, or
+    its formula where the name ends in a unit such as (M)."""
+    meant = dict[str, str]()
+    for letter, pattern in MEANT.items():
+        name = next(filter(pattern.match, columns), None)
+        if name is None or {letter, CANONICAL[letter]} & {*columns}:
+            continue
+        quoted, unit = name if name.isidentifier() else f"`{name}`", UNIT.search(name)
+        meant[letter] = f"{quoted}*1e{POWERS[unit[1] or unit[2]]}" if unit else name
+    return meant
 
 
 def column_words(columns: Iterable[str], like: str) -> str:

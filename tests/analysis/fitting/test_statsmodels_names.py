@@ -98,7 +98,7 @@ def test_errors_name_what_works_and_parameters_are_a_table_of_latex(grid):
     with pytest.raises(AnalysisError, match=r"give the table first, as in fit\(table, 'chinchilla'\)"):
         fit("chinchilla", grid)
     theirs = grid.rename(columns={"val_loss": "loss"})
-    with pytest.raises(AnalysisError, match=re.escape('columns={"L": "THEIRS"}')):
+    with pytest.raises(AnalysisError, match=re.escape('columns={"L": "loss"}')):
         fit(theirs, "chinchilla")
     assert fit(theirs, "chinchilla", columns={"L": "loss"}).params.equals(fit(grid, "chinchilla").params)
     large = fit(grid.assign(params_total=grid["params_total"] * 1e20), "kaplan")

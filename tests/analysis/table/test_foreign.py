@@ -149,6 +149,25 @@ def test_an_error_names_options_as_its_reader_types_them(theirs, mistake, in_pyt
     assert typed in said[1]
 
 
+def test_a_table_without_our_names_is_answered_with_the_columns_that_are_meant(theirs, tmp_path):
+    """Typed as it stands, the answer is what the table needs: the fit equals that of numbers under our names."""
+    in_units = theirs.assign(**{"Params (M)": theirs["num_params"] / 1e6, "images in billions": theirs["tokens"] / 1e9})
+    in_units = in_units.assign(image_size=224, train_loss=1.0)
+    in_units = in_units[["image_size", "train_loss", "images in billions", "Params (M)", "lr", "loss"]]
+    in_units.to_csv(tmp_path / "theirs.csv", index=False)
+    answer_given = refused("fit", tmp_path / "theirs.csv")
+    (columns,) = re.findall(r"by --columns '([^']+)'", answer_given)
+    assert columns == "N=`Params (M)`*1e6,D=`images in billions`*1e9,L=loss"
+    ours = fit(theirs.rename(columns={"num_params": "N", "tokens": "D", "loss": "L"})[["N", "D", "L", "lr"]])
+    typed = fit(read_table(tmp_path / "theirs.csv", parse_columns([columns])))
+    assert ours.columns["y"] == "L", "a frame's own letter is the loss"
+    assert typed.params.to_dict() == pytest.approx(ours.params.to_dict(), rel=1e-6)
+    with pytest.raises(AnalysisError, match=re.escape('by columns={"N": "`Params (M)`*1e6", "D"')):
+        fit(in_units)
+    with pytest.raises(AnalysisError, match=re.escape('by columns={"N": "THEIRS"}')):
+        fit(theirs[["lr", "loss", "tokens"]])
+
+
 def test_some_names_stand_in_an_error_the_nearest_first():
     df = pd.DataFrame({f"column_{k:02}": [1.0, 2.0] for k in range(40)} | {"learning_rate": [1.0, 2.0]})
     with pytest.raises(AnalysisError) as error:
