@@ -36,9 +36,12 @@ of the noise, where that is more."""
 DEPARTURE_RANGE = 2.5
 """Length scale of the departure in each logarithm: a factor of 12."""
 PRICE_POWERS = (0.0, 0.5, 1.0)
-"""Powers of the price that gains are divided by in turn: 1 buys the cheapest runs, 0 one dear run; the best is kept."""
+"""Powers of the price that gains are divided by in turn: 1 buys the cheapest runs, 0 one dear run."""
 SAME_RUN = 0.03
 """Runs whose N and D both differ by less than this fraction count as one."""
+ENOUGH = 1.02
+"""Runs are chosen up to this factor of the standard deviation that all of the budget would leave; the cheapest way to
+it counts."""
 WORTHWHILE = 0.9
 """Runs that leave more than this share of the forecast's standard deviation are hardly worth buying."""
 MANY_VALUES = 15
@@ -65,22 +68,29 @@ def buy(law: Fit, candidates: Places, prices: Array, target: Places, *, budget: 
     )  # 90 % upper end
     joint = _posterior(law, candidates, target, noise)
     baskets = [_fill(joint, prices, budget, noise, power) for power in PRICE_POWERS]
-    return min(baskets, key=lambda basket: basket[1])
+    enough = ENOUGH * min(shares[-1] for _, shares in baskets)
+    parts = [(rows[: int((shares > enough).sum()) + 1], shares) for rows, shares in baskets if shares[-1] <= enough]
+    rows, shares = min(parts, key=lambda part: prices[part[0]].sum())
+    return rows, float(shares[len(rows) - 1])
 
 
-def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float) -> tuple[Array, float]:
+def _fill(joint: Array, prices: Array, budget: float, noise: float, power: float) -> tuple[Array, Array]:
     """Buy one run after another: the affordable one with the largest gain / price^power.
 
     joint is the covariance (candidates + targets, candidates + targets) before any is measured.
+
+    Returns:
+        Positions, and the share of the targets' standard deviation that is left after each of them.
     """
-    n, rows, covariance = len(prices), list[int](), joint.copy()
+    n, rows, covariance, left_over = len(prices), list[int](), joint.copy(), list[float]()
     while (affordable := (prices <= budget) & ~np.isin(np.arange(n), rows)).any():
         gain = np.sum(covariance[:n, n:] ** 2, axis=1) / (np.diag(covariance)[:n] + noise**2)
         best = int(np.argmax(np.where(affordable, gain / prices**power, -np.inf)))
         covariance -= np.outer(covariance[best], covariance[best]) / (covariance[best, best] + noise**2)
         budget -= prices[best]
         rows.append(best)
-    return np.array(rows), float(np.sqrt(max(0.0, np.trace(covariance[n:, n:])) / np.trace(joint[n:, n:])))
+        left_over.append(np.trace(covariance[n:, n:]))
+    return np.array(rows), np.sqrt(np.maximum(left_over, 0.0) / np.trace(joint[n:, n:]))
 
 
 def _posterior(law: Fit, candidates: Places, target: Places, noise: float) -> Array:

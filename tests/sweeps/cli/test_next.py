@@ -50,8 +50,8 @@ def test_folders_are_tables_where_fit_reads_them(collected: Any, tmp_path: Any) 
 def test_the_runs_are_priced_by_their_cards_and_written_as_a_sweep(collected: Any, tmp_path: Any) -> None:
     args = [collected.source, "--root", collected.root, "--target", "N=1e7,D=100k"]
     offered = answer("next", *args, "--budget", 1e9)
-    assert {row["D"] for row in offered["table"]} == {10240.0, 20480.0}  # 5120 is measured at every size
-    assert len(offered["table"]) == 8
+    assert {row["D"] for row in offered["table"]} <= {10240.0, 20480.0}  # 5120 is measured at every size
+    assert 1 < len(offered["table"]) < 8, "the others hardly narrow the forecast"
     budget = sum(row["price"] for row in offered["table"]) / 3
     out = tmp_path / "more.yaml"
     text = say("next", *args, "--budget", budget, "--write", out)
