@@ -10,11 +10,11 @@ from aimscale.sweeps import collection
 from aimscale.sweeps.collection import CollectResult
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events
-from aimscale.sweeps.monitor.status import SweepStatus, sweep_status
 from aimscale.sweeps.planning.checks import raise_on_problems
 from aimscale.sweeps.planning.sweepfile import DEFAULT_ROOT, Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.sweep_status import SweepStatus, sweep_status
 
 AnySweep = str | Path | Sweep | PlannedSweep
 """Sweep by file, by folder or by name, or one that is loaded or planned already."""

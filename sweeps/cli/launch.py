@@ -10,6 +10,7 @@ import typer
 
 from aimscale.aim.errors import check_training_installed
 from aimscale.harness.run.directory import EXIT_PREEMPTED
+from aimscale.sweeps.cli.layout import KeyValue, format_number, print_key_values
 from aimscale.sweeps.cli.options import (
     EXIT_INTERRUPTED,
     ROOT,
@@ -21,18 +22,17 @@ from aimscale.sweeps.cli.options import (
     print_next,
     select_run_ids,
 )
+from aimscale.sweeps.cli.plan_view import format_price, launch_view
 from aimscale.sweeps.cli.progress import show_progress
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult
-from aimscale.sweeps.monitor.layout import KeyValue, format_number, print_key_values
-from aimscale.sweeps.monitor.status import sweep_status
-from aimscale.sweeps.monitor.view import format_price, launch_view
 from aimscale.sweeps.planning.checks import raise_on_problems
 from aimscale.sweeps.planning.sweepfile import SweepError
 from aimscale.sweeps.state.planned_sweep import plan_sweep
 from aimscale.sweeps.state.run_state import State
+from aimscale.sweeps.sweep_status import sweep_status
 
 if TYPE_CHECKING:
     from aimscale.sweeps.slurm.submit import Submission

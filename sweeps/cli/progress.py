@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 
 from rich.live import Live
 
+from aimscale.sweeps.cli.layout import new_console
+from aimscale.sweeps.cli.status_view import progress_line, status_view
 from aimscale.sweeps.engine.active_run import Event
 from aimscale.sweeps.engine.worker import Report, Worker, print_events
-from aimscale.sweeps.monitor.layout import new_console
-from aimscale.sweeps.monitor.status import sweep_status
-from aimscale.sweeps.monitor.view import progress_line, status_view
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.sweep_status import sweep_status
 
 LOG_INTERVAL_S, LIVE_INTERVAL_S = 30.0, 2.0
 """Interval between looks at all runs, s, in a log and on a terminal."""

@@ -17,15 +17,15 @@ from rich.live import Live
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.files import check_file, read_file
+from aimscale.sweeps.cli.layout import new_console
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, AsJson, Root, SweepName, print_next, select_run_ids
-from aimscale.sweeps.monitor.layout import new_console
-from aimscale.sweeps.monitor.status import SweepStatus, sweep_status
-from aimscale.sweeps.monitor.view import progress_line, status_view
+from aimscale.sweeps.cli.status_view import progress_line, status_view
 from aimscale.sweeps.planning.sweepfile import SWEEP_FILE, Sweep, SweepError, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import State
+from aimscale.sweeps.sweep_status import SweepStatus, sweep_status
 
 if TYPE_CHECKING:
     from aimscale.sweeps.collection import CollectResult

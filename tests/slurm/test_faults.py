@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from aimscale.sweeps.engine.launch import cancel
-from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.sweep_status import sweep_status
 
 Losses = dict[str, list[tuple[int, float]]]
 

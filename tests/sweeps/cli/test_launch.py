@@ -17,10 +17,10 @@ from aimscale.aim.errors import UserError
 from aimscale.analysis.table.read import read_table
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.lock import hold_lock
+from aimscale.sweeps.cli.layout import format_duration, format_number
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.cli.options import select_run_ids
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.monitor.layout import format_duration, format_number
 from aimscale.sweeps.planning.cards import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import Sweep

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from aimscale.sweeps.cli.main import main
-from aimscale.sweeps.cli.plan import print_plan
+from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.planning.notices import problem
 from aimscale.sweeps.planning.planner import plan
@@ -88,7 +89,7 @@ def test_slurm_is_asked_about_sweeps_that_were_submitted_alone(
     assert asked
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [80, 120, 1000])
 @pytest.mark.parametrize("name", ["demo", "aim-paper", "isoflop"])
 def test_a_plan_fits_a_terminal_with_its_flags_first(name: str, width: int, tmp_path: Any) -> None:
     sweep = load_sweep(PRESETS / f"{name}.yaml", tmp_path)
@@ -102,6 +103,14 @@ def test_a_plan_fits_a_terminal_with_its_flags_first(name: str, width: int, tmp_
     assert next(key for key in keys if key not in ("fail", "warn")) == "size"
     assert keys[-6:] == ["runs", "training", "evaluation", "time", "disk", "assumed"]
     assert max(map(len, said)) <= width
+    (header,) = (re.split(r"\s{2,}", line.strip()) for line in said if line.startswith("size "))
+    assert len(header) <= 11
+    if width > 80:  # a user decides by these; what is alike in all runs is told once
+        assert {"params", "images", "FLOPs", "memory", "step, ms", "time", "device-h"} <= {*header}
+    told = " ".join(" ".join(said).split())
+    alike = {"demo": "batch 32, lr 0.0036, devices 1", "aim-paper": "batch 4096, lr 0.001", "isoflop": "devices 8"}
+    assert f"; each with {alike[name]} " in told
+    assert not {*re.findall(r"(\w+) [\d.]+", alike[name])} & {*header}
     for header in ("memory", "step, ms"):
         shown = any(header in line and line.startswith("size ") for line in said)
         assert shown == any(line.startswith(f"{header}: ") for line in said), "a legend explains a column that is shown"

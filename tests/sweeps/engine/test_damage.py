@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.sweep_status import sweep_status
 
 DAMAGE = [
     ("config.yaml", ""),

@@ -12,15 +12,15 @@ import pytest
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.expected import FILE, read_expected
 from aimscale.harness.run.lock import hold_lock
+from aimscale.sweeps.cli.layout import new_console
+from aimscale.sweeps.cli.status_view import status_view
 from aimscale.sweeps.engine.forecasts import FALSE_ALARM_RATE, save_stop_threshold, write_forecasts
-from aimscale.sweeps.monitor.layout import new_console
-from aimscale.sweeps.monitor.status import sweep_status
-from aimscale.sweeps.monitor.view import status_view
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.sweep_status import sweep_status
 
 SIZES = ["rung-24", "rung-32", "rung-48", "rung-64"]
 AT = range(64, 1200, 64)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from aimscale.sweeps.cli.status_view import status_view
 from aimscale.sweeps.engine.launch import launch as launch_here
-from aimscale.sweeps.monitor.status import sweep_status
-from aimscale.sweeps.monitor.view import status_view
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import prepare_directory
+from aimscale.sweeps.sweep_status import sweep_status
 
 FILL = """
 import json, pathlib, sys

@@ -21,10 +21,10 @@ from aimscale.harness.run.program import PROGRAM_FILE
 from aimscale.sweeps.collection import collect
 from aimscale.sweeps.engine import worker
 from aimscale.sweeps.engine.launch import launch
-from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.planning.sweepfile import load_sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.sweep_status import sweep_status
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.expected import FILE
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.engine.watch import Watch
-from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
+from aimscale.sweeps.sweep_status import sweep_status
 
 
 def forecast(record: RunRecord, loss: float, stop_sd: float | None) -> None:

@@ -17,7 +17,7 @@ from aimscale.harness.probe.cost import probe_cost
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import build_model_config
-from aimscale.sweeps.cli.plan import print_plan
+from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.planning.cards import cost_cards, to_json
 from aimscale.sweeps.planning.checks import check
 from aimscale.sweeps.planning.costs import model_counts

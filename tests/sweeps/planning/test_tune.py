@@ -12,7 +12,7 @@ from aimscale import analysis
 from aimscale.aim.errors import UserError
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.run.row import configured_columns, setup_of
-from aimscale.sweeps.cli.plan import print_plan
+from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.planning.cards import cost_cards, to_json
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.planned_sweep import PlannedSweep

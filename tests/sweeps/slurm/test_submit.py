@@ -17,10 +17,9 @@ from rich.console import Console
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.lock import hold_lock
 from aimscale.harness.run.provenance import find_snapshot, make_snapshot
-from aimscale.sweeps.cli.plan import print_plan
+from aimscale.sweeps.cli.layout import format_duration
+from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.engine.slurm_worker import launch_slurm
-from aimscale.sweeps.monitor.layout import format_duration
-from aimscale.sweeps.monitor.status import sweep_status
 from aimscale.sweeps.planning.cards import cost_cards
 from aimscale.sweeps.planning.costs import SAVE_BYTES_PER_S
 from aimscale.sweeps.planning.planner import plan
@@ -30,6 +29,7 @@ from aimscale.sweeps.slurm.jobs import JobShape, live_jobs
 from aimscale.sweeps.slurm.submit import Submission, job_shape, submit
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord, prepare_directory
+from aimscale.sweeps.sweep_status import sweep_status
 
 
 def git(folder: Path, *words: str) -> None:

@@ -11,13 +11,13 @@ import pytest
 from aimscale.harness.results.files import validation_name
 from aimscale.harness.results.pending import VALIDATION_COLUMNS, pending_work
 from aimscale.harness.run.files import write_json
+from aimscale.sweeps.cli.plan_view import launch_view
 from aimscale.sweeps.collection import collect
-from aimscale.sweeps.monitor.status import sweep_status
-from aimscale.sweeps.monitor.view import launch_view
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import State, read_state
+from aimscale.sweeps.sweep_status import sweep_status
 
 CALLS = {"open", "stat", "lstat", "fstat", "scandir", "listdir", "readlink"}
 """Functions of Python that ask a file server."""

@@ -1,9 +1,8 @@
-"""Layout of a sweep: what a launch will do and cost, and the status of its runs."""
+"""Layout of the status of a sweep and its runs."""
 
 from __future__ import annotations
 
 import operator
-import shlex
 import socket
 import time
 from collections import Counter
@@ -14,9 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from aimscale.aim.errors import some
 from aimscale.analysis.display import MFU
-from aimscale.sweeps.monitor.layout import (
+from aimscale.sweeps.cli.layout import (
     Column,
     KeyValue,
     axis_columns,
@@ -27,13 +25,9 @@ from aimscale.sweeps.monitor.layout import (
     notice_lines,
     style_of,
 )
-from aimscale.sweeps.monitor.status import RunStatus, SweepStatus, schedule_s
 from aimscale.sweeps.planning.notices import Notice
-from aimscale.sweeps.planning.run import CostCard
-from aimscale.sweeps.planning.sweepfile import Sweep
-from aimscale.sweeps.state.planned_sweep import PlannedSweep
-from aimscale.sweeps.state.record import RunRecord
-from aimscale.sweeps.state.run_state import RunState, State
+from aimscale.sweeps.state.run_state import State
+from aimscale.sweeps.sweep_status import RunStatus, SweepStatus
 
 MAX_LISTED = 16
 """Number of runs up to which each has a line of its own; more are grouped by size."""
@@ -41,93 +35,6 @@ MAX_DATA_WAIT = 0.3
 """Share of time spent waiting for images, 0..1, above which a run gets a notice."""
 CONSTANT_LOSS = 1.0
 """Loss on normalised targets of a model that predicts the mean of every patch."""
-
-
-def launch_view(planned: PlannedSweep, states: Sequence[RunState], num_devices: int) -> list[KeyValue]:
-    """Describe what a launch will do and cost, what is there already, and what needs a person.
-
-    Args:
-        states: states of the runs, with failures cleared if the launch clears them.
-        num_devices: devices of this machine that it uses.
-    """
-    sweep = planned.sweep
-    counts = Counter(each.planned_action for each in states)
-    parts = ", ".join(f"{num} {action}" for action, num in counts.most_common())
-    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
-    starting = [
-        (card, _fraction_remaining(card, each))
-        for card, each in zip(planned.cards, states, strict=True)
-        if each.state.startable
-    ]
-    if starting and sweep.file.trainer is not None:
-        lines.append(KeyValue(key="command", value=_describe_command(starting[0][0])))
-    if starting:
-        lines.append(KeyValue(key="cost", value=_cost_summary(sweep, starting, num_devices)))
-    if added := Counter(str(work) for each in states if each.is_extended for work in each.missing):
-        value = some([f"{what} ({num} run{'s' if num > 1 else ''})" for what, num in added.items()])
-        lines.append(KeyValue(key="added", value=value))
-    if others := planned.unplanned:
-        num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
-        running = f", {num_running} of them running" if num_running else ""
-        value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
-        lines.append(KeyValue(key="unplanned", value=value))
-    ended = (each for each in states if each.state.over and each.state is not State.FINISHED)
-    return [*lines, *notice_lines(Notice(level=each.state, text=each.sentence).of(each.record.name) for each in ended)]
-
-
-def _describe_command(card: CostCard) -> str:
-    """Return the command of a program's run, as a shell would be given it, and where it is executed."""
-    program = card.run.config.program
-    return f"{shlex.join(program.words)} (in {program.directory}; the values of {card.run.run_id})"
-
-
-def _fraction_remaining(card: CostCard, run_state: RunState) -> float:
-    """Return the share of a run's time that training and evaluation have left, 0..1."""
-    pending = Counter(each.what for each in run_state.missing)
-    trained = min(1.0, run_state.status.images_done / card.images_executed) if pending["training"] else 1.0
-    num_tasks = 1 + len(card.probes)
-    evaluations = pending["training"] * num_tasks + pending["validation"] + pending["probe"]
-    evaluated = 1 - evaluations / (num_tasks * len(card.budgets))
-    return ((1 - trained) * card.training_s + (1 - evaluated) * card.evaluation_s) / card.wall_s
-
-
-def _cost_summary(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int) -> str:
-    """Describe device-hours, money and time of what is left of runs that start (cards, shares)."""
-    hours = sum(share * card.device_hours for card, share in starting)
-    longest = format_duration(max(share * card.wall_s for card, share in starting))
-    return (
-        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; "
-        f"{describe_wall_time(sweep, starting, num_devices)}; longest run {longest}"
-    )
-
-
-def describe_wall_time(
-    sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int, place: str = "here"
-) -> str:
-    """Describe the time to the end of runs (cards, shares) on so many devices of a place, or in Slurm's jobs."""
-    if sweep.is_for_slurm:
-        num_devices = min(len(starting), sweep.file.slurm.max_jobs)
-        where = f"in {num_devices} jobs at once"
-        needs = [(share * card.wall_s, 1) for card, share in starting]
-    else:
-        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} {place}"
-        needs = [
-            (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
-            for card, share in starting
-        ]
-    return f"about {format_duration(wall_time_s(needs, num_devices))} {where}"
-
-
-def wall_time_s(needs: Sequence[tuple[float, int]], num_devices: int) -> float:
-    """Return the time to the end of runs of some duration, s, and devices: the longest first."""
-    longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
-    return max(schedule_s([0.0] * num_devices, longest_first))
-
-
-def format_price(sweep: Sweep, device_hours: float) -> str:
-    """Format the price of device-hours, as the continuation of a sentence; empty without a price."""
-    price = sweep.file.cost.price(device_hours)
-    return "" if price is None else f" ({format_number(price[0])} {price[1]})"
 
 
 def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> Group:

@@ -109,7 +109,7 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
     lines = [_inspect_run(run_state, card, pending) for run_state, card in zip(planned.states, cards, strict=True)]
     lines, eta_s, is_measured = time_left(cards, lines)
     work = [card.wall_s * card.run.devices for card in cards]
-    remaining = [_left_s(card, line) * card.run.devices for card, line in zip(cards, lines, strict=True)]
+    remaining = [_line_left_s(card, line) * card.run.devices for card, line in zip(cards, lines, strict=True)]
     return SweepStatus(
         sweep=sweep.name,
         runs=tuple(lines),
@@ -144,7 +144,7 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
     waiting: list[tuple[float, float, int]] = []
     free: list[float] = []
     for card, line, factor in zip(cards, lines, slower, strict=True):
-        left_s = _left_s(card, line) * (factor or usual)
+        left_s = _line_left_s(card, line) * (factor or usual)
         now.append(replace(line, eta_s=left_s) if line.state.active else line)
         if line.state.active:
             free += [left_s] * card.run.devices
@@ -155,10 +155,22 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
     return now, max(ends, default=None), any(slower)
 
 
-def _left_s(card: CostCard, line: RunStatus) -> float:
-    """Return the planned time of what a run has left to train and to evaluate, s."""
-    evaluated = line.evaluated / line.to_evaluate if line.to_evaluate else line.progress
-    return (1 - line.progress) * (card.start_s + card.training_s) + (1 - evaluated) * card.evaluation_s
+def work_done(card: CostCard, run_state: RunState) -> tuple[float, int, int]:
+    """Return the share of a run's planned images that are trained on, 0..1, the number of its (task, budget) pairs that
+    are probed, and of those that are to be."""
+    missing, num_pairs = Counter(each.what for each in run_state.missing), len(card.budgets) * len(card.probes)
+    trained = min(1.0, run_state.status.images_done / card.images_executed) if missing["training"] else 1.0
+    return trained, num_pairs - missing["probe"] - missing["training"] * len(card.probes), num_pairs
+
+
+def left_s(card: CostCard, trained: float, num_probed: int, num_pairs: int) -> float:
+    """Return the planned time of what a run has left to train and to evaluate, s, by its `work_done`."""
+    evaluated = num_probed / num_pairs if num_pairs else trained
+    return (1 - trained) * (card.start_s + card.training_s) + (1 - evaluated) * card.evaluation_s
+
+
+def _line_left_s(card: CostCard, line: RunStatus) -> float:
+    return left_s(card, line.progress, line.evaluated, line.to_evaluate)
 
 
 def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:
@@ -236,14 +248,14 @@ def _inspect_files(line: RunStatus, run_state: RunState, card: CostCard, pending
     }
     stages = [RunRecord(record.root), RunRecord(record.root).evaluation]
     spent = sum(each.get("device_hours", 0.0) for stage in stages for each in stage.read_attempts())
-    unprobed, to_evaluate = Counter(each.what for each in run_state.missing), len(run.budgets) * len(card.probes)
+    progress, evaluated, to_evaluate = work_done(card, run_state)
     return replace(
         line,
         to_evaluate=to_evaluate,
-        progress=min(1.0, status.images_done / card.images_executed) if unprobed["training"] else 1.0,
+        progress=progress,
         val_loss=losses[max(losses)] if losses else None,
         place=place,
-        evaluated=to_evaluate - unprobed["probe"] - unprobed["training"] * len(card.probes),
+        evaluated=evaluated,
         device_hours=spent + (record.attempt_device_hours(time.time()) if is_held else 0.0),
         num_loss_spikes=max((row.get("num_loss_spikes") or 0 for row in rows), default=0),
         is_normalised=run.is_normalised,

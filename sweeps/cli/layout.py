@@ -118,12 +118,16 @@ class Column:
     """Meaning of its signs, printed below the table."""
 
 
-def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int) -> Table:
+def fitted_table(columns: Sequence[Column], rows: Sequence[Any], width: int, max_columns: int = 100) -> Table:
     """Make a table no wider than `width`, without empty columns and those that do not fit; legends stand below it."""
     cells = {column.header: [column.cell(row) for row in rows] for column in columns}
     sizes = {header: 2 + max(cell_len(str(cell)) for cell in [header, *texts]) for header, texts in cells.items()}
     shown = [column for column in columns if any(map(str, cells[column.header]))]
-    while sum(sizes[column.header] for column in shown) > width and any(column.drop_order for column in shown):
+
+    def is_too_wide() -> bool:
+        return len(shown) > max_columns or sum(sizes[column.header] for column in shown) > width + 2
+
+    while is_too_wide() and any(column.drop_order for column in shown):
         shown.remove(max(shown, key=lambda column: column.drop_order))
     legends = "\n".join(f"{column.header}: {column.legend}" for column in shown if column.legend)
     table = Table(

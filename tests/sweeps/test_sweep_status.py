@@ -18,9 +18,8 @@ from aimscale.harness.results.pending import update_row
 from aimscale.harness.run.directory import RunDir, Status
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import hold_lock
-from aimscale.sweeps.monitor.layout import new_console
-from aimscale.sweeps.monitor.status import RunStatus, SweepStatus, sweep_status, time_left
-from aimscale.sweeps.monitor.view import status_view
+from aimscale.sweeps.cli.layout import new_console
+from aimscale.sweeps.cli.status_view import status_view
 from aimscale.sweeps.planning.cards import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import Run
@@ -28,6 +27,7 @@ from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import State
+from aimscale.sweeps.sweep_status import RunStatus, SweepStatus, sweep_status, time_left
 
 PROBED = {"probes": [{"task": name, "train": f"data/{name}", "test": f"data/{name}-test"} for name in ("pets", "cars")]}
 
