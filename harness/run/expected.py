@@ -1,7 +1,7 @@
 """Expected losses of a run, forecast from the finished runs of its sweep.
 
 A worker writes `expected.json` into the run directory (`sweeps.engine.forecasts`), renews it as more runs finish, and
-compares the run with it while that trains (`sweeps.engine.watch`). Torch is not imported here.
+compares the run with it while that trains. Torch is not imported here.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from aimscale.harness.distributed.ranks import FAILED_RANK
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED
 from aimscale.harness.run.lock import Lock
 from aimscale.harness.run.timeouts import EARLY_S, KILL_MARGIN_S
+from aimscale.sweeps.engine.forecasts import Watch
 from aimscale.sweeps.engine.fork_server import ForkedProgram, can_fork
-from aimscale.sweeps.engine.watch import Watch
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.state.attempts import Outcome, record_end
 from aimscale.sweeps.state.record import RUN_BEGINS, RunRecord

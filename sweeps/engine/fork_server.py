@@ -1,7 +1,8 @@
 """Processes of runs on this machine's cores, forked from a server that has imported PyTorch and DeepSpeed once.
 
 A start of its own takes each run two to three seconds of a core, as long as hundreds of steps of a small one. GPUs are
-left to starts of their own: CUDA cannot be initialised again in a fork.
+left to starts of their own: CUDA cannot be initialised again in a fork. A fork imports this module, which therefore
+needs nothing else of sweeps.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ from simulated_tables import markdown
 
 from aimscale.analysis.forecasts.trajectory import DOF
 from aimscale.harness.run.expected import Expected, ExpectedPoint
-from aimscale.sweeps.engine.deviation import PERSISTENT, alarm_threshold, error_root, scan
-from aimscale.sweeps.engine.forecasts import ERROR_CORRELATION_LENGTH
+from aimscale.sweeps.engine.forecasts import ERROR_CORRELATION_LENGTH, PERSISTENT, alarm_threshold, error_root, scan
 
 IMAGES = np.arange(1, 33) * 2048
 ERRORS = {"CIFAR-10": 0.009, "photographs": 0.02}

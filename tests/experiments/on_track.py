@@ -25,8 +25,7 @@ import pandas as pd
 from aimscale.analysis import trajectory
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.expected import Expected
-from aimscale.sweeps.engine.deviation import PERSISTENT, scan
-from aimscale.sweeps.engine.forecasts import expected_losses, points
+from aimscale.sweeps.engine.forecasts import PERSISTENT, expected_losses, points, scan
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import load_sweep

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aimscale.harness.run.expected import Expected, ExpectedPoint
-from aimscale.sweeps.engine.deviation import PERSISTENT, error_root, find_deviation, reason_to_stop, scan
+from aimscale.sweeps.engine.forecasts import PERSISTENT, error_root, find_deviation, reason_to_stop, scan
 
 AT = np.arange(1, 29) * 2048
 

@@ -8,7 +8,7 @@ import pytest
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.expected import FILE
 from aimscale.harness.run.lock import hold_lock
-from aimscale.sweeps.engine.watch import Watch
+from aimscale.sweeps.engine.forecasts import Watch
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord
