@@ -98,8 +98,8 @@ def write_suggestion(file: Path, data: Path, hours: float, gpu: str | None) -> N
         SweepError: the file exists or is no YAML file, the data lack a part, or the hours are too few.
     """
     from aimscale.sweeps.engine.devices import local_machine
-    from aimscale.sweeps.planning.measuring import measure_here
     from aimscale.sweeps.planning.planner import plan
+    from aimscale.sweeps.planning.speed import measure_here
     from aimscale.sweeps.planning.suggestion import Request, suggest
     from aimscale.sweeps.planning.sweepfile import Sweep
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aimscale.aim.errors import printable
-from aimscale.sweeps.planning.notices import Notice, group_notices
+from aimscale.sweeps.planning.run import Notice, group_notices
 from aimscale.sweeps.state.run_state import State
 
 LOG_WIDTH = 1000

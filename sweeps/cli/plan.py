@@ -21,12 +21,11 @@ from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print
 from aimscale.sweeps.cli.plan_view import launch_view, print_plan
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine.devices import local_machine
-from aimscale.sweeps.planning.cards import to_json
 from aimscale.sweeps.planning.checks import check, raise_on_problems
-from aimscale.sweeps.planning.measuring import measure_here
 from aimscale.sweeps.planning.run import CostCard
+from aimscale.sweeps.planning.speed import measure_here
 from aimscale.sweeps.planning.sweepfile import SweepError
-from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep, to_json
 from aimscale.sweeps.sweep_status import sweep_status
 
 if TYPE_CHECKING:

@@ -28,12 +28,11 @@ from aimscale.sweeps.cli.layout import (
     notice_lines,
 )
 from aimscale.sweeps.engine.devices import local_machine
-from aimscale.sweeps.planning.cards import not_identified, plan_context, totals
 from aimscale.sweeps.planning.costs import node_host_bytes
-from aimscale.sweeps.planning.notices import Notice, describe_runs, group_notices
-from aimscale.sweeps.planning.run import BudgetCost, CostCard
+from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, describe_runs, group_notices
+from aimscale.sweeps.planning.speed import plan_context
 from aimscale.sweeps.planning.sweepfile import Sweep
-from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, not_identified, totals
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import RunState, State
 from aimscale.sweeps.sweep_status import left_s, schedule_s, work_done

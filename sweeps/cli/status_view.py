@@ -25,7 +25,7 @@ from aimscale.sweeps.cli.layout import (
     notice_lines,
     style_of,
 )
-from aimscale.sweeps.planning.notices import Notice
+from aimscale.sweeps.planning.run import Notice
 from aimscale.sweeps.state.run_state import State
 from aimscale.sweeps.sweep_status import RunStatus, SweepStatus
 

@@ -1,24 +1,28 @@
-"""Runs that aimscale trains itself: all that sweeps know of the configuration of its models."""
+"""Runs that aimscale trains itself: what sweeps know of the configuration of its models, and what they start from."""
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aimscale.aim.errors import UserError, did_you_mean, some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.device.execution import DoesNotFitError
 from aimscale.harness.results.pending import Pending, check_rows, pending_work
-from aimscale.harness.run.config import RunConfig, load_run_config
+from aimscale.harness.run.budgets import saved_budgets
+from aimscale.harness.run.config import RunConfig, TrainingConfig, load_run_config
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.init import InitSection, cached_sha256, read_about
 from aimscale.harness.run.row import build_model_config, planned_columns
+from aimscale.harness.run.strict import Fields, count
 from aimscale.sweeps.planning.checks import check_config, check_data
 from aimscale.sweeps.planning.costs import card_of, grace_period_s, model_counts, plan_execution
-from aimscale.sweeps.planning.notices import Notice
-from aimscale.sweeps.planning.run import CostCard, Once, PlanContext, Run, Stage
-from aimscale.sweeps.planning.warm_start import check_start
+from aimscale.sweeps.planning.run import CostCard, Notice, Once, PlanContext, Run, Stage, problem
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
 PROGRAMS: dict[Stage, str] = {"train": "aimscale.harness.train", "evaluate": "aimscale.harness.evaluate"}
 """Module of each stage of a run."""
@@ -85,9 +89,6 @@ class AimRun(Run):
         digest = self.config.evaluation.validation.digest
         return str(row.get("validation", digest)).split(".")[0] == digest
 
-    def create(self, path: Path) -> None:
-        RunDir.create(path, self.config)
-
     def is_configured(self, record: RunDir) -> bool:
         return load_run_config(record.config) == self.config
 
@@ -112,3 +113,90 @@ class AimRun(Run):
         yield from check_config(self, self.config, context)
         yield from check_data(self.config, context)
         yield from check_start(self.config, context)
+
+
+def planned_init(values: Any, cell: Fields, sweep: Sweep, before: Sequence[Run]) -> Any:
+    """Return a run's `init` with its file, the identity of its source and what trained it; None for a drawn start.
+
+    Args:
+        values: the section as written.
+        before: runs that are planned already, which it may start from.
+
+    Raises:
+        SweepError: it names two sources, or a run that is not there, or has no such budget.
+    """
+    if not isinstance(values, dict):
+        return values  # what is no section is reported where it is parsed
+    fields = {name: value for name, value in values.items() if value is not None}
+    written = [str(fields.pop(name)) for name in ("weights", "run") if name in fields]
+    if not written:
+        return None
+    if len(written) > 1:
+        raise SweepError(f"{sweep.source}: init names a file and a run; keep one of them")
+    text = written[0].replace("{size}", cell["size"]).replace("{seed}", str(cell["seed"]))
+    if values.get("run") is not None:
+        return {"name": written[0], **_source_run(text, cell, sweep, before), **fields}
+    path = sweep.base_dir / Path(text).expanduser()
+    digest = fields.get("digest") or (cached_sha256(path) if path.is_file() else None)
+    digest = digest or sweep.known_fingerprints.get(sweep.relative_path(str(path)))
+    return {"name": Path(written[0]).stem, **_told_by(path), **fields, "digest": digest, "weights": str(path)}
+
+
+def _told_by(path: Path) -> Fields:
+    """Read the images and FLOPs that trained the weights in one of aimscale's own files."""
+    row = read_about(path).get("row", {})
+    flops = row.get("flops_train")
+    return {"images_seen": row.get("images_seen"), "flops": flops and flops + (row.get("flops_init") or 0.0)}
+
+
+def _source_run(text: str, cell: Fields, sweep: Sweep, before: Sequence[Run]) -> Fields:
+    """Find the run and the budget that `RUN_ID@D` or `SWEEP/RUN_ID@D` names."""
+    (of_sweep, _, name), (_, _, budget) = text.partition("@")[0].rpartition("/"), text.partition("@")
+    where, images_seen = f"{sweep.source}: init.run: {text}", count(budget)
+    if not isinstance(images_seen, int):
+        raise SweepError(f"{where} names no budget; write RUN_ID@D, such as w32-d2_*@16k")
+    runs_dir = sweep.root / of_sweep / "runs" if of_sweep else sweep.runs_dir
+    known: dict[str, Run | None] = {run.run_id: run for run in before}
+    if of_sweep:
+        known = {path.name: None for path in sorted(runs_dir.glob("*/")) if path.name[:1] != "."}
+    chosen = [each for each in known if fnmatch.fnmatchcase(each, name)]
+    chosen = chosen or [each for each, run in known.items() if run and _is_of_variant(run, name, cell)]
+    if len(chosen) != 1:
+        hint = f"write more of its id; {some(chosen)}" if chosen else "no run comes before it"
+        hint = did_you_mean(name, known, "there are") if known and not chosen else hint
+        raise SweepError(f"{where} names {len(chosen)} runs, not one; {hint}")
+    source, source_dir = known[chosen[0]], RunDir(runs_dir / chosen[0])
+    file, budgets = source_dir.model_file(images_seen), source.budgets if source else [*saved_budgets(source_dir)]
+    if images_seen not in budgets:
+        has = f"it has {some(budgets)}" if budgets else "it has none"
+        raise SweepError(f"{where}: {chosen[0]} has no {'' if source else 'finished '}budget {images_seen}; {has}")
+    told = _told_by(file)
+    if source and told["flops"] is None:  # it is not trained yet
+        told["flops"] = (source.flops(images_seen) or 0.0) + (source.columns().get("flops_init") or 0.0)
+    return {**told, "images_seen": images_seen, "run": f"{chosen[0]}@{images_seen}", "weights": str(file)}
+
+
+def _is_of_variant(run: Run, name: str, cell: Fields) -> bool:
+    """Tell whether a run is the one of a variant at a cell's size and seed."""
+    return run.cell.get("variant") == name and all(run.cell[key] == cell[key] for key in ("size", "seed"))
+
+
+def check_start(config: RunConfig, context: PlanContext) -> Iterator[Notice]:
+    """Yield why a run cannot start from its `init`, and what its rates are."""
+    training = config.training
+    if (init := training.init) is None:
+        return
+    if init.file.is_file():
+        yield from context.once(_check_file, training.model_copy(update={"seed": 0}), init)
+    elif init.run is None:
+        yield problem("init.weights", f"there is no weight file {init.file}")
+
+
+def _check_file(training: TrainingConfig, init: InitSection) -> list[Notice]:
+    from aimscale.harness.step.initial import find_initial
+
+    try:
+        find_initial(training, init, with_values=False)
+    except UserError as error:
+        return [problem("init", str(error))]
+    return []

@@ -14,10 +14,9 @@ from aimscale.harness.data.store.dataset_info import read_info, require_images
 from aimscale.harness.log.loggers import refuse_missing
 from aimscale.harness.run.config import DataSection, ProbeSection, RunConfig, RuntimeConfig, ValidationSection
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.sweeps.planning.cards import plan_context
 from aimscale.sweeps.planning.costs import plan_execution
-from aimscale.sweeps.planning.notices import Notice, describe_runs, group_notices, problem
-from aimscale.sweeps.planning.run import Once, PlanContext, Run
+from aimscale.sweeps.planning.run import Notice, Once, PlanContext, Run, describe_runs, group_notices, problem
+from aimscale.sweeps.planning.speed import plan_context
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
 MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000

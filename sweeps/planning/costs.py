@@ -1,11 +1,11 @@
-"""Cost cards of aimscale's own runs: time, memory, disk and FLOPs, from closed formulas and stated assumptions."""
+"""Cost cards of runs: of aimscale's own, time, memory, disk and FLOPs from closed formulas and stated assumptions."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
@@ -22,12 +22,10 @@ from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import unchecked_schedule
 from aimscale.harness.run.timeouts import MIN_GRACE_S, STEP_ALLOWANCE_S
 from aimscale.harness.validation.cost import curve_bytes, num_points, validation_images
-from aimscale.sweeps.planning.notices import Notice, caution
 from aimscale.sweeps.planning.recipes import Scale, get_recipe
-from aimscale.sweeps.planning.run import BudgetCost, CostCard, PlanContext, Run
-from aimscale.sweeps.planning.speed import expected_rates
+from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, PlanContext, Run, caution
+from aimscale.sweeps.planning.speed import expected_rates, plan_context
 from aimscale.sweeps.planning.sweepfile import Sweep
-from aimscale.sweeps.planning.warm_start import scratch_rate
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Size of the final weights of a budget (fp32)."""
@@ -51,6 +49,12 @@ MIN_VALIDATION_IMAGES = 1_000
 def model_counts(config: ModelConfig) -> tuple[ParamCount, FlopCount]:
     """Return the parameters, and the FLOPs per image by the published formula."""
     return param_count(config), flops_per_image(config)
+
+
+def cost_cards(sweep: Sweep, runs: Sequence[Run], *, takes_measured: bool = True) -> list[CostCard]:
+    """Return the cost card of each run, in the order of `runs`; see `PlanContext`."""
+    context = plan_context(sweep, runs, takes_measured=takes_measured)
+    return [run.card(context) for run in runs]
 
 
 def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
@@ -129,7 +133,7 @@ def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
         device_hours=((start_s + training_s + validation_in_training_s) * run.devices + at_budgets_s * ranks) / 3600,
         cautions=(),
     )
-    cautions = [*_cautions(card, config, unique, lookup, lacks_memory=lacks_memory), *scratch_rate(config, sweep)]
+    cautions = [*_cautions(card, config, unique, lookup, lacks_memory=lacks_memory), *_scratch_rate(config, sweep)]
     return replace(card, cautions=tuple(each.of(run.run_id) for each in cautions))
 
 
@@ -178,6 +182,18 @@ def _cautions(
             "validation.every_images",
             "a device has no memory for a copy of the weights; nothing is measured during training",
         )
+
+
+def _scratch_rate(config: RunConfig, sweep: Sweep) -> Iterator[Notice]:
+    """Yield that a recipe's rate is one for runs from scratch, where none is tried beside it."""
+    file = sweep.file
+    if config.training.init is None or file.tune or {"lr_multiplier", "optimiser.lr_peak"} & file.axes.keys():
+        return
+    yield caution(
+        "init",
+        f"the rate is that of recipe {sweep.recipe.name} for training from scratch; "
+        "`tune: {lr_multiplier: [0.25, 0.5, 2], at: ...}` tries others at the cells with `init`",
+    )
 
 
 def _other_than_released(card: CostCard, config: RunConfig) -> str:

@@ -31,13 +31,12 @@ from aimscale.harness.run.config import (
 )
 from aimscale.harness.run.row import cached_model_config
 from aimscale.harness.run.strict import Fields, count, merge
-from aimscale.sweeps.planning.aim_run import AimRun
+from aimscale.sweeps.planning.aim_run import AimRun, planned_init
 from aimscale.sweeps.planning.costs import model_counts
 from aimscale.sweeps.planning.program_run import ProgramRun, program_run
 from aimscale.sweeps.planning.recipes import Scale
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import AXIS_KEYS, Sweep, SweepError
-from aimscale.sweeps.planning.warm_start import planned_init
 
 MAX_CELLS, MAX_DEVICES = 10_000, 1_000_000
 """Upper limits of a plan."""

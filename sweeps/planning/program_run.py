@@ -21,8 +21,7 @@ from aimscale.harness.run.identity import config_digest
 from aimscale.harness.run.program import PROGRAM_FILE, ProgramConfig, ProgramSection, load_program
 from aimscale.harness.run.strict import Fields, Section, parse
 from aimscale.sweeps.planning.checks import check_time_limit
-from aimscale.sweeps.planning.notices import Notice, problem
-from aimscale.sweeps.planning.run import BudgetCost, CostCard, PlanContext, Rates, Run
+from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, PlanContext, Rates, Run, problem
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.planning.trainer import TemplateError, Values, fill_words
 
@@ -86,12 +85,6 @@ class ProgramRun(Run):
         cell = {axis: value for axis, value in self.cell.items() if axis not in ("size", "seed")}
         return cell | ({} if self.config.program.together else {"budgets": self.budgets})
 
-    def is_measured(self, row: Mapping[str, Any]) -> bool:
-        return True
-
-    def create(self, path: Path) -> None:
-        RunDir.create(path, self.config)
-
     def is_configured(self, record: RunDir) -> bool:
         return load_program(record.config) == self.config
 
@@ -105,15 +98,9 @@ class ProgramRun(Run):
             return [Pending(what="training", images_seen=budget) for budget in missing]
         return [Pending(what="evaluation", images_seen=budget) for budget in unmeasured]
 
-    def check_rows(self, record: RunDir, rows: Sequence[dict[str, Any]]) -> None:
-        return
-
     def command(self, run_dirs: Sequence[Path]) -> list[str]:
         module = "aimscale.harness.program" + (".evaluation" if self.stage == "evaluate" else "")
         return ["-m", module, *map(str, run_dirs)]
-
-    def fits(self, num_devices: int, device_bytes: int) -> bool:
-        return False
 
     def card(self, context: PlanContext) -> CostCard:
         return _card(self, context)

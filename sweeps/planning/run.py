@@ -1,4 +1,4 @@
-"""A run of a sweep, whatever trains it, and its cost card.
+"""A run of a sweep, whatever trains it, its cost card, and notices: what is said of runs and calls for attention.
 
 Planner, queue, status and collection know a run by the members of `Run` alone. `AimRun` is trained by aimscale itself,
 `ProgramRun` by a command of the sweep file.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +20,6 @@ from aimscale.harness.probe.cost import ProbeCost
 from aimscale.harness.results.pending import Pending
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.strict import Fields
-from aimscale.sweeps.planning.notices import Notice
 from aimscale.sweeps.planning.sweepfile import Sweep
 
 Stage = Literal["train", "evaluate"]
@@ -34,6 +33,49 @@ Once = Callable[..., Any]
 def new_once() -> Once:
     """Make a `Once`, which reads each data set once for all runs."""
     return functools.cache(lambda function, *arguments: function(*arguments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """Sentence about some runs."""
+
+    level: str
+    """Word that opens its line: `fail` and `warn` of a plan, else a state of runs or `unstable`, `data-bound`."""
+    text: str
+    key: str = ""
+    """Key of the sweep file to change, if it is about the file."""
+    run_ids: tuple[str, ...] = ()
+
+    def of(self, run_id: str) -> Notice:
+        """Return the same notice about this run."""
+        return replace(self, run_ids=(run_id,))
+
+
+def problem(key: str, text: str) -> Notice:
+    """Say why runs would fail, and which key of the sweep file to change."""
+    return Notice(level="fail", key=key, text=text)
+
+
+def caution(key: str, text: str) -> Notice:
+    """Say what to read before runs start, and which key of the sweep file to change."""
+    return Notice(level="warn", key=key, text=text)
+
+
+def group_notices(notices: Iterable[Notice]) -> tuple[Notice, ...]:
+    """Merge notices that say the same of several runs, in the order in which they come first."""
+    run_ids: dict[Notice, dict[str, None]] = {}
+    for notice in notices:
+        run_ids.setdefault(replace(notice, run_ids=()), {}).update(dict.fromkeys(notice.run_ids))
+    return tuple(replace(notice, run_ids=tuple(names)) for notice, names in run_ids.items())
+
+
+def describe_runs(run_ids: Sequence[str], num_runs: int) -> str:
+    """Describe which of `num_runs` runs are meant: one id, `all 6 runs`, or `2 of 6 runs, such as ...`."""
+    if len(run_ids) == 1:
+        return run_ids[0]
+    if len(run_ids) == num_runs:
+        return f"all {num_runs} runs"
+    return f"{len(run_ids)} of {num_runs} runs, such as {run_ids[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +188,13 @@ class Run(abc.ABC):
     def design(self) -> dict[str, Any]:
         """Return what two runs must share for one to forecast the other: everything but size and seed."""
 
-    @abc.abstractmethod
     def is_measured(self, row: Mapping[str, Any]) -> bool:
         """Return whether the validation loss of a row is measured as the plan says."""
+        return True
 
-    @abc.abstractmethod
     def create(self, path: Path) -> None:
         """Make the run directory, or renew the configuration in one that no process executes."""
+        RunDir.create(path, self.config)
 
     @abc.abstractmethod
     def is_configured(self, record: RunDir) -> bool:
@@ -162,8 +204,7 @@ class Run(abc.ABC):
     def pending(self, record: RunDir, *, trust_note: bool = True) -> list[Pending]:
         """List the training and the evaluations that the run directory lacks (`pending_work`)."""
 
-    @abc.abstractmethod
-    def check_rows(self, record: RunDir, rows: Sequence[dict[str, Any]]) -> None:
+    def check_rows(self, record: RunDir, rows: Sequence[dict[str, Any]]) -> None:  # noqa: B027 - few kinds of run can
         """Raise RunDirError if rows differ from other files of the run directory."""
 
     @abc.abstractmethod
@@ -171,9 +212,9 @@ class Run(abc.ABC):
         """Return the arguments of the Python interpreter that executes the stage: in one run directory, or for an
         evaluation, in several that are like it."""
 
-    @abc.abstractmethod
     def fits(self, num_devices: int, device_bytes: int) -> bool:
         """Return whether the run can be executed on fewer GPUs than it asks for."""
+        return False
 
     @abc.abstractmethod
     def card(self, context: PlanContext) -> CostCard:

@@ -15,8 +15,7 @@ from aimscale.aim.config import model_config
 from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.run.strict import Fields, parse
-from aimscale.sweeps.planning.cards import cost_cards
-from aimscale.sweeps.planning.costs import model_counts
+from aimscale.sweeps.planning.costs import cost_cards, model_counts
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import CostCard
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError, SweepFile

@@ -14,7 +14,7 @@ from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.select import read_curves
 from aimscale.sweeps import collection
 from aimscale.sweeps.collection import CollectResult, collect
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep

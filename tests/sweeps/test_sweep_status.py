@@ -20,7 +20,7 @@ from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import hold_lock
 from aimscale.sweeps.cli.layout import new_console
 from aimscale.sweeps.cli.status_view import status_view
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.slurm.commands import JobInfo

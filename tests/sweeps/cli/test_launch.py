@@ -21,7 +21,7 @@ from aimscale.sweeps.cli.layout import format_duration, format_number
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.cli.options import select_run_ids
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep

@@ -11,7 +11,7 @@ import yaml
 from commands import answer, refused, say
 
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import SweepError, load_sweep
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.engine import launch as engine
-from aimscale.sweeps.planning.notices import problem
 from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import problem
 from aimscale.sweeps.planning.sweepfile import PRESETS, load_sweep
 from aimscale.sweeps.slurm.commands import submissions_file
 from aimscale.sweeps.state.planned_sweep import PlannedSweep

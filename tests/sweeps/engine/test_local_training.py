@@ -14,7 +14,7 @@ from aimscale.analysis.table.read import read_table
 from aimscale.sweeps.collection import collect
 from aimscale.sweeps.engine import looks, queue
 from aimscale.sweeps.engine.devices import RANKS_COMMAND
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.state.record import RunRecord

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from aimscale.sweeps.planning.checks import check, raise_on_problems
-from aimscale.sweeps.planning.notices import Notice
 from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.run import Notice
 from aimscale.sweeps.planning.sweepfile import SweepError
 
 

@@ -18,14 +18,13 @@ from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import build_model_config
 from aimscale.sweeps.cli.plan_view import print_plan
-from aimscale.sweeps.planning.cards import cost_cards, to_json
 from aimscale.sweeps.planning.checks import check
-from aimscale.sweeps.planning.costs import model_counts
+from aimscale.sweeps.planning.costs import cost_cards, model_counts
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.recipes import recipe_names
 from aimscale.sweeps.planning.run import CostCard
 from aimscale.sweeps.planning.sweepfile import SweepError, load_sweep, preset_names
-from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, to_json
 
 
 def test_axes_multiply_and_one_wsd_run_serves_all_budgets(write_sweep: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from aimscale import analysis
 from aimscale.analysis.laws import CHINCHILLA
 from aimscale.sweeps.cli.plan_view import print_plan
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import CostCard
 from aimscale.sweeps.planning.suggestion import TOLD, Request, suggest

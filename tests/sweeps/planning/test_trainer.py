@@ -10,11 +10,12 @@ import yaml
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.strict import ConfigError
 from aimscale.sweeps.cli.main import main
-from aimscale.sweeps.planning.cards import cost_cards, to_json
 from aimscale.sweeps.planning.checks import check
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError, load_sweep
 from aimscale.sweeps.planning.trainer import TemplateError, fill, fill_words
+from aimscale.sweeps.state.planned_sweep import to_json
 
 VALUES = {"width": 64, "lr": 0.003, "name": "two words; rm -rf /", "budgets": [100, 200], "run_dir": "/a b/run"}
 

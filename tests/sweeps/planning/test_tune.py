@@ -13,9 +13,9 @@ from aimscale.aim.errors import UserError
 from aimscale.analysis.table.schema import results_table, write_table
 from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.sweeps.cli.plan_view import print_plan
-from aimscale.sweeps.planning.cards import cost_cards, to_json
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
-from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, to_json
 
 SIZES = ["rung-24", "rung-32", "rung-48", "rung-64"]
 GRID: dict[str, Any] = {"sizes": SIZES, "budgets": ["64k", "128k", "256k"], "seeds": [0, 1], "base": {"optimiser": {}}}

@@ -17,10 +17,11 @@ from aimscale.harness.run import init as init_module
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.row import build_model_config, configured_columns, setup_of
 from aimscale.sweeps.cli.plan import plan as plan_verb
-from aimscale.sweeps.planning.cards import cost_cards, plan_context
+from aimscale.sweeps.planning.aim_run import check_start
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.speed import plan_context
 from aimscale.sweeps.planning.sweepfile import SweepError
-from aimscale.sweeps.planning.warm_start import check_start
 
 PLATEAU = "first plateau"
 

@@ -16,7 +16,7 @@ from aimscale.sweeps.engine import active_run, looks, queue, slurm_worker, worke
 from aimscale.sweeps.engine.launch import prepare_launch
 from aimscale.sweeps.engine.slurm_worker import WorkerJobError, execute_job
 from aimscale.sweeps.planning.aim_run import AimRun
-from aimscale.sweeps.planning.cards import cost_cards
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import load_sweep
 from aimscale.sweeps.slurm import commands as slurm

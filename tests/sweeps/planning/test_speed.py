@@ -10,10 +10,10 @@ import pytest
 
 from aimscale.harness.device import clock as clocks
 from aimscale.harness.device.clock import Clock, remember, remembered, shape_digest
-from aimscale.sweeps.planning import measuring
-from aimscale.sweeps.planning.cards import cost_cards
-from aimscale.sweeps.planning.measuring import measure_here
+from aimscale.sweeps.planning import speed
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
+from aimscale.sweeps.planning.speed import measure_here
 from aimscale.sweeps.planning.suggestion import Request, suggest
 from aimscale.sweeps.planning.sweepfile import Sweep, load_sweep
 
@@ -89,7 +89,7 @@ def test_runs_here_are_measured_once(packed: Any, monkeypatch: pytest.MonkeyPatc
         assert clock.start_s > clock.evaluation_start_s, "it imports DeepSpeed, too"
     assert measure_here(sweep, plan(sweep), 1, tell=told.append)
     assert len(told) == 1
-    monkeypatch.setattr(measuring, "_measure", lambda configs, number: told.append(f"{len(configs)}"))
+    monkeypatch.setattr(speed, "_measure", lambda configs, number: told.append(f"{len(configs)}"))
     measure_here(sweep, plan(sweep), 1, again=True, tell=lambda _: None)
     assert told[1:] == ["2"]
     gone = packed(sizes=["rung-48"], base={"data": {"sources": [{"path": "elsewhere"}]}})
@@ -100,13 +100,13 @@ def test_runs_here_are_measured_once(packed: Any, monkeypatch: pytest.MonkeyPatc
 def test_large_sizes_are_scaled_from_small_ones(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = packed(sizes=["rung-32", "aim-600M"])
     small, large = plan(sweep)
-    monkeypatch.setattr(measuring, "_measure", lambda configs, _: [remember(each, CLOCK) for each in configs])
+    monkeypatch.setattr(speed, "_measure", lambda configs, _: [remember(each, CLOCK) for each in configs])
     assert measure_here(sweep, [small, large], 2, tell=lambda _: None)
     scaled = remembered(large.config)
     assert remembered(small.config) == CLOCK
     assert scaled is not None
     assert not scaled.is_measured
-    factor = measuring._step_flops(large.config) / measuring._step_flops(small.config)
+    factor = speed._step_flops(large.config) / speed._step_flops(small.config)
     assert scaled.step_s == pytest.approx(0.25 * factor)
     assert scaled.start_s == CLOCK.start_s
 
