@@ -10,8 +10,9 @@ from aimscale.sweeps import collection
 from aimscale.sweeps.collection import CollectResult
 from aimscale.sweeps.engine import launch as engine
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events
+from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.checks import raise_on_problems
-from aimscale.sweeps.planning.sweepfile import DEFAULT_ROOT, Sweep, load_sweep
+from aimscale.sweeps.planning.sweepfile import Sweep, load_sweep
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
 from aimscale.sweeps.sweep_status import SweepStatus, sweep_status
@@ -106,7 +107,7 @@ def status(sweep: AnySweep, root: str | Path = DEFAULT_ROOT) -> SweepStatus:
         >>> [(run.run_id, run.status.reason) for run in found.runs if run.state.needs_person]
     """
     planned = plan(sweep, root, check=False)
-    jobs = slurm.try_list_jobs() if slurm.submissions_file(planned.sweep).is_file() else None
+    jobs = slurm.sweep_jobs(planned.sweep)
     planned.look()
     return sweep_status(planned, jobs)
 

@@ -33,7 +33,7 @@ from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.device.memory import free_host_bytes
 from aimscale.harness.run.lock import hold_lock, is_held
 from aimscale.harness.run.provenance import package_versions
-from aimscale.sweeps.planning.sweepfile import DEFAULT_ROOT
+from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.slurm import commands as slurm
 
 IMPORT_TIMEOUT_S, SLURM_TIMEOUT_S = 180, 15

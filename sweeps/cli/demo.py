@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, print_next
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, print_next, root_option
+from aimscale.sweeps.planning import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     from aimscale.sweeps.engine.active_run import Event
@@ -21,7 +22,7 @@ BASELINES = ("random", "raw-pixels")
 
 
 def command(
-    root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = ROOT,
+    root: Annotated[Path, typer.Option(help="Where the data, the runs and the report go.")] = DEFAULT_ROOT,
     devices: Annotated[
         int | None,
         typer.Option(min=1, max=10**6, help="GPUs to use, or CPU processes on a machine without GPUs; default: all."),
@@ -35,8 +36,7 @@ def command(
     from aimscale.analysis.report.study import read_study
     from aimscale.analysis.report.summary import findings
     from aimscale.harness.data.store.bundled import write_bundled
-    from aimscale.sweeps.cli.launch import failed_runs
-    from aimscale.sweeps.cli.progress import show_progress
+    from aimscale.sweeps.cli.launch import failed_runs, show_progress
     from aimscale.sweeps.collection import collect
     from aimscale.sweeps.engine.launch import FIRST_LAW, launch
     from aimscale.sweeps.state.planned_sweep import plan_sweep
@@ -67,7 +67,7 @@ def command(
     with show_progress(planned, tell) as report_progress:
         result = launch(planned, devices=devices, num_smallest_first=FIRST_LAW, report=report_progress)
     if result.interrupted:
-        given = [*([] if root == ROOT else ["--root", str(root)]), *(["--devices", str(devices)] if devices else [])]
+        given = [*root_option(root), *(["--devices", str(devices)] if devices else [])]
         typer.echo(f"next: {shlex.join(['aimscale', 'demo', *given])}")
         raise typer.Exit(EXIT_INTERRUPTED)
     if failed := failed_runs(result):

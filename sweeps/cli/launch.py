@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,26 +13,18 @@ import typer
 from aimscale.aim.errors import check_training_installed
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.sweeps.cli.layout import KeyValue, format_number, print_key_values
-from aimscale.sweeps.cli.options import (
-    EXIT_INTERRUPTED,
-    ROOT,
-    On,
-    Root,
-    SweepName,
-    Yes,
-    confirm,
-    print_next,
-    select_run_ids,
-)
+from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, On, Root, SweepName, Yes, confirm, print_next, select_run_ids
 from aimscale.sweeps.cli.plan_view import format_price, launch_view
-from aimscale.sweeps.cli.progress import show_progress
+from aimscale.sweeps.cli.status_view import pause_s, show_status
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine import launch as engine
+from aimscale.sweeps.engine.active_run import Event
 from aimscale.sweeps.engine.devices import local_machine
-from aimscale.sweeps.engine.worker import LaunchResult
+from aimscale.sweeps.engine.worker import LaunchResult, Report, Worker, print_events
+from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.checks import raise_on_problems
 from aimscale.sweeps.planning.sweepfile import SweepError
-from aimscale.sweeps.state.planned_sweep import plan_sweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.run_state import State
 from aimscale.sweeps.sweep_status import sweep_status
 
@@ -43,7 +37,7 @@ CONFIRM_DEVICE_HOURS = 10
 
 def launch(
     sweep: SweepName,
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
     on: On = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     devices: Annotated[
@@ -143,6 +137,29 @@ def launch(
         raise typer.Exit(code)
 
 
+@contextlib.contextmanager
+def show_progress(planned: PlannedSweep, tell: Callable[[Event], str | None] = str) -> Iterator[Report]:
+    """Yield what shows a launch's progress, for `launch(report=...)`.
+
+    Args:
+        tell: turns an event, such as the end of a run, into the line that is printed; none for None.
+    """
+    next_look = 0.0
+    with show_status() as (show, is_live):
+
+        def report(worker: Worker) -> None:
+            nonlocal next_look
+            print_events(worker, tell)  # above the table
+            if (started := time.monotonic()) < next_look:
+                return
+            planned.look()
+            status = sweep_status(planned)
+            next_look = time.monotonic() + pause_s(started, is_log=not is_live)
+            show(status)
+
+        yield report
+
+
 def _exit_code(result: LaunchResult) -> int:
     """Return 130 after a signal, 75 if time was up or runs were cancelled, 1 if a run failed in this launch or could
     not be read or started, else 0: runs that failed before do not count."""
@@ -184,7 +201,7 @@ def cancel(
     runs: Annotated[
         list[str] | None, typer.Argument(help="Run ids, or patterns such as 'rung-64_*'; all runs by default.")
     ] = None,
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
     yes: Yes = False,
 ) -> None:
     """Stop runs of a sweep, wherever they run; each saves first, and `launch --retry` goes on."""

@@ -16,6 +16,7 @@ import typer.main
 from aimscale.aim.errors import UserError, check_training_installed, did_you_mean, printable
 from aimscale.analysis.display import in_command
 from aimscale.harness.log.console import log_to_console
+from aimscale.sweeps.planning import DEFAULT_ROOT
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
@@ -76,7 +77,6 @@ EXAMPLES = (
     ("aimscale launch mysweep.yaml", "train a sweep, here or on Slurm"),
     ("aimscale fit losses.csv --columns N=params,D=images,L=loss", "fit a law to any table"),
 )
-DEFAULT_ROOT = "aimscale-runs"
 HIDDEN = {name: f"aimscale.harness.cli.runs:{name}" for name in ("train", "evaluate")}
 """Verbs that launches call and that --help does not list."""
 
@@ -92,12 +92,12 @@ def load_verb(name: str) -> typer.Typer:
     return app
 
 
-def _remember_root(ctx: typer.Context, root: str) -> None:
+def _remember_root(ctx: typer.Context, root: Path) -> None:
     ctx.meta["root"] = root
 
 
 RootOfNames = Annotated[
-    str,
+    Path,
     typer.Option(
         metavar="<path>",
         help="Folder that holds the sweep directories, for a sweep's name or file.",
@@ -119,11 +119,11 @@ def _find_table(ctx: Any, param: Any, given: Any) -> Any:
     if (path := Path(given)).suffix not in (".yaml", ".yml") and path.is_file():
         return path  # a table: sweeps are not asked for, which would take half of the start
     from aimscale.analysis.cli.options import NAMES
-    from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
+    from aimscale.sweeps.cli.options import find_sweep, fresh_table
     from aimscale.sweeps.planning.sweepfile import SweepError
 
     try:
-        sweep = find_sweep(given, Path(ctx.meta["root"]))
+        sweep = find_sweep(given, ctx.meta["root"])
     except SweepError:
         sweep = None  # the reader of tables says what is wrong
     if sweep is None:

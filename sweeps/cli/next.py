@@ -13,7 +13,8 @@ import yaml
 from aimscale.analysis.cli import options
 from aimscale.analysis.cli.options import TableArguments, of_law, show
 from aimscale.analysis.errors import AnalysisError
-from aimscale.sweeps.cli.options import ROOT, AsJson, Root
+from aimscale.sweeps.cli.options import AsJson, Root, root_option
+from aimscale.sweeps.planning import DEFAULT_ROOT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,7 @@ def command(
     columns: options.Columns = None,
     where: options.Where = None,
     level: options.Level = 0.95,
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Choose the runs, together, that make the forecast at the target most certain.
@@ -52,7 +53,7 @@ def command(
     """
     from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.next import next_runs
-    from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
+    from aimscale.sweeps.cli.options import find_sweep, fresh_table
     from aimscale.sweeps.planning.sweepfile import SweepError
 
     place = parse_scale(target, "--target")
@@ -76,15 +77,14 @@ def command(
     offer = _table_candidates(runs, place, y) if sweep is None else _sweep_candidates(sweep, runs.frame)
     budget = _half_price(offer, place) if budget is None else budget
     offered = next_runs(runs, place, offer, budget=budget, law=law, y=y)
-    under = [] if root == ROOT else ["--root", str(root)]
     if sweep is None:
         following = arguments.then(f"forecast --register --at {shlex.quote(target)}{of_law(law, 'auto')}")
     elif write is None:
         file = sweep.base_dir / f"{sweep.name}-next.yaml"
-        more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *under, "--write", str(file)])
+        more = shlex.join(["--budget", f"{budget:.4g}", "--law", law, *root_option(root), "--write", str(file)])
         following = arguments.then(f"next --target {shlex.quote(target)} {more}")
     else:
-        following = shlex.join(["aimscale", "plan", str(write), *under])
+        following = shlex.join(["aimscale", "plan", str(write), *root_option(root)])
         write.write_text(_sweep_file(sweep, offered.table))
     if write is not None and not as_json:
         typer.echo(f"wrote {write}", err=True)

@@ -17,10 +17,11 @@ from aimscale.aim.config import RELEASED_SIZES, known_sizes, model_config
 from aimscale.aim.cost import param_count
 from aimscale.sweeps.cli.init import write_suggestion
 from aimscale.sweeps.cli.layout import Column, KeyValue, fitted_table, format_number, new_console, print_key_values
-from aimscale.sweeps.cli.options import ROOT, AsJson, On, Root, SweepName, print_next, select_run_ids
+from aimscale.sweeps.cli.options import AsJson, On, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.cli.plan_view import launch_view, print_plan
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine.devices import local_machine
+from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.checks import check, raise_on_problems
 from aimscale.sweeps.planning.run import CostCard
 from aimscale.sweeps.planning.speed import measure_here
@@ -106,7 +107,7 @@ Only = Annotated[str | None, typer.Option("--run", help="Rehearse this run alone
 
 def plan(
     sweep: SweepName,
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
     on: On = None,
     rehearse: Rehearse = False,
     only: Only = None,

@@ -12,7 +12,8 @@ import typer
 from aimscale.aim.errors import check_training_installed
 from aimscale.analysis.cli import options
 from aimscale.harness.run.program import load_program
-from aimscale.sweeps.cli.options import ROOT, Root
+from aimscale.sweeps.cli.options import Root
+from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.record import RunRecord
 
@@ -29,7 +30,7 @@ def command(
     weights: Annotated[bool, typer.Option("--weights", help="Export the weights of every finished run, too.")] = False,
     columns: options.Columns = None,
     where: options.Where = None,
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
 ) -> None:
     """Write one folder with table, page, figures, LaTeX, numbers and checksums, in the layout of the Hugging Face hub.
 
@@ -38,7 +39,7 @@ def command(
     from aimscale.analysis.publication.card import About
     from aimscale.analysis.publication.folder import publish
     from aimscale.analysis.table.columns import parse_columns
-    from aimscale.sweeps.cli.sweep import find_sweep, fresh_table
+    from aimscale.sweeps.cli.options import find_sweep, fresh_table
 
     sweeps = [find_sweep(each, root) for each in sweep_or_tables]
     sweep = next(filter(None, sweeps), None)

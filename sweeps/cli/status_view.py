@@ -1,15 +1,18 @@
-"""Layout of the status of a sweep and its runs."""
+"""Status of a sweep and its runs on a terminal: once, or live while they go on."""
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import typer
 from rich.console import Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +25,7 @@ from aimscale.sweeps.cli.layout import (
     format_duration,
     format_number,
     key_value_text,
+    new_console,
     notice_lines,
     style_of,
 )
@@ -29,6 +33,9 @@ from aimscale.sweeps.planning.run import Notice
 from aimscale.sweeps.state.run_state import State
 from aimscale.sweeps.sweep_status import RunStatus, SweepStatus
 
+LOOK_INTERVAL_S, LOG_INTERVAL_S, MAX_LOOK_SHARE = 2.0, 30.0, 0.05
+"""Interval between looks at all runs, s, on a terminal and in the log of a launch; maximum share of the time that they
+may take."""
 MAX_LISTED = 16
 """Number of runs up to which each has a line of its own; more are grouped by size."""
 MAX_DATA_WAIT = 0.3
@@ -188,3 +195,31 @@ def progress_line(status: SweepStatus) -> str:
     """Format the progress of a sweep as one line of a log."""
     time_left = f", about {format_duration(status.eta_s)} left" if status.eta_s is not None else ""
     return f"{_progress_text(status)}{time_left}; {_count_states(status.runs)}"
+
+
+@contextlib.contextmanager
+def show_status(
+    *, every_run: bool = False, on_screen: bool = False
+) -> Iterator[tuple[Callable[[SweepStatus], None], bool]]:
+    """Yield a function that shows a status, and whether it renews a table on a terminal; else it prints a line, to the
+    error stream where the status comes later.
+
+    Args:
+        on_screen: whether the table has the whole terminal, until the status comes.
+    """
+    console = new_console()
+    live = Live(console=console, auto_refresh=False, screen=on_screen, transient=True) if console.is_terminal else None
+
+    def show(status: SweepStatus) -> None:
+        if live is None:
+            typer.echo(progress_line(status), err=on_screen)
+        else:
+            live.update(status_view(status, console.width, every_run=every_run), refresh=True)
+
+    with live or contextlib.nullcontext():
+        yield show, live is not None
+
+
+def pause_s(started: float, *, is_log: bool = False) -> float:
+    """Return the time to the next look after one that began at `started` (`time.monotonic`) and has ended now, s."""
+    return max(LOG_INTERVAL_S if is_log else LOOK_INTERVAL_S, (time.monotonic() - started) / MAX_LOOK_SHARE)

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.live import Live
 
 from aimscale.harness.run.directory import EXIT_PREEMPTED
 from aimscale.harness.run.files import check_file, read_file
 from aimscale.sweeps.cli.layout import new_console
-from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, ROOT, AsJson, Root, SweepName, print_next, select_run_ids
-from aimscale.sweeps.cli.status_view import progress_line, status_view
-from aimscale.sweeps.planning.sweepfile import SWEEP_FILE, Sweep, SweepError, load_sweep
+from aimscale.sweeps.cli.options import (
+    EXIT_INTERRUPTED,
+    AsJson,
+    Root,
+    SweepName,
+    collect_rows,
+    print_next,
+    select_run_ids,
+)
+from aimscale.sweeps.cli.status_view import pause_s, show_status, status_view
+from aimscale.sweeps.planning import DEFAULT_ROOT
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm import commands as slurm
 from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import State
 from aimscale.sweeps.sweep_status import SweepStatus, sweep_status
 
-if TYPE_CHECKING:
-    from aimscale.sweeps.collection import CollectResult
-
-LOOK_INTERVAL_S, MAX_LOOK_SHARE = 2.0, 0.05
-"""Interval between looks at all runs, s, and maximum share of the time that they may take."""
 SLURM_INTERVAL_S = 30.0
 """Interval between questions to Slurm, s."""
 MAX_IDLE_LOOKS = 4
@@ -42,7 +44,7 @@ TAIL_LINES = 20
 
 def status(
     sweep: SweepName,
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
     every_run: Annotated[bool, typer.Option("--all", help="List each run, however many there are.")] = False,
     wait: Annotated[
@@ -76,8 +78,8 @@ def _status_poller(planned: PlannedSweep) -> Callable[[], SweepStatus]:
 
     def poll() -> SweepStatus:
         nonlocal jobs, asked
-        if slurm.submissions_file(planned.sweep).is_file() and time.monotonic() - asked > SLURM_INTERVAL_S:
-            answer, asked = slurm.try_list_jobs(), time.monotonic()
+        if time.monotonic() - asked > SLURM_INTERVAL_S:
+            answer, asked = slurm.sweep_jobs(planned.sweep), time.monotonic()
             if answer is None:
                 typer.echo("Slurm does not answer; its jobs are shown as they were, if they are known", err=True)
             jobs = jobs if answer is None else answer
@@ -89,23 +91,19 @@ def _status_poller(planned: PlannedSweep) -> Callable[[], SweepStatus]:
 
 def _wait(poll: Callable[[], SweepStatus], every_run: bool) -> int:
     """Show the status until nothing is executed; return the exit code."""
-    console, num_idle = new_console(), 0
-    states: dict[str, int] = {}
-    live = Live(console=console, auto_refresh=False, screen=True) if console.is_terminal else None
+    num_idle, counts = 0, dict[str, int]()
     try:
-        with live or contextlib.nullcontext():
+        with show_status(every_run=every_run, on_screen=True) as (show, is_live):
             while True:
                 started = time.monotonic()
                 current = poll()
-                if live:
-                    live.update(status_view(current, console.width, every_run=every_run), refresh=True)
-                elif current.counts != states:
-                    typer.echo(progress_line(current), err=True)
-                    states = current.counts
+                if is_live or current.counts != counts:
+                    show(current)
+                    counts = current.counts
                 num_idle = 0 if current.is_active else num_idle + 1
                 if num_idle > MAX_IDLE_LOOKS or current.is_finished:
                     return _exit_code(current)
-                time.sleep(max(LOOK_INTERVAL_S, (time.monotonic() - started) / MAX_LOOK_SHARE))
+                time.sleep(pause_s(started))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -124,7 +122,7 @@ def print_next_step(status: SweepStatus, sweep: Sweep, name: str, root: Path, *o
         if has_failed and line.status.reason_class and line.log:
             return print_next("logs", name, root, line.run_id)
     if "finished" in status.counts and status.counts.keys() <= {"finished", "damaged"}:
-        return print_next("report", name if root == ROOT else str(sweep.directory))
+        return print_next("report", name if root == DEFAULT_ROOT else str(sweep.directory))
     if status.is_active:
         return print_next("status", name, root, "--wait")
     retry = ["--retry"] if all(line.state is State.FINISHED or line.state.retryable for line in status.runs) else []
@@ -134,7 +132,7 @@ def print_next_step(status: SweepStatus, sweep: Sweep, name: str, root: Path, *o
 def logs(
     sweep: SweepName,
     run: Annotated[str, typer.Argument(help="A run's id, or any part that no other id has.")],
-    root: Root = ROOT,
+    root: Root = DEFAULT_ROOT,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Wait for more, over all attempts, until the run is over or Ctrl-C.")
     ] = False,
@@ -174,61 +172,18 @@ def _follow(poll: Callable[[], SweepStatus], record: RunRecord) -> None:
     typer.echo(f"--- {record.name} is {current.runs[0].state}{f' ({reason})' if reason else ''}")
 
 
-def collect(sweep: SweepName, root: Root = ROOT) -> None:
+def collect(sweep: SweepName, root: Root = DEFAULT_ROOT) -> None:
     """Gather every run's rows into one typed table (Parquet and CSV), and score registered forecasts.
 
     Verbs that are given a sweep do this themselves.
     """
     planned = plan_sweep(sweep, root)
-    collected = _collect(planned)
+    collected = collect_rows(planned)
     if collected.num_baselines:
         typer.echo(f"{collected.num_baselines} baselines: {collected.table.with_name('baselines.parquet')}")
     _score_forecasts(collected.table)
     typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")
-    print_next("report", sweep if root == ROOT else str(planned.sweep.directory))
-
-
-def find_sweep(given: str | Path, root: Path) -> Sweep | None:
-    """Return the sweep that an argument of a verb means, by file, folder or name; None if it is a table: any other file
-    or folder, or the name of a file.
-
-    Raises:
-        SweepError: there is neither.
-    """
-    from aimscale.analysis.table.files import SUFFIXES
-
-    path = Path(given)
-    is_sweep = path.suffix in (".yaml", ".yml") or (path / SWEEP_FILE).is_file()
-    if not is_sweep and (path.exists() or path.suffix in SUFFIXES):
-        return None
-    try:
-        return load_sweep(path, root)
-    except SweepError:
-        if path.is_dir():  # a copy of a sweep's folder, without its record
-            return None
-        raise
-
-
-def fresh_table(sweep: Sweep) -> Path:
-    """Collect a sweep and return its table; one that is not here or cannot be written is read as it is."""
-    table = sweep.directory / "results.parquet"
-    if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
-        typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)
-        return table
-    return _collect(PlannedSweep(sweep)).table
-
-
-def _collect(planned: PlannedSweep) -> CollectResult:
-    """Collect a sweep and say on the error stream what is left out."""
-    from aimscale.sweeps.collection import collect as collect_rows  # pandas takes half a second
-
-    collected = collect_rows(planned)
-    for reason in collected.damaged.values():
-        typer.echo(f"skipped: {reason}", err=True)
-    if collected.unplanned:
-        what = f"{len(collected.unplanned)} run directories of another sweep file or version"
-        typer.echo(f"left out: {what}, such as {collected.unplanned[0]}", err=True)
-    return collected
+    print_next("report", sweep if root == DEFAULT_ROOT else str(planned.sweep.directory))
 
 
 def _score_forecasts(table: Path) -> None:

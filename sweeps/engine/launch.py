@@ -154,11 +154,9 @@ def cancel(planned: PlannedSweep, run_ids: Sequence[str] = ()) -> tuple[list[str
         raise SweepError(f"sweep '{sweep.name}' was never launched under {sweep.root}; there is nothing to cancel")
     startable = {each.record.name for each in planned.states if each.state.startable or each.is_unlocked}
     records = [RunRecord(sweep.run_dir(name)) for name in (*(run.run_id for run in planned.runs), *planned.unplanned)]
-    waiting, is_told = list[str](), True
-    if slurm.submissions_file(sweep).is_file():
-        jobs = slurm.try_list_jobs()
-        is_told = jobs is not None
-        waiting = [each.info.job_id for each in live_jobs(sweep, jobs or {}) if each.info.phase == "pending"]
+    jobs = slurm.sweep_jobs(sweep)
+    is_told = jobs is not None
+    waiting = [each.info.job_id for each in live_jobs(sweep, jobs or {}) if each.info.phase == "pending"]
     active = {record.name for record in records if _is_active(record) or _is_active(record.evaluation)}
     if is_told and not waiting and not active:
         return [], []

@@ -38,6 +38,7 @@ from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
 from aimscale.harness.run.files import read_object
 from aimscale.harness.run.strict import Count, Fields, merge
+from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.recipes import Recipe, get_recipe, parse_recipe, read_recipe
 from aimscale.sweeps.planning.sections import CostSection, IsoflopSection, OverrideSection, SlurmSection, TuneSection
 from aimscale.sweeps.planning.trainer import TrainerSection
@@ -45,8 +46,6 @@ from aimscale.sweeps.planning.trainer import TrainerSection
 Place = Literal["local", "slurm"]
 """Where runs are executed: by the process that launches, or as Slurm jobs."""
 PRESETS = Path(__file__).parent / "presets"
-DEFAULT_ROOT = Path("aimscale-runs")
-"""Folder of sweeps, unless another is named."""
 SWEEP_FILE = "sweep.yaml"
 SWEEP_RECORD = "sweep.json"
 

@@ -100,6 +100,11 @@ def try_list_jobs() -> dict[str, JobInfo] | None:
         return None
 
 
+def sweep_jobs(sweep: Sweep) -> dict[str, JobInfo] | None:
+    """Return `jobs()`, or none without asking for a sweep of which no job was submitted; None without an answer."""
+    return try_list_jobs() if submissions_file(sweep).is_file() else {}
+
+
 def job_states(job_ids: Collection[str]) -> dict[str, str]:
     """Return Slurm's states of jobs, by one squeue and, for those it has forgotten, one sacct; unknown ones lack."""
     if not job_ids:

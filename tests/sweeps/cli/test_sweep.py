@@ -12,6 +12,7 @@ import pytest
 from commands import refused
 
 from aimscale.harness.run.lock import hold_lock
+from aimscale.sweeps.cli import status_view
 from aimscale.sweeps.cli import sweep as verbs
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.planning.planner import plan
@@ -22,8 +23,8 @@ from aimscale.sweeps.state.record import RunRecord
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verbs, "LOOK_INTERVAL_S", 0.01)
-    monkeypatch.setattr(verbs, "MAX_LOOK_SHARE", 1.0)
+    monkeypatch.setattr(status_view, "LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(status_view, "MAX_LOOK_SHARE", 1.0)
 
 
 @pytest.fixture
