@@ -14,7 +14,6 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import Status
 from aimscale.harness.run.failures import describe_full_disk
 from aimscale.sweeps.planning.run import CostCard
-from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
@@ -108,6 +107,7 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
     pending = _pending_jobs(live, cards)
     lines = [_inspect_run(run_state, card, pending) for run_state, card in zip(planned.states, cards, strict=True)]
     lines, eta_s, is_measured = time_left(cards, lines)
+    is_left = any(line.state.startable for line in lines)
     work = [card.wall_s * card.run.devices for card in cards]
     remaining = [_line_left_s(card, line) * card.run.devices for card, line in zip(cards, lines, strict=True)]
     return SweepStatus(
@@ -121,7 +121,7 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=planned.unplanned,
-        failed_jobs=_describe_failed_jobs(sweep, jobs, lines),
+        failed_jobs=tuple(describe_failed_jobs(failed_jobs(sweep, jobs) if jobs is not None and is_left else [])),
         num_jobs=len(live),
         disk=describe_full_disk(sweep.directory),
     )
@@ -187,12 +187,6 @@ def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> l
         for _ in taken:
             heapq.heappush(ends, max(taken) + duration_s)
     return ends
-
-
-def _describe_failed_jobs(sweep: Sweep, jobs: dict[str, JobInfo] | None, lines: Sequence[RunStatus]) -> tuple[str, ...]:
-    """Return why jobs failed, if a run could start and no worker executes it."""
-    is_left = any(line.state.startable for line in lines)
-    return () if jobs is None or not is_left else tuple(describe_failed_jobs(failed_jobs(sweep, jobs)))
 
 
 def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:

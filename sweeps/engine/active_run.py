@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from aimscale.harness.distributed.ranks import FAILED_RANK
-from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_DIVERGED, EXIT_FINISHED, EXIT_PREEMPTED
+from aimscale.harness.run.directory import EXIT_CRASHED
 from aimscale.harness.run.lock import Lock
 from aimscale.harness.run.timeouts import EARLY_S, KILL_MARGIN_S
 from aimscale.sweeps.engine.forecasts import Watch
 from aimscale.sweeps.engine.fork_server import ForkedProgram, can_fork
 from aimscale.sweeps.planning.run import Run
-from aimscale.sweeps.state.attempts import Outcome, record_end
+from aimscale.sweeps.state.attempts import EXIT_CODES, Outcome, record_end
 from aimscale.sweeps.state.record import RUN_BEGINS, RunRecord
 
 PLACEMENT = (
@@ -70,8 +70,7 @@ class Part:
         status = self.record.read_status()
         if status.claim != self.claims[0]:
             return None
-        codes = {"finished": EXIT_FINISHED, "preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED}
-        return (codes | {"failed": EXIT_CRASHED}).get(status.state, exit_code)
+        return EXIT_CODES.get(status.state, exit_code)
 
 
 class ActiveRun:

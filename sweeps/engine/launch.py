@@ -94,10 +94,10 @@ def prepare_launch(planned: PlannedSweep, *, retry: bool, stop_sd: float | None 
     prepare_directory(planned.sweep, planned.runs)
     save_stop_threshold(planned.sweep, stop_sd)
     gone = [state for state in states if state.worker and (state.state is State.LOST or state.is_unlocked)]
-    job_states = slurm.job_states({str(job_id) for state in gone if (job_id := _job_of(state))})
+    job_states = slurm.job_states({state.job_id for state in gone if state.job_id})
     planned.states = tuple(
         replace(state, state=State.LOST, is_unlocked=False)
-        if state.is_unlocked and job_states.get(str(_job_of(state))) in slurm.ENDED
+        if state.is_unlocked and job_states.get(str(state.job_id)) in slurm.ENDED
         else state
         for state in states
     )
@@ -112,11 +112,6 @@ def prepare_launch(planned: PlannedSweep, *, retry: bool, stop_sd: float | None 
     )
 
 
-def _job_of(state: RunState) -> str | None:
-    """Return the id of the Slurm job whose worker claimed a run last, if any."""
-    return state.worker.facts.get("job_id") if state.worker else None
-
-
 def _close_attempt(state: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:
     """Record the end of an attempt whose worker is gone and, with `retry`, clear failure and cancellation."""
     record = state.record
@@ -124,7 +119,7 @@ def _close_attempt(state: RunState, job_states: Mapping[str, str], *, retry: boo
     if record.is_held() or not lock.take():
         return
     try:
-        record_lost_attempt(record, before, job_states.get(str(_job_of(state))))
+        record_lost_attempt(record, before, job_states.get(str(state.job_id)))
         if retry:
             record.cancelled.unlink(missing_ok=True)
             if record.read_status().state in ("failed", "diverged", "off-track"):

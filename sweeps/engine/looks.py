@@ -43,8 +43,7 @@ class Looks:
         before = self.unseen.pop(run.key, None)
         if not run_state.is_unlocked:
             return run_state
-        job_id = run_state.worker.facts.get("job_id") if run_state.worker else None
-        if job_id is not None and job_id == self.job_id:  # before Slurm started this job again
+        if run_state.job_id is not None and run_state.job_id == self.job_id:  # before Slurm started this job again
             return replace(run_state, state=State.LOST, is_unlocked=False)
         self.unseen[run.key] = run_state.status.heartbeat
         if before not in (None, run_state.status.heartbeat):
@@ -81,7 +80,7 @@ class Looks:
 def may_become_free(run_state: RunState, job_id: str | None = None) -> bool:
     """Return whether a worker may yet start a run: no device was free for it, it could not be read for a moment, its
     own worker is gone, silent or unseen, or belongs to an earlier start of the job `job_id`, which Slurm will end."""
-    is_of_job = job_id is not None and run_state.worker is not None and run_state.worker.facts.get("job_id") == job_id
+    is_of_job = job_id is not None and run_state.job_id == job_id
     return (
         run_state.state.startable
         or run_state.may_pass

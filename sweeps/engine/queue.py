@@ -169,9 +169,14 @@ def _has_begun(worker: Worker, run: Run) -> bool:
     of_training = worker.skipped.get(run.run_id)
     if of_training is not None and of_training.state is State.DAMAGED:
         return False
+    return training_state(worker, run) not in (None, "created")
+
+
+def training_state(worker: Worker, run: Run) -> str | None:
+    """Return the state that the training of a run wrote last, by one look; None if it cannot be read now."""
     with contextlib.suppress(OSError, UserError):
-        return RunRecord(worker.sweep.run_dir(run.run_id)).read_status().state != "created"
-    return False
+        return RunRecord(worker.sweep.run_dir(run.run_id)).read_status().state
+    return None
 
 
 def _is_overdue(run_state: RunState) -> bool:

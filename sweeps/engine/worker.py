@@ -21,7 +21,7 @@ from aimscale.harness.run.files import may_pass
 from aimscale.sweeps.engine import looks
 from aimscale.sweeps.engine.active_run import ActiveRun, Event, Part
 from aimscale.sweeps.engine.forecasts import write_forecasts
-from aimscale.sweeps.engine.queue import Worker, start_waiting_runs
+from aimscale.sweeps.engine.queue import Worker, start_waiting_runs, training_state
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import SWEEP_RECORD
 from aimscale.sweeps.state.attempts import Outcome
@@ -165,21 +165,18 @@ def _collect_ended(worker: Worker) -> None:
                 _suspect_node(worker, part)
             elif outcome not in ("finished", "failed"):
                 worker.waiting.insert(0, part.run)
-            elif outcome == "finished" and part.run.stage == "evaluate" and _is_training(worker, part.run):
-                worker.waiting.append(part.run)
+            elif (
+                outcome == "finished"
+                and part.run.stage == "evaluate"
+                and training_state(worker, part.run) != "finished"
+            ):
+                worker.waiting.append(part.run)  # it trains on, and there will be more to evaluate
         if active_run.parts:  # the end of some cannot be written down yet
             continue
         worker.active.remove(active_run)
         worker.devices.release(active_run.devices)
         if training := [each.run for each in worker.active if each.run.stage == "train"]:
             _write_forecasts(worker, training)
-
-
-def _is_training(worker: Worker, run: Run) -> bool:
-    """Return whether a run that was evaluated trains on, so that there will be more to evaluate."""
-    with contextlib.suppress(OSError, UserError):
-        return RunRecord(worker.sweep.run_dir(run.run_id)).read_status().state != "finished"
-    return True
 
 
 def _record_end(worker: Worker, active_run: ActiveRun, part: Part, exit_code: int) -> Outcome | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from aimscale.aim.errors import UserError, did_you_mean, some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.device.execution import DoesNotFitError
+from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.results.pending import Pending, check_rows, pending_work
 from aimscale.harness.run.budgets import saved_budgets
 from aimscale.harness.run.config import RunConfig, TrainingConfig, load_run_config
@@ -19,13 +21,16 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.init import InitSection, cached_sha256, read_about
 from aimscale.harness.run.row import build_model_config, planned_columns
 from aimscale.harness.run.strict import Fields, count
+from aimscale.harness.run.timeouts import MIN_GRACE_S, STEP_ALLOWANCE_S
 from aimscale.sweeps.planning.checks import check_config, check_data
-from aimscale.sweeps.planning.costs import card_of, grace_period_s, model_counts, plan_execution
+from aimscale.sweeps.planning.costs import card_of, model_counts, plan_execution
 from aimscale.sweeps.planning.run import CostCard, Notice, Once, PlanContext, Run, Stage, problem
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
 PROGRAMS: dict[Stage, str] = {"train": "aimscale.harness.train", "evaluate": "aimscale.harness.evaluate"}
 """Module of each stage of a run."""
+SAVE_BYTES_PER_S = 0.5e9
+"""Assumed rate at which a checkpoint is written to a shared disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,8 @@ class AimRun(Run):
 
     @property
     def grace_s(self) -> int:
-        return grace_period_s(self.num_params)
+        save_s = CHECKPOINT_BYTES_PER_PARAM * self.num_params / SAVE_BYTES_PER_S
+        return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)
 
     @property
     def threads(self) -> int:

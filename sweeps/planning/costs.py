@@ -20,7 +20,6 @@ from aimscale.harness.run.config import RunConfig, TrainingConfig
 from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.harness.run.timeouts import MIN_GRACE_S, STEP_ALLOWANCE_S
 from aimscale.harness.validation.cost import curve_bytes, num_points, validation_images
 from aimscale.sweeps.planning.recipes import Scale, get_recipe
 from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, PlanContext, Run, caution
@@ -29,9 +28,6 @@ from aimscale.sweeps.planning.sweepfile import Sweep
 
 WEIGHTS_BYTES_PER_PARAM = 4
 """Size of the final weights of a budget (fp32)."""
-SAVE_BYTES_PER_S = 0.5e9
-"""Assumed rate at which a checkpoint is written to a shared disk."""
-
 MAX_DURING_SHARE = 0.1
 """Share of a run's time, 0..1, above which evaluation during training raises a caution."""
 SAME_SIZE = 0.02
@@ -131,7 +127,6 @@ def card_of(run: Run, config: RunConfig, context: PlanContext) -> CostCard:
         evaluation_s=evaluation_s,
         wall_s=start_s + training_s + evaluation_s,
         device_hours=((start_s + training_s + validation_in_training_s) * run.devices + at_budgets_s * ranks) / 3600,
-        cautions=(),
     )
     cautions = [*_cautions(card, config, unique, lookup, lacks_memory=lacks_memory), *_scratch_rate(config, sweep)]
     return replace(card, cautions=tuple(each.of(run.run_id) for each in cautions))
@@ -266,9 +261,3 @@ def node_host_bytes(card: CostCard, devices_per_node: int) -> float:
     )
     saved = CHECKPOINT_BYTES_PER_PARAM * (card.params_total or 0) * ranks / card.run.devices
     return ranks * (RANK_HOST_BYTES + loaders * LOADER_HOST_BYTES + (RING_BYTES if loaders else 0)) + saved
-
-
-def grace_period_s(num_params: int) -> int:
-    """Return the time that two saves and a step of so many parameters take, s."""
-    save_s = CHECKPOINT_BYTES_PER_PARAM * num_params / SAVE_BYTES_PER_S
-    return max(MIN_GRACE_S, math.ceil(2 * save_s) + STEP_ALLOWANCE_S)

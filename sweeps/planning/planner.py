@@ -33,7 +33,7 @@ from aimscale.harness.run.row import cached_model_config
 from aimscale.harness.run.strict import Fields, count, merge
 from aimscale.sweeps.planning.aim_run import AimRun, planned_init
 from aimscale.sweeps.planning.costs import model_counts
-from aimscale.sweeps.planning.program_run import ProgramRun, program_run
+from aimscale.sweeps.planning.program_run import program_run
 from aimscale.sweeps.planning.recipes import Scale
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import AXIS_KEYS, Sweep, SweepError
@@ -54,7 +54,12 @@ def plan(sweep: Sweep) -> list[Run]:
     seen: dict[str, _PlannedRun] = {}
     runs: list[Run] = []
     for planned in _planned_runs(sweep, shared):
-        run = _build_program(sweep, planned) if sweep.file.trainer else _build_run(sweep, planned, runs)
+        run: Run
+        if sweep.file.trainer:
+            cell = {axis: value for axis, value in planned.cell.items() if axis != "unique_images"}
+            run = program_run(sweep, cell, planned.budgets, planned.changes)
+        else:
+            run = _build_run(sweep, planned, runs)
         before = seen.get(run.run_id)
         seen[run.run_id] = planned
         if before is None:
@@ -242,11 +247,6 @@ def _build_run(sweep: Sweep, planned: _PlannedRun, before: Sequence[Run]) -> Aim
         lr_multiplier=float(f"{lr_multiplier:.6g}"),
         is_tuning=planned.is_tuning,
     )
-
-
-def _build_program(sweep: Sweep, planned: _PlannedRun) -> ProgramRun:
-    cell = {axis: value for axis, value in planned.cell.items() if axis != "unique_images"}
-    return program_run(sweep, cell, planned.budgets, planned.changes)
 
 
 def _model_from(section: Fields, changes: Fields, sweep: Sweep) -> ModelConfig:

@@ -212,34 +212,19 @@ def _card(run: ProgramRun, context: PlanContext) -> CostCard:
     return CostCard(
         run=run,
         params_total=run.num_params,
-        params_trunk=None,
         budgets=tuple(
             BudgetCost(images_seen=budget, epochs=None, flops=each, flops_6nd=None)
             for budget, each in zip(budgets, flops, strict=True)
         ),
         images_executed=num_images,
         flops_executed=executed or 0.0,
-        steps=None,
-        batch_size=None,
-        lr_peak=None,
         device=device,
         precision=precision,
         rates=Rates(mfu=mfu, flops_per_image=0.0, compute_per_s=rate, loaded_per_s=rate, num_measured=num_measured),
-        fit=None,
         stop_s=run.grace_s,
-        disk_bytes=0,
-        probes=(),
-        flops_evaluation=0.0,
-        points=0,
-        flops_during=0.0,
-        share_during=0.0,
-        limit="compute",
-        start_s=0.0,
         training_s=training_s,
-        evaluation_s=0.0,
         wall_s=training_s,
         device_hours=training_s * run.devices / 3600,
-        cautions=(),
     )
 
 

@@ -269,12 +269,12 @@ class BudgetCost:
 
 @dataclass(frozen=True, kw_only=True)
 class CostCard:
-    """Cost of one run."""
+    """Cost of one run; what is not known of a program's is left out."""
 
     run: Run
     params_total: int | None
     """Parameters of backbone, head and preprocessor: N."""
-    params_trunk: int | None
+    params_trunk: int | None = None
     """Parameters of the backbone alone, by which the paper names its sizes; null for a program."""
     budgets: tuple[BudgetCost, ...]
     images_executed: int
@@ -282,43 +282,43 @@ class CostCard:
     flops_executed: float
     """FLOPs that the devices execute: fewer per image than by the published formula (only scored tokens enter the
     head), for more images (decay branches)."""
-    steps: int | None
-    batch_size: int | None
-    lr_peak: float | None
+    steps: int | None = None
+    batch_size: int | None = None
+    lr_peak: float | None = None
     device: Device
     """Assumed type of each device."""
     precision: str
     rates: Rates
     """Throughput of training and loading, all devices together."""
-    fit: ExecutionPlan | None
+    fit: ExecutionPlan | None = None
     """ZeRO stage, micro-batch and memory of a rank, activations included; null if no choice fits."""
     stop_s: int
     """Grace period between the signal to stop and the kill, s."""
-    disk_bytes: int
+    disk_bytes: int = 0
     """Size of the run directory: the last checkpoint, that of the stable phase, one that is being written, and the
     weights of all budgets."""
-    probes: tuple[ProbeCost, ...]
+    probes: tuple[ProbeCost, ...] = ()
     """Cost of each probe task at one budget."""
-    flops_evaluation: float
+    flops_evaluation: float = 0.0
     """FLOPs of validation and probes at all budgets and points during training, as `harness.validation.cost` and
     `harness.probe.cost` count them."""
-    points: int
+    points: int = 0
     """Number of validations during training."""
-    flops_during: float
+    flops_during: float = 0.0
     """Part of `flops_evaluation` that is spent during training."""
-    share_during: float
+    share_during: float = 0.0
     """Share of `wall_s` that evaluation during training takes, 0..1."""
-    limit: Limit
+    limit: Limit = "compute"
     """Resource that limits the speed of training."""
-    start_s: float
+    start_s: float = 0.0
     """Time of the starts of its programs, s; 0 where it was not measured."""
     training_s: float
     """Time of training, loading included, s."""
-    evaluation_s: float
+    evaluation_s: float = 0.0
     """Time of validation and probes at all budgets and points during training, s: their FLOPs at the speed of training,
     or their images at the speed of the loader, whichever takes longer."""
     wall_s: float
     """Sum of `start_s`, `training_s` and `evaluation_s`, s."""
     device_hours: float
-    cautions: tuple[Notice, ...]
+    cautions: tuple[Notice, ...] = ()
     """Cautions to read before launching."""

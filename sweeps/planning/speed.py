@@ -94,11 +94,6 @@ def _is_measurable(run: Run, context: PlanContext) -> bool:
     return not (context.device.is_gpu or context.sweep.is_for_slurm or is_stated or run.devices > 1)
 
 
-def measured_clock(config: RunConfig, run: Run, context: PlanContext) -> Clock | None:
-    """Return the times of a run that were measured here, if any."""
-    return remembered(config) if context.takes_measured and _is_measurable(run, context) else None
-
-
 def expected_rates(
     config: RunConfig, run: Run, fit: ExecutionPlan | None, context: PlanContext, lookup: DatasetLookup
 ) -> Rates:
@@ -128,7 +123,8 @@ def expected_rates(
     for source in training.data.sources:
         info = lookup(source.path)
         file_bytes += source.probability * (info.total_bytes / max(1, info.num_samples) if info else PHOTOGRAPH_BYTES)
-    if clock := measured_clock(config, run, context):
+    takes_measured = context.takes_measured and _is_measurable(run, context)
+    if takes_measured and (clock := remembered(config)):
         rate = optimiser.batch_size / clock.step_s
         return Rates(
             mfu=flops * rate / peak, flops_per_image=flops, compute_per_s=rate, loaded_per_s=math.inf, clock=clock

@@ -48,6 +48,12 @@ STOPPED: dict[ReasonClass, str] = {
 NODE_REASONS = ("node", "code", "data")
 """Reasons that a broken node may have: an error of its GPU or its driver, a folder that is not mounted."""
 
+EXIT_CODES = {
+    "finished": EXIT_FINISHED, "preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "off-track": EXIT_OFF_TRACK,
+    "failed": EXIT_CRASHED,
+}  # fmt: skip
+"""Exit code that the state in a run's status implies."""
+
 _FAILED_TASK = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: (.*)$", re.MULTILINE)
 """Words of srun about a rank that failed: its node, and how it ended."""
 _OUT_OF_MEMORY = re.compile(r"oom.?kill|exceeded .*memory limit|out.of.memory", re.IGNORECASE)
@@ -156,11 +162,9 @@ def _is_held_elsewhere(run: RunRecord, exit_code: int, claims: tuple[str, str | 
 def _rank_exit_code(run: RunRecord, attempt: int, exit_code: int, claim: str) -> int:
     """Return the exit code that the run's status implies; the program that started ranks returns one code for all."""
     status, by_signal = run.read_status(), exit_code > 128
-    if status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED)):
-        codes = {"preempted": EXIT_PREEMPTED, "diverged": EXIT_DIVERGED, "off-track": EXIT_OFF_TRACK}
-        codes |= {"failed": EXIT_CRASHED}
-        if status.state in codes:
-            return codes[status.state]
+    may_tell = status.claim == claim and (by_signal or exit_code in (EXIT_CRASHED, EXIT_PREEMPTED))
+    if may_tell and status.state != "finished" and status.state in EXIT_CODES:
+        return EXIT_CODES[status.state]
     if not by_signal:
         return exit_code
     # after one rank has failed, srun terminates the others, and returns their signal

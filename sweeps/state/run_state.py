@@ -121,15 +121,15 @@ class RunState:
         return self.state is State.PAUSED and self.status.state == "finished"
 
     @property
-    def lacks_only_evaluation(self) -> bool:
-        """Whether something is missing, and nothing is to be trained for it."""
-        return bool(self.missing) and all(each.what != "training" for each in self.missing)
+    def job_id(self) -> str | None:
+        """Slurm job of the worker that claims it, or claimed it last, if any."""
+        return self.worker.facts.get("job_id") if self.worker else None
 
     @property
     def planned_action(self) -> str:
         """What a launch does with the run, or its state."""
         if self.is_extended:
-            return "to evaluate" if self.lacks_only_evaluation else "to extend"
+            return "to extend" if any(each.what == "training" for each in self.missing) else "to evaluate"
         words = {State.NOT_STARTED: "new", State.LOST: "to resume", State.PAUSED: "to resume"}
         return words.get(self.state, "running" if self.state.active else self.state.value)
 
