@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import statistics
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from aimscale.harness.run.failures import describe_full_disk
 from aimscale.sweeps.planning.run import CostCard
 from aimscale.sweeps.slurm.commands import JobInfo
 from aimscale.sweeps.slurm.jobs import LiveJob, describe_failed_jobs, failed_jobs, live_jobs
-from aimscale.sweeps.state.planned_sweep import PlannedSweep
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, left_s, schedule_s, work_done
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import RunState, State
 
@@ -121,7 +120,7 @@ def sweep_status(planned: PlannedSweep, jobs: dict[str, JobInfo] | None = None) 
         device_hours=sum(line.device_hours for line in lines),
         device_hours_planned=sum(card.device_hours for card in cards),
         unplanned=planned.unplanned,
-        failed_jobs=tuple(describe_failed_jobs(failed_jobs(sweep, jobs) if jobs is not None and is_left else [])),
+        failed_jobs=tuple(describe_failed_jobs(failed_jobs(sweep, jobs))) if jobs is not None and is_left else (),
         num_jobs=len(live),
         disk=describe_full_disk(sweep.directory),
     )
@@ -155,38 +154,8 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
     return now, max(ends, default=None), any(slower)
 
 
-def work_done(card: CostCard, run_state: RunState) -> tuple[float, int, int]:
-    """Return the share of a run's planned images that are trained on, 0..1, the number of its (task, budget) pairs that
-    are probed, and of those that are to be."""
-    missing, num_pairs = Counter(each.what for each in run_state.missing), len(card.budgets) * len(card.probes)
-    trained = min(1.0, run_state.status.images_done / card.images_executed) if missing["training"] else 1.0
-    return trained, num_pairs - missing["probe"] - missing["training"] * len(card.probes), num_pairs
-
-
-def left_s(card: CostCard, trained: float, num_probed: int, num_pairs: int) -> float:
-    """Return the planned time of what a run has left to train and to evaluate, s, by its `work_done`."""
-    evaluated = num_probed / num_pairs if num_pairs else trained
-    return (1 - trained) * (card.start_s + card.training_s) + (1 - evaluated) * card.evaluation_s
-
-
 def _line_left_s(card: CostCard, line: RunStatus) -> float:
     return left_s(card, line.progress, line.evaluated, line.to_evaluate)
-
-
-def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:
-    """Return when each device has done its part of some runs that start in order, each as soon as it can, s.
-
-    Args:
-        free: when each device becomes free, s.
-        waiting: duration, s, and devices of each run; one that wants more devices than there are takes all.
-    """
-    ends = list(free)
-    heapq.heapify(ends)
-    for duration_s, num_devices in waiting:
-        taken = [heapq.heappop(ends) for _ in range(min(num_devices, len(ends)))]
-        for _ in taken:
-            heapq.heappush(ends, max(taken) + duration_s)
-    return ends
 
 
 def _pending_jobs(live: Sequence[LiveJob], cards: Sequence[CostCard]) -> dict[int, JobInfo]:

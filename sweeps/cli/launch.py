@@ -93,12 +93,13 @@ def launch(
         check_training_installed("launch")
     if thorough and not dry_run:
         planned.forget_notes()
-    states = planned.cleared_states() if retry else planned.states
     num_devices = 0 if place == "slurm" else local_machine(planned.longest_first, devices=devices).devices
-    print_key_values(launch_view(planned, states, num_devices))
-    num_hours = sum(planned.card(each.record.name).device_hours for each in states if each.state.startable)
-    if not dry_run and num_hours > CONFIRM_DEVICE_HOURS:
-        confirm(f"launch up to {format_number(num_hours)} device-hours{format_price(loaded, num_hours)}?", yes=yes)
+    states = planned.cleared_states() if retry else planned.states
+    left = planned.work_left(num_devices, states)
+    print_key_values(launch_view(planned, states, left))
+    if not dry_run and left and left.device_hours > CONFIRM_DEVICE_HOURS:
+        price = format_price(loaded, left.device_hours)
+        confirm(f"launch up to {format_number(left.device_hours)} device-hours{price}?", yes=yes)
     options = ["--on", on] if on else []
     options += [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
     options += [*(["--devices", str(devices)] if devices else []), *["--allow-dirty"] * allow_dirty]

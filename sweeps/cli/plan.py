@@ -181,7 +181,7 @@ def _measured(planned: PlannedSweep, *, again: bool) -> PlannedSweep:
 def _still_to_do(planned: PlannedSweep) -> list[KeyValue]:
     """Return what a launch would do with the runs that are there, and with those that the file adds."""
     num_devices = 0 if planned.sweep.is_for_slurm else local_machine(planned.runs).devices
-    lines = launch_view(planned, planned.states, num_devices)
+    lines = launch_view(planned, planned.states, planned.work_left(num_devices, planned.states))
     return [replace(line, key={"runs": "there", "cost": "to do"}.get(line.key, line.key)) for line in lines]
 
 

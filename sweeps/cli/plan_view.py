@@ -32,10 +32,9 @@ from aimscale.sweeps.planning.costs import node_host_bytes
 from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, describe_runs, group_notices
 from aimscale.sweeps.planning.speed import plan_context
 from aimscale.sweeps.planning.sweepfile import Sweep
-from aimscale.sweeps.state.planned_sweep import PlannedSweep, not_identified, totals
+from aimscale.sweeps.state.planned_sweep import PlannedSweep, WorkLeft, not_identified, totals
 from aimscale.sweeps.state.record import RunRecord
 from aimscale.sweeps.state.run_state import RunState, State
-from aimscale.sweeps.sweep_status import left_s, schedule_s, work_done
 
 if TYPE_CHECKING:
     from aimscale.harness.rehearsal.step import Rehearsal
@@ -65,7 +64,7 @@ def print_plan(
         say(key_value_text(flags, console.width))
     columns, alike = _plan_columns(cards, rehearsals or {}, sweep.unit)
     say(fitted_table(columns, cards, console.width, MAX_COLUMNS))
-    say(key_value_text(_facts(sweep, cards, alike), console.width))
+    say(key_value_text(_facts(planned, alike), console.width))
 
 
 def _flags(cards: Sequence[CostCard], problems: Sequence[Notice]) -> Iterator[KeyValue]:
@@ -97,8 +96,9 @@ def _evaluation_caution(cards: Sequence[CostCard]) -> str:
     return f"takes {100 * share:.0f} % of the time; {knob}"
 
 
-def _facts(sweep: Sweep, cards: Sequence[CostCard], alike: str) -> list[KeyValue]:
+def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
     """Return totals and assumptions as key-value lines, and what is alike in all runs."""
+    sweep, cards = planned.sweep, planned.cards
     total = totals(cards)
     hours: float = total["device_hours"]
     images, during = format_number(total["images_executed"]), total["flops_during"]
@@ -113,7 +113,7 @@ def _facts(sweep: Sweep, cards: Sequence[CostCard], alike: str) -> list[KeyValue
         longest += f", in {math.ceil(total['longest_wall_s'] / limit_s)} jobs of {format_duration(limit_s)}"
         longest += _on_more_devices(sweep, max(cards, key=lambda card: card.wall_s), limit_s)
     needed = f"{format_number(hours)} device-hours{format_price(sweep, hours)}; longest run {longest}; {stop}"
-    time = f"{_wall_time(sweep, cards)}; {needed}"
+    time = f"{_wall_time(planned)}; {needed}"
     flops = f"{total['flops_executed']:.3g} FLOPs" if total["flops_executed"] else "FLOPs not known"
     if (trainer := sweep.file.trainer) is not None:
         facts = [
@@ -157,14 +157,17 @@ def _host_memory(sweep: Sweep, cards: Sequence[CostCard]) -> str:
     return f"about {decimal(round(most))} of a node's memory: processes, loaders, a copy of the checkpoint (extra: mem)"
 
 
-def _wall_time(sweep: Sweep, cards: Sequence[CostCard]) -> str:
+def _wall_time(planned: PlannedSweep) -> str:
     """Describe the time of a whole sweep, on all devices that a launch takes."""
+    sweep, cards = planned.sweep, planned.cards
     num_devices, place, device = 1, "here", cards[0].device
     if device.is_gpu and not sweep.is_for_slurm and not local_machine([]).gpus:
         num_devices, place = max(card.run.devices for card in cards), f"of type {device.name}"
     elif not sweep.is_for_slurm:
         num_devices = local_machine([card.run for card in cards]).devices
-    return _describe_wall_time(sweep, [(card, 1.0) for card in cards], num_devices, place)
+    left = planned.work_left(num_devices)
+    assert left is not None
+    return _describe_wall_time(sweep, left, place)
 
 
 def _assumptions(cards: Sequence[CostCard], stated: float | None) -> Iterator[str]:
@@ -272,29 +275,26 @@ def _memory(card: CostCard) -> str:
     return f"{decimal(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
 
 
-def launch_view(planned: PlannedSweep, states: Sequence[RunState], num_devices: int) -> list[KeyValue]:
+def launch_view(planned: PlannedSweep, states: Sequence[RunState], left: WorkLeft | None) -> list[KeyValue]:
     """Describe what a launch will do and cost, what is there already, and what needs a person.
 
     Args:
         states: states of the runs, with failures cleared if the launch clears them.
-        num_devices: devices of this machine that it uses.
+        left: what is left of the runs that it starts, if any.
     """
     sweep = planned.sweep
     counts = Counter(each.planned_action for each in states)
     parts = ", ".join(f"{num} {action}" for action, num in counts.most_common())
     lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
-    starting = [
-        (card, left_s(card, *work_done(card, each)) / card.wall_s)
-        for card, each in zip(planned.cards, states, strict=True)
-        if each.state.startable
-    ]
-    if starting and sweep.file.trainer is not None:
-        run = starting[0][0].run
-        program = run.config.program
-        value = f"{shlex.join(program.words)} (in {program.directory}; the values of {run.run_id})"
-        lines.append(KeyValue(key="command", value=value))
-    if starting:
-        lines.append(KeyValue(key="cost", value=_cost_summary(sweep, starting, num_devices)))
+    if left is not None:
+        if sweep.file.trainer is not None:
+            run = next(each.run for each in states if each.state.startable)
+            program = run.config.program
+            value = f"{shlex.join(program.words)} (in {program.directory}; the values of {run.run_id})"
+            lines.append(KeyValue(key="command", value=value))
+        cost = f"up to {format_number(left.device_hours)} device-hours{format_price(sweep, left.device_hours)}"
+        longest = format_duration(left.longest_s)
+        lines.append(KeyValue(key="cost", value=f"{cost}; {_describe_wall_time(sweep, left)}; longest run {longest}"))
     if added := Counter(str(work) for each in states if each.is_extended for work in each.missing):
         value = some([f"{what} ({num} run{'s' if num > 1 else ''})" for what, num in added.items()])
         lines.append(KeyValue(key="added", value=value))
@@ -303,36 +303,20 @@ def launch_view(planned: PlannedSweep, states: Sequence[RunState], num_devices: 
         running = f", {num_running} of them running" if num_running else ""
         value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
         lines.append(KeyValue(key="unplanned", value=value))
-    ended = (each for each in states if each.state.over and each.state is not State.FINISHED)
-    return [*lines, *notice_lines(Notice(level=each.state, text=each.sentence).of(each.record.name) for each in ended)]
+    if ended := [each for each in states if each.state.over and each.state is not State.FINISHED]:
+        lines += notice_lines(Notice(level=each.state, text=each.sentence).of(each.record.name) for each in ended)
+    return lines
 
 
-def _cost_summary(sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int) -> str:
-    """Describe device-hours, money and time of what is left of runs that start (cards, shares)."""
-    hours = sum(share * card.device_hours for card, share in starting)
-    longest = format_duration(max(share * card.wall_s for card, share in starting))
-    return (
-        f"up to {format_number(hours)} device-hours{format_price(sweep, hours)}; "
-        f"{_describe_wall_time(sweep, starting, num_devices)}; longest run {longest}"
+def _describe_wall_time(sweep: Sweep, left: WorkLeft, place: str = "here") -> str:
+    """Describe the time to the end of runs on devices of a place, or in Slurm's jobs."""
+    several = "s" if left.num_devices > 1 else ""
+    where = (
+        f"in {left.num_devices} jobs at once"
+        if sweep.is_for_slurm
+        else f"on {left.num_devices} device{several} {place}"
     )
-
-
-def _describe_wall_time(
-    sweep: Sweep, starting: Sequence[tuple[CostCard, float]], num_devices: int, place: str = "here"
-) -> str:
-    """Describe the time to the end of runs (cards, shares) on so many devices of a place, or in Slurm's jobs."""
-    if sweep.is_for_slurm:
-        num_devices = min(len(starting), sweep.file.slurm.max_jobs)
-        where = f"in {num_devices} jobs at once"
-        needs = [(share * card.wall_s, 1) for card, share in starting]
-    else:
-        where = f"on {num_devices} device{'s' if num_devices > 1 else ''} {place}"
-        needs = [
-            (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
-            for card, share in starting
-        ]
-    longest_first = sorted(needs, key=lambda need: -need[0] * need[1])
-    return f"about {format_duration(max(schedule_s([0.0] * num_devices, longest_first)))} {where}"
+    return f"about {format_duration(left.wall_s)} {where}"
 
 
 def format_price(sweep: Sweep, device_hours: float) -> str:

@@ -94,7 +94,7 @@ def prepare_launch(planned: PlannedSweep, *, retry: bool, stop_sd: float | None 
     prepare_directory(planned.sweep, planned.runs)
     save_stop_threshold(planned.sweep, stop_sd)
     gone = [state for state in states if state.worker and (state.state is State.LOST or state.is_unlocked)]
-    job_states = slurm.job_states({state.job_id for state in gone if state.job_id})
+    job_states = slurm.job_states({state.job_id for state in gone if state.job_id}) if gone else {}
     planned.states = tuple(
         replace(state, state=State.LOST, is_unlocked=False)
         if state.is_unlocked and job_states.get(str(state.job_id)) in slurm.ENDED

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import heapq
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,19 @@ from aimscale.sweeps.planning.run import CostCard, Run
 from aimscale.sweeps.planning.sweepfile import Place, Sweep, SweepError, load_sweep
 from aimscale.sweeps.state.record import RunRecord, unplanned_runs
 from aimscale.sweeps.state.run_state import RunState, State, read_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkLeft:
+    """What is left of some runs, evaluation included."""
+
+    device_hours: float
+    longest_s: float
+    """Time of the run that takes longest, s."""
+    wall_s: float
+    """Time to the end of all of them, s, if the longest start first."""
+    num_devices: int
+    """Devices that they use; on Slurm, the jobs at the same time."""
 
 
 class PlannedSweep:
@@ -86,6 +101,38 @@ class PlannedSweep:
             for run in self.runs
         )
 
+    def work_left(self, num_devices: int, states: Sequence[RunState] | None = None) -> WorkLeft | None:
+        """Add up what is left of the runs that these states let start, or else all work of the sweep; None for no run.
+
+        Args:
+            num_devices: devices on which the runs are executed; not used of runs on Slurm.
+        """
+        shares = [(card, 1.0) for card in self.cards]
+        if states is not None:
+            both = zip(self.cards, states, strict=True)
+            shares = [
+                (card, left_s(card, *work_done(card, each)) / card.wall_s)
+                for card, each in both
+                if each.state.startable
+            ]
+        if not shares:
+            return None
+        if self.sweep.is_for_slurm:
+            num_devices = min(len(shares), self.sweep.file.slurm.max_jobs)
+            needs = [(share * card.wall_s, 1) for card, share in shares]
+        else:
+            needs = [
+                (share * card.wall_s * max(1.0, card.run.devices / num_devices), card.run.devices)
+                for card, share in shares
+            ]
+        needs.sort(key=lambda need: -need[0] * need[1])
+        return WorkLeft(
+            device_hours=sum(share * card.device_hours for card, share in shares),
+            longest_s=max(share * card.wall_s for card, share in shares),
+            wall_s=max(schedule_s([0.0] * num_devices, needs)),
+            num_devices=num_devices,
+        )
+
     def of_run(self, run_id: str) -> PlannedSweep:
         """Return the sweep with one of its runs alone.
 
@@ -119,6 +166,36 @@ def plan_sweep(name: str | Path, root: Path, place: Place | None = None, *, is_t
     """
     sweep = load_sweep(name, root)
     return PlannedSweep(sweep if place is None else sweep.with_target(place), is_thorough=is_thorough)
+
+
+def work_done(card: CostCard, run_state: RunState) -> tuple[float, int, int]:
+    """Return the share of a run's planned images that are trained on, 0..1, the number of its (task, budget) pairs that
+    are probed, and of those that are to be."""
+    missing, num_pairs = Counter(each.what for each in run_state.missing), len(card.budgets) * len(card.probes)
+    trained = min(1.0, run_state.status.images_done / card.images_executed) if missing["training"] else 1.0
+    return trained, num_pairs - missing["probe"] - missing["training"] * len(card.probes), num_pairs
+
+
+def left_s(card: CostCard, trained: float, num_probed: int, num_pairs: int) -> float:
+    """Return the planned time of what a run has left to train and to evaluate, s, by its `work_done`."""
+    evaluated = num_probed / num_pairs if num_pairs else trained
+    return (1 - trained) * (card.start_s + card.training_s) + (1 - evaluated) * card.evaluation_s
+
+
+def schedule_s(free: Sequence[float], waiting: Sequence[tuple[float, int]]) -> list[float]:
+    """Return when each device has done its part of some runs that start in order, each as soon as it can, s.
+
+    Args:
+        free: when each device becomes free, s.
+        waiting: duration, s, and devices of each run; one that wants more devices than there are takes all.
+    """
+    ends = list(free)
+    heapq.heapify(ends)
+    for duration_s, num_devices in waiting:
+        taken = [heapq.heappop(ends) for _ in range(min(num_devices, len(ends)))]
+        for _ in taken:
+            heapq.heappush(ends, max(taken) + duration_s)
+    return ends
 
 
 def totals(cards: Sequence[CostCard]) -> dict[str, Any]:

@@ -121,6 +121,21 @@ def test_a_plan_says_what_is_there_and_what_an_edited_file_adds(write_sweep: Any
     assert f"up to {format_number(left * card.device_hours)} device-hours" in said
 
 
+def test_a_launch_asks_for_the_hours_that_are_left(
+    write_sweep: Any, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("aimscale.sweeps.cli.launch.confirm", lambda question, **_: asked.append(question))
+    monkeypatch.setattr("aimscale.sweeps.cli.launch.CONFIRM_DEVICE_HOURS", 0.01)
+    cost = {"peak_tflops": 1e-6}
+    call(write_sweep(sizes=["rung-32"], budgets=[640, 1280], cost=cost), "launch")
+    sweep = write_sweep(sizes=["rung-32"], budgets=[640, 1280, 1920], cost=cost)
+    (card,) = cost_cards(sweep, plan(sweep))
+    left = 1 - (640 + 1280) / card.images_executed  # of the time, nearly all is training
+    call(sweep, "launch")
+    assert asked[1] == f"launch up to {format_number(left * card.device_hours)} device-hours?"
+
+
 def test_a_file_with_a_slurm_section_is_priced_for_where_it_is_launched(write_sweep: Any, call: Any) -> None:
     sweep = write_sweep(sizes=["rung-32"], slurm={"gpus": "h100"})
     assert "H100 (slurm.gpus)" in call(sweep, "plan")[1].replace("h100", "H100")

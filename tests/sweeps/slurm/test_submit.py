@@ -20,7 +20,8 @@ from aimscale.harness.run.provenance import find_snapshot, make_snapshot
 from aimscale.sweeps.cli.layout import format_duration
 from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.engine.slurm_worker import launch_slurm
-from aimscale.sweeps.planning.costs import SAVE_BYTES_PER_S, cost_cards
+from aimscale.sweeps.planning.aim_run import SAVE_BYTES_PER_S
+from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.slurm import commands as slurm
