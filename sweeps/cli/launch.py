@@ -94,7 +94,7 @@ def launch(
     if thorough and not dry_run:
         planned.forget_notes()
     num_devices = 0 if place == "slurm" else local_machine(planned.longest_first, devices=devices).devices
-    states = planned.cleared_states() if retry else planned.states
+    states = planned.launch_states(retry=retry)
     left = planned.work_left(num_devices, states)
     print_key_values(launch_view(planned, states, left))
     if not dry_run and left and left.device_hours > CONFIRM_DEVICE_HOURS:

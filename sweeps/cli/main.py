@@ -118,19 +118,14 @@ def _find_table(ctx: Any, param: Any, given: Any) -> Any:
         return [_find_table(ctx, param, each) for each in given]
     if (path := Path(given)).suffix not in (".yaml", ".yml") and path.is_file():
         return path  # a table: sweeps are not asked for, which would take half of the start
-    from aimscale.analysis.cli.options import NAMES
-    from aimscale.sweeps.cli.options import find_sweep, fresh_table
+    from aimscale.sweeps.cli.options import find_sweep, fresh_table, name_anywhere
     from aimscale.sweeps.planning.sweepfile import SweepError
 
     try:
         sweep = find_sweep(given, ctx.meta["root"])
     except SweepError:
         sweep = None  # the reader of tables says what is wrong
-    if sweep is None:
-        return Path(given)
-    table = fresh_table(sweep)
-    NAMES[table] = str(given) if ctx.meta["root"] == DEFAULT_ROOT else str(sweep.directory)
-    return table
+    return path if sweep is None else fresh_table(sweep, name_anywhere(sweep, given, ctx.meta["root"]))
 
 
 class LazyGroup(typer.core.TyperGroup):

@@ -53,7 +53,7 @@ def command(
     """
     from aimscale.analysis.forecasts.forecast import parse_scale
     from aimscale.analysis.next import next_runs
-    from aimscale.sweeps.cli.options import find_sweep, fresh_table
+    from aimscale.sweeps.cli.options import find_sweep, fresh_table, name_anywhere
     from aimscale.sweeps.planning.sweepfile import SweepError
 
     place = parse_scale(target, "--target")
@@ -63,15 +63,14 @@ def command(
         if write is not None:
             raise SweepError("--write makes a sweep file of a sweep; a table has none to start from")
         both = zip(sweeps, sweep_or_tables, strict=True)
-        tables = [fresh_table(each) if each else Path(given) for each, given in both]
+        tables = [fresh_table(each, name_anywhere(each, given, root)) if each else Path(given) for each, given in both]
     else:
         if write is not None and write.absolute().parent != sweep.base_dir:
             raise SweepError(
                 f"the data paths of {sweep.name} are relative to {sweep.base_dir}; write the new sweep file there, "
                 f"as --write {sweep.base_dir / write.name}"
             )
-        tables = [fresh_table(sweep)]
-        options.NAMES[tables[0]] = sweep_or_tables[0]
+        tables = [fresh_table(sweep, sweep_or_tables[0])]
     arguments = TableArguments(tables, columns, where, y)
     runs, y, _ = arguments.read_to_minimise()
     offer = _table_candidates(runs, place, y) if sweep is None else _sweep_candidates(sweep, runs.frame)

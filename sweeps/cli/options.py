@@ -78,9 +78,21 @@ def find_sweep(given: str | Path, root: Path) -> Sweep | None:
         raise
 
 
-def fresh_table(sweep: Sweep) -> Path:
-    """Collect a sweep and return its table; one that is not here or cannot be written is read as it is."""
+def name_anywhere(sweep: Sweep, given: str | Path, root: Path) -> str:
+    """Return what names a sweep to a verb that is given no `--root`: its name as it was typed, or its folder."""
+    return str(given) if root == DEFAULT_ROOT else str(sweep.directory)
+
+
+def fresh_table(sweep: Sweep, name: str) -> Path:
+    """Collect a sweep and return its table; one that is not here or cannot be written is read as it is.
+
+    Args:
+        name: what names the sweep, instead of the table, in the command to run next.
+    """
+    from aimscale.analysis.cli.options import NAMES
+
     table = sweep.directory / "results.parquet"
+    NAMES[table] = name
     if table.is_file() and not (sweep.runs_dir.is_dir() and os.access(sweep.directory, os.W_OK)):
         typer.echo(f"{table} is read as it is: its runs are not here, or its folder cannot be written", err=True)
         return table

@@ -53,7 +53,7 @@ def command(
         raise SweepError("--licence is empty; name the licence of the folder, such as CC-BY-4.0")
     if co2 is not None and watts is None:
         raise SweepError("--co2 needs --watts, the mean power of a device")
-    tables = [fresh_table(sweep)] if sweep else [Path(each) for each in sweep_or_tables]
+    tables = [fresh_table(sweep, sweep.name)] if sweep else [Path(each) for each in sweep_or_tables]
     about = About(
         title=title or (sweep.file.description or sweep.name if sweep else tables[0].stem),
         licence=licence,

@@ -22,6 +22,7 @@ from aimscale.sweeps.cli.options import (
     Root,
     SweepName,
     collect_rows,
+    name_anywhere,
     print_next,
     select_run_ids,
 )
@@ -122,7 +123,7 @@ def print_next_step(status: SweepStatus, sweep: Sweep, name: str, root: Path, *o
         if has_failed and line.status.reason_class and line.log:
             return print_next("logs", name, root, line.run_id)
     if "finished" in status.counts and status.counts.keys() <= {"finished", "damaged"}:
-        return print_next("report", name if root == DEFAULT_ROOT else str(sweep.directory))
+        return print_next("report", name_anywhere(sweep, name, root))
     if status.is_active:
         return print_next("status", name, root, "--wait")
     retry = ["--retry"] if all(line.state is State.FINISHED or line.state.retryable for line in status.runs) else []
@@ -183,7 +184,7 @@ def collect(sweep: SweepName, root: Root = DEFAULT_ROOT) -> None:
         typer.echo(f"{collected.num_baselines} baselines: {collected.table.with_name('baselines.parquet')}")
     _score_forecasts(collected.table)
     typer.echo(f"{collected.num_complete} of {collected.num_rows} rows have results: {collected.table}")
-    print_next("report", sweep if root == DEFAULT_ROOT else str(planned.sweep.directory))
+    print_next("report", name_anywhere(planned.sweep, sweep, root))
 
 
 def _score_forecasts(table: Path) -> None:

@@ -265,7 +265,7 @@ def _claim(worker: Worker, run_state: RunState, claim: Lock, *, num_devices: int
         if holder is None:
             return worker.read_state(run)
         lost_job = before.facts.get("job_id") if before and run_state.state is State.LOST else None
-        record_lost_attempt(record, before, slurm.job_states([lost_job] if lost_job else []).get(str(lost_job)))
+        record_lost_attempt(record, before, slurm.job_states([lost_job]).get(lost_job) if lost_job else None)
         run_state = read_stage(run, record, holds_claim=True)
         if not run_state.state.startable:
             return run_state

@@ -210,8 +210,7 @@ def launch_slurm(
         SweepError, DataError: as in `launch` and `submit`.
     """
     if dry_run:
-        if retry:
-            planned.states = planned.cleared_states()
+        planned.states = planned.launch_states(retry=retry)
         raise_on_problems(planned.sweep, planned.startable())
     else:
         prepare_launch(planned, retry=retry, stop_sd=stop_sd)

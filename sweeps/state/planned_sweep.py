@@ -74,10 +74,15 @@ class PlannedSweep:
         cards = sorted(self.cards, key=lambda card: (-card.device_hours, -card.flops_executed))
         return [card.run for card in cards]
 
+    def launch_states(self, *, retry: bool = False) -> tuple[RunState, ...]:
+        """Return the states from which a launch starts: with `retry`, failures and cancellations are cleared first."""
+        return tuple(
+            replace(each, state=State.PAUSED) if retry and each.state.retryable else each for each in self.states
+        )
+
     def startable(self, *, retry: bool = False) -> list[Run]:
         """Return the runs that a launch would start, longest first; with `retry`, those that it would try again too."""
-        starts = (each for each in self.states if each.state.startable or (retry and each.state.retryable))
-        run_ids = {each.record.name for each in starts}
+        run_ids = {each.record.name for each in self.launch_states(retry=retry) if each.state.startable}
         return [run for run in self.longest_first if run.run_id in run_ids]
 
     def card(self, run_id: str) -> CostCard:
@@ -144,10 +149,6 @@ class PlannedSweep:
         part = PlannedSweep(self.sweep, is_thorough=self.is_thorough)
         part.runs = runs
         return part
-
-    def cleared_states(self) -> tuple[RunState, ...]:
-        """Return the states as they are when `launch --retry` has cleared failures and cancellations."""
-        return tuple(replace(each, state=State.PAUSED) if each.state.retryable else each for each in self.states)
 
     def forget_notes(self) -> None:
         """Remove the notes that nothing is missing from runs that miss something, for workers, which trust them."""

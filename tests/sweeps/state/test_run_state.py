@@ -129,7 +129,7 @@ def test_finished_runs_are_looked_at_once(finished: Any, monkeypatch: pytest.Mon
     planned = PlannedSweep(sweep)
     states = planned.states
     monkeypatch.setattr(RunRecord, "read_status", lambda _: pytest.fail("looked at again"))
-    assert planned.look() == states == planned.cleared_states()
+    assert planned.look() == states == planned.launch_states(retry=True)
 
 
 def test_a_file_that_cannot_be_read_may_pass_and_a_damaged_one_does_not(write_sweep: Any, tmp_path: Path) -> None:
