@@ -100,7 +100,7 @@ def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
     """Return totals and assumptions as key-value lines, and what is alike in all runs."""
     sweep, cards = planned.sweep, planned.cards
     total = totals(cards)
-    hours: float = total["device_hours"]
+    num, hours = f"{total['num_runs']} with {total['num_rows']} rows", float(total["device_hours"])
     images, during = format_number(total["images_executed"]), total["flops_during"]
     limits = " and ".join(sorted({card.limit for card in cards}))
     share = f"{100 * total['share_during']:.1f} % of the time"
@@ -117,7 +117,7 @@ def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
     flops = f"{total['flops_executed']:.3g} FLOPs" if total["flops_executed"] else "FLOPs not known"
     if (trainer := sweep.file.trainer) is not None:
         facts = [
-            ("runs", f"{total['num_runs']} with {total['num_rows']} rows{alike}; each by its own command, such as"),
+            ("runs", f"{num}{f'{alike} and' if alike else '; each with'} a command of its own, such as"),
             ("command", shlex.join(cards[0].run.config.program.words)),
             ("in", cards[0].run.config.program.directory),
             ("training", f"{images} {trainer.unit}, {flops} (C = {trainer.flops})"),
@@ -129,7 +129,7 @@ def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
     epochs = f" ({_span([format_number(passes[0]), format_number(passes[-1])])} epochs)" if passes else ""
     num_tuning, share_tuning = total["num_tuning_runs"], f"{100 * total['share_tuning']:.2g} % of the sweep"
     facts = [
-        ("runs", f"{total['num_runs']} with {total['num_rows']} rows; recipe {sweep.recipe.name}{alike}"),
+        ("runs", f"{num}; recipe {sweep.recipe.name}{alike}"),
         ("training", f"{images} images{epochs}, {flops} with decay branches; limited by {limits}"),
         *[("tuning", f"{share_tuning}: {num_tuning} of the runs")] * bool(num_tuning),
         ("evaluation", f"{total['flops_evaluation']:.3g} FLOPs{beside}{apart}"),
