@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -89,27 +88,22 @@ def prepare_launch(planned: PlannedSweep, *, retry: bool, stop_sd: float | None 
     Args:
         retry, stop_sd: as in `launch`; the second holds for workers anywhere until the next launch.
     """
-    states = planned.states
     raise_on_problems(planned.sweep, planned.startable(retry=retry))
     prepare_directory(planned.sweep, planned.runs)
     save_stop_threshold(planned.sweep, stop_sd)
-    gone = [state for state in states if state.worker and (state.state is State.LOST or state.is_unlocked)]
+    gone = [state for state in planned.states if state.worker and (state.state is State.LOST or state.is_unlocked)]
     job_states = slurm.job_states({state.job_id for state in gone if state.job_id}) if gone else {}
-    planned.states = tuple(
-        replace(state, state=State.LOST, is_unlocked=False)
-        if state.is_unlocked and job_states.get(str(state.job_id)) in slurm.ENDED
-        else state
-        for state in states
-    )
-    to_close = [state.state is State.LOST or (retry and state.state.retryable) for state in planned.states]
-    for state in itertools.compress(planned.states, to_close):
-        with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
-            _close_attempt(state, job_states, retry=retry)
-    # A lost attempt may have been the last that its run has, and nothing is to be submitted for it then.
-    planned.states = tuple(
-        read_state(run, RunRecord(planned.sweep.run_dir(run.run_id))) if is_closed else state
-        for run, state, is_closed in zip(planned.runs, planned.states, to_close, strict=True)
-    )
+    states = []
+    for run, state in zip(planned.runs, planned.states, strict=True):
+        is_over = state.is_unlocked and job_states.get(str(state.job_id)) in slurm.ENDED
+        now = replace(state, state=State.LOST, is_unlocked=False) if is_over else state
+        if now.state is State.LOST or (retry and now.state.retryable):
+            with contextlib.suppress(UserError, OSError):  # a damaged directory, which the worker reports
+                _close_attempt(now, job_states, retry=retry)
+            # It may have been the last attempt that the run has, and nothing is to be submitted for it then.
+            now = read_state(run, RunRecord(planned.sweep.run_dir(run.run_id)))
+        states.append(now)
+    planned.states = tuple(states)
 
 
 def _close_attempt(state: RunState, job_states: Mapping[str, str], *, retry: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from aimscale.aim.errors import printable
 from aimscale.harness.run.files import read_file, write_text
-from aimscale.harness.run.lock import is_held, read_holder
-from aimscale.sweeps.planning.sweepfile import Sweep
+from aimscale.harness.run.lock import Lock, is_held, read_holder
+from aimscale.harness.run.timeouts import SUBMISSION_TIMEOUT_S
+from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.slurm.commands import JobInfo, submissions_file
-from aimscale.sweeps.state.record import RUN_BEGINS, WORKER_BEGINS
+from aimscale.sweeps.state.record import RUN_BEGINS, WORKER_BEGINS, write_error
+
+_log = logging.getLogger(__name__)
 
 JOB_BEGINS = "job begins on node"
 """First words of the line that the script of a job prints before anything else."""
@@ -97,6 +102,35 @@ def record_array(sweep: Sweep, array: JobArray) -> None:
     """Add an array to the sweep's record of submissions; the caller holds the lock of submissions."""
     arrays = [*submitted_arrays(sweep), array]
     write_text(submissions_file(sweep), "".join(f"{_ARRAY.dump_json(each).decode()}\n" for each in arrays))
+
+
+@contextlib.contextmanager
+def hold_submissions(sweep: Sweep) -> Iterator[None]:
+    """Hold the lock of the sweep's Slurm submissions for the block.
+
+    Raises:
+        SweepError: another launch holds it for too long, or the directory cannot be written.
+    """
+    path = sweep.directory / "slurm" / "lock"
+    lock, deadline, told = Lock(path), time.monotonic() + SUBMISSION_TIMEOUT_S, ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(sweep, error) from error
+    while not lock.take():
+        other = read_holder(path)
+        who = f"process {other.pid} on {other.host}" if other else "another process"
+        if not told:
+            _log.warning(told := f"waiting for {who}, which submits jobs of this sweep")
+        if time.monotonic() > deadline:
+            raise SweepError(
+                f"{who} submits jobs of this sweep, for more than {SUBMISSION_TIMEOUT_S:.0f} s; "
+                "end it, then launch again"
+            )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def live_jobs(sweep: Sweep, jobs: Mapping[str, JobInfo]) -> list[LiveJob]:

@@ -32,12 +32,13 @@ from aimscale.sweeps.slurm.jobs import (
     LiveJob,
     broken_nodes,
     failed_jobs,
+    hold_submissions,
     live_jobs,
     record_array,
     submitted_arrays,
 )
 from aimscale.sweeps.state.planned_sweep import PlannedSweep
-from aimscale.sweeps.state.record import RunRecord, hold_submissions
+from aimscale.sweeps.state.record import RunRecord
 
 _log = logging.getLogger(__name__)
 

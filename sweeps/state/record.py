@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import disk_sentence
 from aimscale.harness.run.files import read_file, read_object, write_json, write_text
-from aimscale.harness.run.lock import Holder, Lock, is_held, read_holder
+from aimscale.harness.run.lock import Holder, is_held, read_holder
 from aimscale.harness.run.program import PROGRAM_FILE
 from aimscale.harness.run.provenance import is_imported
-from aimscale.harness.run.timeouts import SUBMISSION_TIMEOUT_S
 from aimscale.sweeps.planning.run import Run
 from aimscale.sweeps.planning.sweepfile import SWEEP_FILE, SWEEP_RECORD, Sweep, SweepError, read_record
-
-_log = logging.getLogger(__name__)
 
 WORKER_BEGINS = "worker begins"
 """First words of the line that a Slurm job's worker prints when it begins."""
@@ -149,36 +144,8 @@ class RunRecord(RunDir):
         return max(logs, key=lambda path: int(path.stem.partition("-")[2]), default=None)
 
 
-@contextlib.contextmanager
-def hold_submissions(sweep: Sweep) -> Iterator[None]:
-    """Hold the lock of the sweep's Slurm submissions for the block.
-
-    Raises:
-        SweepError: another launch holds it for too long, or the directory cannot be written.
-    """
-    path = sweep.directory / "slurm" / "lock"
-    lock, deadline, told = Lock(path), time.monotonic() + SUBMISSION_TIMEOUT_S, ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _write_error(sweep, error) from error
-    while not lock.take():
-        other = read_holder(path)
-        who = f"process {other.pid} on {other.host}" if other else "another process"
-        if not told:
-            _log.warning(told := f"waiting for {who}, which submits jobs of this sweep")
-        if time.monotonic() > deadline:
-            raise SweepError(
-                f"{who} submits jobs of this sweep, for more than {SUBMISSION_TIMEOUT_S:.0f} s; "
-                "end it, then launch again"
-            )
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _write_error(sweep: Sweep, error: OSError) -> SweepError:
+def write_error(sweep: Sweep, error: OSError) -> SweepError:
+    """Say why a sweep's directory cannot be written."""
     where = f"cannot write into {sweep.directory} ({error.strerror}); choose another --root"
     return SweepError(disk_sentence(error) or where)
 
@@ -197,7 +164,7 @@ def prepare_directory(sweep: Sweep, runs: Sequence[Run] = ()) -> None:
         if record != values:
             write_json(directory / SWEEP_RECORD, values)
     except OSError as error:
-        raise _write_error(sweep, error) from error
+        raise write_error(sweep, error) from error
 
 
 def stage_record(sweep: Sweep, run: Run) -> RunRecord:

@@ -395,7 +395,7 @@ def test_a_launch_does_not_wait_without_bound_for_another_that_submits(
     write_sweep: Any, submitted: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     sweep = write_sweep()
-    monkeypatch.setattr("aimscale.sweeps.state.record.SUBMISSION_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("aimscale.sweeps.slurm.jobs.SUBMISSION_TIMEOUT_S", 0.1)
     sweep.directory.mkdir(parents=True)
     with (
         hold_lock(sweep.directory / "slurm" / "lock"),
