@@ -134,10 +134,7 @@ def time_left(cards: Sequence[CostCard], lines: Sequence[RunStatus]) -> tuple[li
     Returns:
         The lines; the time of the sweep, s, None if no device is in use; and whether a pace is measured.
     """
-    slower = [
-        card.images_executed / card.training_s / pace if (pace := line.status.images_per_s) else None
-        for card, line in zip(cards, lines, strict=True)
-    ]
+    slower = [card.slowdown(line.status.images_per_s) for card, line in zip(cards, lines, strict=True)]
     usual = statistics.median([entry for entry in slower if entry] or [1.0])
     now: list[RunStatus] = []
     waiting: list[tuple[float, float, int]] = []
@@ -209,8 +206,9 @@ def _inspect_files(line: RunStatus, run_state: RunState, card: CostCard, pending
         for row in [*(record.read_curve() if is_held else []), *rows]
         if row.get("val_loss")
     }
-    stages = [RunRecord(record.root), RunRecord(record.root).evaluation]
-    spent = sum(each.get("device_hours", 0.0) for stage in stages for each in stage.read_attempts())
+    other_stage = RunRecord(record.root) if run.stage == "evaluate" else record.evaluation
+    attempts = (*run_state.attempts, *other_stage.read_attempts())
+    spent = sum(each.get("device_hours", 0.0) for each in attempts)
     progress, evaluated, to_evaluate = work_done(card, run_state)
     return replace(
         line,

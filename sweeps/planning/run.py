@@ -322,3 +322,7 @@ class CostCard:
     device_hours: float
     cautions: tuple[Notice, ...] = ()
     """Cautions to read before launching."""
+
+    def slowdown(self, images_per_s: float | None) -> float | None:
+        """Return how many times longer training takes at a measured speed than planned; None without one."""
+        return self.images_executed / self.training_s / images_per_s if images_per_s else None

@@ -120,8 +120,7 @@ def time_limit_min(planned: PlannedSweep, runs: Sequence[Run], num_jobs: int) ->
     for card in (planned.card(run.run_id) for run in runs):
         record, slower = RunRecord(planned.sweep.run_dir(card.run.run_id)), 1.0
         if record.read_attempts():
-            pace = record.read_status().images_per_s
-            slower = max(1.0, card.images_executed / card.training_s / pace) if pace else float("inf")
+            slower = max(1.0, card.slowdown(record.read_status().images_per_s) or float("inf"))
         walls.append(slower * card.wall_s)
     needed_s = TIME_FACTOR * max(*walls, sum(walls) / num_jobs) + max(run.grace_s for run in runs)
     return math.ceil(min(planned.sweep.file.slurm.time_limit_min, max(SHORTEST_LIMIT_MIN, needed_s / 60)))
