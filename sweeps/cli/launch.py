@@ -12,7 +12,7 @@ import typer
 
 from aimscale.aim.errors import check_training_installed
 from aimscale.harness.run.directory import EXIT_PREEMPTED
-from aimscale.sweeps.cli.layout import KeyValue, format_number, print_key_values
+from aimscale.sweeps.cli.layout import format_number, print_key_values
 from aimscale.sweeps.cli.options import EXIT_INTERRUPTED, On, Root, SweepName, Yes, confirm, print_next, select_run_ids
 from aimscale.sweeps.cli.plan_view import format_price, launch_view
 from aimscale.sweeps.cli.status_view import pause_s, show_status
@@ -23,6 +23,7 @@ from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.engine.worker import LaunchResult, Report, Worker, print_events
 from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.checks import raise_on_problems
+from aimscale.sweeps.planning.run import Notice
 from aimscale.sweeps.planning.sweepfile import SweepError
 from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep
 from aimscale.sweeps.state.run_state import State
@@ -189,11 +190,11 @@ def print_result(result: LaunchResult) -> None:
         "stopped": result.stopped,
     }
     counts = ", ".join(f"{len(runs)} {how}" for how, runs in ended.items() if runs or how == "finished")
-    lines = [KeyValue(key="launched", value=f"{lead}{counts}")]
+    lines = [Notice(key="launched", text=f"{lead}{counts}")]
     if skipped := Counter(each.state for each in result.skipped):
-        lines.append(KeyValue(key="skipped", value=", ".join(f"{num} {state}" for state, num in skipped.items())))
+        lines.append(Notice(key="skipped", text=", ".join(f"{num} {state}" for state, num in skipped.items())))
     reasons = dict.fromkeys(each.reason for each in result.skipped if each.state is State.DAMAGED)
-    lines += [KeyValue(key="damaged", value=reason) for reason in reasons]
+    lines += [Notice(key="damaged", text=reason) for reason in reasons]
     print_key_values(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,18 +59,7 @@ def format_duration(seconds: float | None) -> str:
     return f"{seconds}s"
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeyValue:
-    """Line of a key and a value."""
-
-    key: str
-    """Key; blank where the line above continues."""
-    value: str
-    level: str = ""
-    """Word before the key, as `Notice.level`, which calls attention to the line."""
-
-
-def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
+def key_value_text(lines: Sequence[Notice], width: int) -> Text:
     """Align keys and values in two columns; values wider than the terminal break between words."""
     widest, level = (max(len(getattr(line, name)) for line in lines) for name in ("key", "level"))
     indent = widest + 2 + (level + 2 if level else 0)
@@ -79,12 +68,12 @@ def key_value_text(lines: Sequence[KeyValue], width: int) -> Text:
         if level:
             text.append(f"{line.level:<{level}}  ", style=style_of(line.level))
         text.append(f"{line.key:<{widest}}  ", style="" if level else "bold")
-        parts = textwrap.wrap(line.value, max(width - indent, 30), break_long_words=False, break_on_hyphens=False)
+        parts = textwrap.wrap(line.text, max(width - indent, 30), break_long_words=False, break_on_hyphens=False)
         text.append(f"\n{' ' * indent}".join(parts) + ("\n" if i + 1 < len(lines) else ""))
     return text
 
 
-def print_key_values(lines: Sequence[KeyValue]) -> None:
+def print_key_values(lines: Sequence[Notice]) -> None:
     """Print lines, those that call attention after the others."""
     console = new_console()
     for part in ([line for line in lines if not line.level], [line for line in lines if line.level]):
@@ -92,13 +81,13 @@ def print_key_values(lines: Sequence[KeyValue]) -> None:
             console.print(key_value_text(part, console.width), highlight=False, soft_wrap=True)
 
 
-def notice_lines(notices: Iterable[Notice]) -> list[KeyValue]:
-    """Return a line for each notice, equal ones once, with its run or the number of its runs."""
+def notice_lines(notices: Iterable[Notice]) -> list[Notice]:
+    """Return a line for each notice, equal ones once, whose key is its run or the number of its runs."""
     return [
-        KeyValue(
-            level=notice.level,
+        replace(
+            notice,
             key=notice.run_ids[0] if len(notice.run_ids) == 1 else f"{len(notice.run_ids)} runs",
-            value=printable(notice.text).replace("\n", " "),
+            text=printable(notice.text).replace("\n", " "),
         )
         for notice in group_notices(notices)
     ]

@@ -16,14 +16,14 @@ from rich.filesize import decimal
 from aimscale.aim.config import RELEASED_SIZES, known_sizes, model_config
 from aimscale.aim.cost import param_count
 from aimscale.sweeps.cli.init import write_suggestion
-from aimscale.sweeps.cli.layout import Column, KeyValue, fitted_table, format_number, new_console, print_key_values
+from aimscale.sweeps.cli.layout import Column, fitted_table, format_number, new_console, print_key_values
 from aimscale.sweeps.cli.options import AsJson, On, Root, SweepName, print_next, select_run_ids
 from aimscale.sweeps.cli.plan_view import launch_view, print_plan
 from aimscale.sweeps.cli.sweep import print_next_step
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.checks import check, raise_on_problems
-from aimscale.sweeps.planning.run import CostCard
+from aimscale.sweeps.planning.run import CostCard, Notice
 from aimscale.sweeps.planning.speed import measure_here
 from aimscale.sweeps.planning.sweepfile import SweepError
 from aimscale.sweeps.state.planned_sweep import PlannedSweep, plan_sweep, to_json
@@ -178,7 +178,7 @@ def _measured(planned: PlannedSweep, *, again: bool) -> PlannedSweep:
     return planned
 
 
-def _still_to_do(planned: PlannedSweep) -> list[KeyValue]:
+def _still_to_do(planned: PlannedSweep) -> list[Notice]:
     """Return what a launch would do with the runs that are there, and with those that the file adds."""
     num_devices = 0 if planned.sweep.is_for_slurm else local_machine(planned.runs).devices
     lines = launch_view(planned, planned.states, planned.work_left(num_devices, planned.states))

@@ -18,7 +18,6 @@ from aimscale.analysis.laws import CHINCHILLA
 from aimscale.harness.device.gpu_specs import DECODED_PER_S
 from aimscale.sweeps.cli.layout import (
     Column,
-    KeyValue,
     axis_columns,
     fitted_table,
     format_duration,
@@ -29,7 +28,7 @@ from aimscale.sweeps.cli.layout import (
 )
 from aimscale.sweeps.engine.devices import local_machine
 from aimscale.sweeps.planning.costs import node_host_bytes
-from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, describe_runs, group_notices
+from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, caution, describe_runs, group_notices
 from aimscale.sweeps.planning.speed import plan_context
 from aimscale.sweeps.planning.sweepfile import Sweep
 from aimscale.sweeps.state.planned_sweep import PlannedSweep, WorkLeft, not_identified, totals
@@ -67,17 +66,15 @@ def print_plan(
     say(key_value_text(_facts(planned, alike), console.width))
 
 
-def _flags(cards: Sequence[CostCard], problems: Sequence[Notice]) -> Iterator[KeyValue]:
-    for notice in (*problems, *group_notices(caution for card in cards for caution in card.cautions)):
+def _flags(cards: Sequence[CostCard], problems: Sequence[Notice]) -> Iterator[Notice]:
+    for notice in (*problems, *group_notices(each for card in cards for each in card.cautions)):
         runs = describe_runs(notice.run_ids, len(cards))
-        yield KeyValue(level=notice.level, key=notice.key, value=f"{notice.text} ({runs})")
+        yield replace(notice, text=f"{notice.text} ({runs})")
     if evaluation := _evaluation_caution(cards):
-        yield KeyValue(level="warn", key="evaluation", value=evaluation)
+        yield caution("evaluation", evaluation)
     if lost := not_identified(cards):
         words = f"{', '.join(lost)} of {CHINCHILLA.formula} are not identified"
-        yield KeyValue(
-            level="warn", key="fit", value=f"{words}: take three values each of N and D, in all tables together"
-        )
+        yield caution("fit", f"{words}: take three values each of N and D, in all tables together")
 
 
 def _evaluation_caution(cards: Sequence[CostCard]) -> str:
@@ -96,7 +93,7 @@ def _evaluation_caution(cards: Sequence[CostCard]) -> str:
     return f"takes {100 * share:.0f} % of the time; {knob}"
 
 
-def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
+def _facts(planned: PlannedSweep, alike: str) -> list[Notice]:
     """Return totals and assumptions as key-value lines, and what is alike in all runs."""
     sweep, cards = planned.sweep, planned.cards
     total = totals(cards)
@@ -124,7 +121,7 @@ def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
             ("time", time),
             *zip(("assumed", "", ""), _program_assumptions(cards), strict=False),
         ]
-        return [KeyValue(key=key, value=value) for key, value in facts]
+        return [Notice(key=key, text=value) for key, value in facts]
     passes = sorted(budget.epochs for card in cards for budget in card.budgets if budget.epochs is not None)
     epochs = f" ({_span([format_number(passes[0]), format_number(passes[-1])])} epochs)" if passes else ""
     num_tuning, share_tuning = total["num_tuning_runs"], f"{100 * total['share_tuning']:.2g} % of the sweep"
@@ -138,7 +135,7 @@ def _facts(planned: PlannedSweep, alike: str) -> list[KeyValue]:
         *[("host", _host_memory(sweep, cards))] * sweep.is_for_slurm,
         *zip(("assumed", "", ""), _assumptions(cards, sweep.file.cost.mfu), strict=True),
     ]
-    return [KeyValue(key=key, value=value) for key, value in facts]
+    return [Notice(key=key, text=value) for key, value in facts]
 
 
 def _on_more_devices(sweep: Sweep, card: CostCard, limit_s: float) -> str:
@@ -275,7 +272,7 @@ def _memory(card: CostCard) -> str:
     return f"{decimal(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
 
 
-def launch_view(planned: PlannedSweep, states: Sequence[RunState], left: WorkLeft | None) -> list[KeyValue]:
+def launch_view(planned: PlannedSweep, states: Sequence[RunState], left: WorkLeft | None) -> list[Notice]:
     """Describe what a launch will do and cost, what is there already, and what needs a person.
 
     Args:
@@ -285,24 +282,24 @@ def launch_view(planned: PlannedSweep, states: Sequence[RunState], left: WorkLef
     sweep = planned.sweep
     counts = Counter(each.planned_action for each in states)
     parts = ", ".join(f"{num} {action}" for action, num in counts.most_common())
-    lines = [KeyValue(key="runs", value=f"{len(states)}: {parts}")]
+    lines = [Notice(key="runs", text=f"{len(states)}: {parts}")]
     if left is not None:
         if sweep.file.trainer is not None:
             run = next(each.run for each in states if each.state.startable)
             program = run.config.program
             value = f"{shlex.join(program.words)} (in {program.directory}; the values of {run.run_id})"
-            lines.append(KeyValue(key="command", value=value))
+            lines.append(Notice(key="command", text=value))
         cost = f"up to {format_number(left.device_hours)} device-hours{format_price(sweep, left.device_hours)}"
         longest = format_duration(left.longest_s)
-        lines.append(KeyValue(key="cost", value=f"{cost}; {_describe_wall_time(sweep, left)}; longest run {longest}"))
+        lines.append(Notice(key="cost", text=f"{cost}; {_describe_wall_time(sweep, left)}; longest run {longest}"))
     if added := Counter(str(work) for each in states if each.is_extended for work in each.missing):
         value = some([f"{what} ({num} run{'s' if num > 1 else ''})" for what, num in added.items()])
-        lines.append(KeyValue(key="added", value=value))
+        lines.append(Notice(key="added", text=value))
     if others := planned.unplanned:
         num_running = sum(RunRecord(sweep.run_dir(name)).is_held() for name in others)
         running = f", {num_running} of them running" if num_running else ""
         value = f"{len(others)} run directories{running}, such as {others[0]}; they stay as they are"
-        lines.append(KeyValue(key="unplanned", value=value))
+        lines.append(Notice(key="unplanned", text=value))
     if ended := [each for each in states if each.state.over and each.state is not State.FINISHED]:
         lines += notice_lines(Notice(level=each.state, text=each.sentence).of(each.record.name) for each in ended)
     return lines

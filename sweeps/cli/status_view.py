@@ -19,7 +19,6 @@ from rich.text import Text
 from aimscale.analysis.display import MFU
 from aimscale.sweeps.cli.layout import (
     Column,
-    KeyValue,
     axis_columns,
     fitted_table,
     format_duration,
@@ -47,8 +46,8 @@ CONSTANT_LOSS = 1.0
 def status_view(status: SweepStatus, width: int, *, every_run: bool = False) -> Group:
     """Lay out `aimscale status`: the summary, what needs attention, and runs, or groups of them if they are many."""
     parts: list[Any] = [key_value_text(status_summary(status), width)]
-    failed_jobs = [KeyValue(level="failed", key="jobs", value=reason) for reason in status.failed_jobs]
-    failed_jobs += [KeyValue(level="failed", key="disk", value=status.disk)] if status.disk else []
+    failed_jobs = [Notice(level="failed", key="jobs", text=reason) for reason in status.failed_jobs]
+    failed_jobs += [Notice(level="failed", key="disk", text=status.disk)] if status.disk else []
     notices = (notice.of(line.run_id) for line in status.runs if (notice := _notice(line)))
     if flags := [*failed_jobs, *notice_lines(notices)]:
         parts.append(key_value_text(flags, width))
@@ -171,7 +170,7 @@ def _notice(line: RunStatus) -> Notice | None:
     return None
 
 
-def status_summary(status: SweepStatus) -> list[KeyValue]:
+def status_summary(status: SweepStatus) -> list[Notice]:
     """Summarise the sweep in key-value lines."""
     facts = [("runs", f"{len(status.runs)}: {_count_states(status.runs)}"), ("done", _progress_text(status))]
     if status.eta_s is not None:
@@ -180,7 +179,7 @@ def status_summary(status: SweepStatus) -> list[KeyValue]:
     facts.append(("spent", f"{status.device_hours:.3g} of {status.device_hours_planned:.3g} planned device-hours"))
     if status.unplanned:
         facts.append(("unplanned", f"{len(status.unplanned)} run directories of an earlier sweep file"))
-    return [KeyValue(key=key, value=value) for key, value in facts]
+    return [Notice(key=key, text=value) for key, value in facts]
 
 
 def _progress_text(status: SweepStatus) -> str:

@@ -37,13 +37,14 @@ def new_once() -> Once:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """Sentence about some runs."""
+    """What is said of a sweep or some of its runs: a line of a key and a text."""
 
-    level: str
-    """Word that opens its line: `fail` and `warn` of a plan, else a state of runs or `unstable`, `data-bound`."""
     text: str
     key: str = ""
-    """Key of the sweep file to change, if it is about the file."""
+    """What it is about, such as the key of the sweep file to change; blank where the line above continues."""
+    level: str = ""
+    """Word that opens its line and calls attention: `fail` and `warn` of a plan, else a state of runs or `unstable`,
+    `data-bound`; empty for a plain fact."""
     run_ids: tuple[str, ...] = ()
 
     def of(self, run_id: str) -> Notice:

@@ -166,5 +166,5 @@ def test_launch_and_status_say_the_same_of_a_run(write_sweep: Any) -> None:
     assert sentences[0] == "nan: loss is NaN; `aimscale launch --retry` resumes it"
     assert sentences[1] == "`aimscale launch --retry` resumes it"
     assert str(damaged.status) in sentences[2]
-    assert [line.value for line in launch_view(planned, planned.states, None) if line.level] == sentences
+    assert [line.text for line in launch_view(planned, planned.states, None) if line.level] == sentences
     assert [line.status.reason for line in sweep_status(planned).runs] == sentences
