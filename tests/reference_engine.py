@@ -14,7 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions

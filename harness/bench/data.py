@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from aimscale.harness.data.images import kernel_threads
 from aimscale.harness.data.random_access import make_key, random_uniform
 from aimscale.harness.data.store.bundled import photograph_crops, photographs
-from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, write_dataset
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import TrainStream

@@ -10,7 +10,7 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
-from aimscale.harness.data.stream.base import Batch, masks
+from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.execution import execution_plan
 from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.peak import device_name, measure_peak, utilisation

@@ -230,7 +230,7 @@ def index(
     """Read every shard once and write index.parquet and dataset.json."""
     from aimscale.harness.data import DataError
     from aimscale.harness.data.store.indexing import expand_shards, index_shards
-    from aimscale.harness.data.store.remote import is_url
+    from aimscale.harness.data.store.shards import is_url
 
     location, names = expand_shards(shards)
     if is_url(location) and out is None:

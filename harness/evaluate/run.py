@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from aimscale.harness.data.store.index import DataError, ShardDataset, open_dataset
-from aimscale.harness.data.store.overlap import refuse_overlap
+from aimscale.harness.data.stream.order import refuse_overlap
 from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.job import Job, Ranks, execute_with, join_ranks

@@ -14,7 +14,7 @@ import torch
 from aimscale.aim.errors import did_you_mean
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_model
-from aimscale.harness.data.store.decoding import kernel_threads
+from aimscale.harness.data.images import kernel_threads
 from aimscale.harness.distributed.group import ALONE, Group, choose_device, find_placement, start_group, stop_group
 from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aimscale.aim.config import ModelConfig
-from aimscale.harness.data.stream.base import Batch, masks
+from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.memory import Precision, whole_values
 from aimscale.harness.rehearsal.fake import fake_rank
 from aimscale.harness.run.config import OptimiserSection

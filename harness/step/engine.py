@@ -22,7 +22,7 @@ from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.cost import param_count
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions, deepspeed_config, make_optimiser, place_partitioned

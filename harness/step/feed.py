@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import refuse_bad
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group, tag_failed_rank
 
 T = TypeVar("T")

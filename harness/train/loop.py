@@ -15,9 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import free_shared_bytes, train_batches
-from aimscale.harness.data.stream.stream import open_stream
+from aimscale.harness.data.stream.stream import Batch, open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
 from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s

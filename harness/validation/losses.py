@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from aimscale.aim.model import AIM
+from aimscale.harness.data.images import normalise
 from aimscale.harness.data.store.dataset_info import require_images
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.data.stream.held_out import EvalImages, decoded_ahead, validation_prefixes
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.distributed.group import Group

@@ -107,7 +107,7 @@ def _check_stream(once: Once, data: DataSection, channels: int) -> list[Notice]:
 
     notices = _check_call("model.channels", require_channels, channels)
     if data.is_unindexed:
-        from aimscale.harness.data.stream.unindexed import shard_urls
+        from aimscale.harness.data.store.tars import shard_urls
 
         return notices + _check_call("data.sources", shard_urls, data.sources[0].path)
     infos = [read_info(source.path) for source in data.sources]
@@ -121,7 +121,7 @@ def _check_validation(once: Once, data: DataSection, section: ValidationSection)
     held_out, missing = once(_open, section.path)
     if missing:
         return [problem("validation.path", missing)]
-    from aimscale.harness.data.store.overlap import refuse_overlap
+    from aimscale.harness.data.stream.order import refuse_overlap
 
     info = read_info(section.path)
     asked = section.num_images, data.max_bad_fraction

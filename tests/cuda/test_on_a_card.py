@@ -18,9 +18,8 @@ from torch.profiler import profile
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import TrainStream
+from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.device.memory import WORKSPACE_BYTES, held_bytes, kept_bytes_per_image
 from aimscale.harness.distributed.group import ALONE, Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection, run_config

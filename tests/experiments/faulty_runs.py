@@ -19,8 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.data.stream.stream import open_stream
+from aimscale.harness.data.stream.stream import Batch, open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.schedule import Schedule

@@ -25,11 +25,10 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.data import CROP_SIZE, photograph_jpegs, stream_config
 from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.images import draw_boxes, kernel_threads
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.bundled import photograph_crops
-from aimscale.harness.data.store.decoding import kernel_threads
 from aimscale.harness.data.store.pack import write_dataset
-from aimscale.harness.data.stream.augment import draw_boxes
 from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.distributed.group import find_placement, start_group
 from aimscale.harness.run.config import OptimiserSection

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
-from aimscale.harness.data.stream import augment
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.images import _moments
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import ALONE, Group, find_placement
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions, make_optimiser
@@ -163,11 +163,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
     monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: hasattr(tensor, "_pinned"))
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    augment._moments.cache_clear()
+    _moments.cache_clear()
     WAITS.clear()
     with Gpu():
         yield Group(find_placement({}), GPU, None)
-    augment._moments.cache_clear()
+    _moments.cache_clear()
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 

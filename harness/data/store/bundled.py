@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from aimscale.harness.data.images import decode, kernel_threads
 from aimscale.harness.data.random_access import make_key, permute, random_uniform
-from aimscale.harness.data.store.decoding import decode, kernel_threads
 from aimscale.harness.data.store.pack import PackedImage, new_folder, write_dataset
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.tar")

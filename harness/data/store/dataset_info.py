@@ -16,6 +16,7 @@ from typing import Any
 
 from aimscale.aim.errors import some
 from aimscale.harness.data import DataError
+from aimscale.harness.data.store.shards import read_bytes
 from aimscale.harness.run.config import UNINDEXED, RunConfig
 from aimscale.harness.run.files import read_file
 
@@ -112,8 +113,6 @@ def read_info(path: str) -> DatasetInfo:
     where = f"{path.rstrip('/')}/{DATASET_FILE}"
     try:
         if "://" in path:
-            from aimscale.harness.data.store.remote import read_bytes  # fsspec is slow to import
-
             return DatasetInfo.from_json(read_bytes(where), where)
         stat = os.stat(where)
         return _read_file(where, stat.st_ino, stat.st_mtime_ns, stat.st_size)

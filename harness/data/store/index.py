@@ -20,8 +20,7 @@ import numpy.typing as npt
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64
 from aimscale.harness.data.store.dataset_info import INDEX_FILE, DatasetInfo, image_checksum, read_info
-from aimscale.harness.data.store.remote import is_url, join, open_file
-from aimscale.harness.data.store.shards import ByteRange, Reader, cached_files, open_reader
+from aimscale.harness.data.store.shards import ByteRange, Reader, cached_files, is_url, join, open_file, open_reader
 from aimscale.harness.run.files import check_file
 
 if TYPE_CHECKING:
@@ -196,13 +195,15 @@ class ShardDataset:
         """Read some image files, in that order."""
         images = []
         for i, (name, offset, size) in zip(samples, self.byte_ranges(samples), strict=True):
-            shard = join(self.location, name)
             try:
                 data = self._reader.read(name, offset, size)
             except OSError as error:
+                shard = join(self.location, name)
                 raise DataError(f"cannot read shard {shard} ({error}); restore it or index again") from error
             if len(data) != size:
-                raise DataError(f"shard {shard} is truncated: {self.describe(int(i))} ends after its last byte")
+                raise DataError(
+                    f"shard {join(self.location, name)} is truncated: {self.describe(int(i))} ends after its last byte"
+                )
             images.append(data)
         return images
 
@@ -226,7 +227,7 @@ class ShardDataset:
         """
         import torch  # a plan opens data sets, on machines that have neither torch nor a decoder of images
 
-        from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+        from aimscale.harness.data.images import UndecodableImageError, decode
 
         cache, problems = self._pixel_cache(channels), dict[int, str]()
         fresh = np.arange(len(samples)) if cache is None else np.flatnonzero(~cache.known[samples])

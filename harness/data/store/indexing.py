@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.images import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.dataset_info import (
     DATASET_FILE,
     INDEX_FILE,
@@ -31,10 +32,9 @@ from aimscale.harness.data.store.dataset_info import (
     DatasetInfo,
     image_checksum,
 )
-from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS, UndecodableImageError, decode
 from aimscale.harness.data.store.index import COLUMNS
 from aimscale.harness.data.store.processes import map_in_processes
-from aimscale.harness.data.store.remote import filesystem_of, is_url, join, open_file, with_retries
+from aimscale.harness.data.store.shards import filesystem_of, is_url, join, open_file, with_retries
 from aimscale.harness.data.store.tars import Members, expand_braces, read_samples
 from aimscale.harness.run.files import new_partial_dir, publish_dir, write_text
 

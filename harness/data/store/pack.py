@@ -26,15 +26,15 @@ import webdataset
 from PIL import Image
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum
-from aimscale.harness.data.store.decoding import (
+from aimscale.harness.data.images import (
     IMAGE_EXTENSIONS,
     UndecodableImageError,
     decode,
     is_transparent,
     resize_shorter_side,
 )
+from aimscale.harness.data.random_access import make_key, permute
+from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
 from aimscale.harness.data.store.parquet import EncodedImage, EncodedImages, walk_files
 from aimscale.harness.data.store.processes import map_in_processes

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.decoding import IMAGE_EXTENSIONS
+from aimscale.harness.data.images import IMAGE_EXTENSIONS
 from aimscale.harness.data.store.indexing import Progress
 
 ENDING = ".parquet"

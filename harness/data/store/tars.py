@@ -10,11 +10,13 @@ import math
 import re
 import tarfile
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import IO, Self
 
-import webdataset
-
 from aimscale.harness.data import DataError
+from aimscale.harness.data.images import IMAGE_EXTENSIONS
+from aimscale.harness.data.store.shards import is_url, open_file
+from aimscale.harness.run.config import UNINDEXED
 
 Members = dict[str, tuple[int, bytes]]
 """Extension, in lower case -> offset of the file in the tar, and its bytes."""
@@ -78,7 +80,31 @@ def expand_braces(pattern: str) -> list[str]:
     ranges = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
         raise DataError(f"{pattern[:80]} names more than {MAX_SHARDS:,} shards; give the numbers that there are")
+    import webdataset  # slow to import
+
     try:
         return list(webdataset.shardlists.expand_urls(pattern))
     except (ValueError, KeyError) as error:
         raise DataError(f"{pattern[:80]} names no shards ({error}); write NAME-{{000..123}}.tar") from error
+
+
+def shard_urls(path: str) -> list[str]:
+    """Return the shards that a `wds://` path names; DataError if one is a relative path, or there is none."""
+    urls = expand_braces(path.removeprefix(UNINDEXED))
+    for url in urls:
+        if not is_url(url) and not (url.startswith("/") and Path(url).is_file()):
+            raise DataError(f"{path}: there is no shard {url}; give an absolute path or a URL after {UNINDEXED}")
+    return urls
+
+
+def read_images(url: str) -> Iterator[tuple[str, bytes]]:
+    """Yield names and images of the samples of a shard."""
+    key = None
+    try:
+        with open_file(url) as file:
+            for key, members in read_samples(file, IMAGE_EXTENSIONS):
+                yield f"{url}: {key}", next((members[each][1] for each in IMAGE_EXTENSIONS if each in members), b"")
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"shard {url} cannot be read ({error}); restore it, or leave it out of the braces") from error
+    if key is None:
+        raise DataError(f"shard {url} holds no samples; leave it out of the braces")

@@ -17,11 +17,10 @@ import torch
 
 from aimscale.aim.errors import some
 from aimscale.harness.data import DataError, refuse_bad
+from aimscale.harness.data.images import SMALL_SIDE, crop_centre
 from aimscale.harness.data.random_access import make_key, random_uniform
-from aimscale.harness.data.store.decoding import crop_centre
 from aimscale.harness.data.store.index import ShardDataset, require_channels
-from aimscale.harness.data.stream.augment import SMALL_SIDE
-from aimscale.harness.data.stream.base import masks
+from aimscale.harness.data.stream.stream import masks
 
 _log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from collections.abc import Generator, Iterable, Iterator
 import torch
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.decoding import kernel_threads
+from aimscale.harness.data.images import kernel_threads
 from aimscale.harness.data.store.processes import map_in_processes
-from aimscale.harness.data.stream.base import Batch, Stream
+from aimscale.harness.data.stream.stream import Batch, Stream
 from aimscale.harness.run.timeouts import BATCH_TIMEOUT_S
 
 _log = logging.getLogger(__name__)

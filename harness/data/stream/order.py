@@ -2,27 +2,28 @@
 
 Sources are interleaved by quota: after p positions, a source of probability q has taken p q images, within one. Each
 source is traversed epoch by epoch; every epoch is a fresh shuffle of the same U images, which reads shards one after
-another, some of them side by side.
+another, some of them side by side. No held-out image may be among them (`refuse_overlap`), by the checksums in indexes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.random_access import I64, U64, make_key, permute, random_bits
 from aimscale.harness.data.store.dataset_info import DatasetInfo, require_usable
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.store.overlap import refuse_overlap
-from aimscale.harness.data.store.remote import is_url
+from aimscale.harness.data.store.shards import is_url
 
 if TYPE_CHECKING:
     from aimscale.harness.run.config import DataSection, RunConfig, SourceSection
+
 
 _HALF = np.uint64(32)
 _SHARDS_AHEAD = 8  # shards that are fetched before they are needed
@@ -205,3 +206,53 @@ def unique_per_source(data: DataSection, infos: Sequence[DatasetInfo]) -> list[i
                 "probabilities"
             )
     return counts
+
+
+_TABLE_BITS = 24  # of the checksums; one lookup in the table rules out almost all images
+
+BLOCK_ROWS = 1 << 16
+"""Rows of the index that are read at once."""
+
+
+def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:
+    """Raise DataError if an image of the whole training data, whatever subset a run uses, is held out, by checksums of
+    files."""
+    for pool in pools:
+        if shared := list(shared_images(pool, held_out)):
+            number, (samples, partners) = sum(len(samples) for samples, _ in shared), shared[0]
+            raise DataError(
+                f"{number} training images of {pool.path} are validation images of {held_out.path} too, first "
+                f"{pool.describe(int(samples[0]))} = {held_out.describe(int(partners[0]))}; take them out of one side "
+                "and index it again"
+            )
+
+
+def count_shared(pool: ShardDataset, held_out: ShardDataset) -> int:
+    """Count the usable held-out images that a pool holds too, byte for byte."""
+    checksums = held_out.index.checksum
+    parts = [checksums[partners] for _, partners in shared_images(pool, held_out)]
+    is_shared = np.isin(checksums, np.concatenate([checksums[:0], *parts]))
+    is_shared[held_out.index.bad] = False
+    return int(is_shared.sum())
+
+
+def shared_images(pool: ShardDataset, held_out: ShardDataset) -> Iterator[tuple[I64, I64]]:
+    """Yield the usable images of a pool that are held out too, and the held-out samples that are the same files; reads
+    no image, and holds a block of the index in memory at a time."""
+    order = np.argsort(held_out.index.checksum)
+    wanted = held_out.index.checksum[order]
+    table = np.zeros(1 << _TABLE_BITS, dtype=bool)
+    table[_low_bits(wanted)] = True
+    for first in range(0, len(pool) if len(wanted) else 0, BLOCK_ROWS):
+        checksums = pool.index.checksum[first : first + BLOCK_ROWS]
+        likely = np.flatnonzero(table[_low_bits(checksums)])
+        nearest = np.minimum(np.searchsorted(wanted, checksums[likely]), len(wanted) - 1)
+        same = wanted[nearest] == checksums[likely]
+        if same.any():  # few blocks share an image, and searching many bad samples takes long
+            same &= ~np.isin(first + likely, pool.index.bad)
+        if same.any():
+            yield first + likely[same], order[nearest[same]]
+
+
+def _low_bits(checksums: npt.NDArray[np.uint64]) -> I64:
+    return (checksums & np.uint64((1 << _TABLE_BITS) - 1)).astype(np.int64)

@@ -20,7 +20,7 @@ from torch import Tensor
 from aimscale.aim.config import model_config
 from aimscale.aim.errors import did_you_mean
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD
+from aimscale.harness.data.images import IMAGE_MEAN, IMAGE_STD
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.run.config import ModelSection, RunConfig
 

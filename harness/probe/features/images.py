@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimscale.harness.data.images import normalise
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import normalise
 from aimscale.harness.data.stream.held_out import EvalImages, decoded_ahead
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress

@@ -14,7 +14,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.benchmarks import BENCHMARKS
 from aimscale.harness.data.store.dataset_info import require_usable
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.store.overlap import count_shared
+from aimscale.harness.data.stream.order import count_shared
 from aimscale.harness.run.config import ProbeSection, RuntimeConfig
 
 MAX_SHARED = 0.01

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aimscale.harness.data.images import IMAGE_MEAN, crop_resize, draw_boxes, normalise
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import ShardDataset
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, crop_resize, draw_boxes, normalise
 from aimscale.harness.run.config import ModelSection
 
 CROP_SCALE = (0.08, 1.0)

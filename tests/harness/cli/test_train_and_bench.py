@@ -19,7 +19,7 @@ import aimscale.harness.train.run
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.cli import bench as cli_bench
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.run.config import ConfigError, RunConfig, load_run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.step.engine import Engine, StepOutcome

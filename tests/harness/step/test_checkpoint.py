@@ -15,7 +15,7 @@ import torch
 
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, HELD
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.checkpoint import save_weights

@@ -22,8 +22,7 @@ import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import processes
-from aimscale.harness.data.stream.base import Batch
-from aimscale.harness.data.stream.stream import TrainStream
+from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.distributed import job
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run import failures

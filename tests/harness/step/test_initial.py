@@ -14,7 +14,7 @@ from trainers import stop_after, train_alone_in, weights
 from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import BACKBONE
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir

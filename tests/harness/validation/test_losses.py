@@ -14,8 +14,8 @@ import aimscale.harness.validation.losses
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data import DataError
+from aimscale.harness.data.images import IMAGE_MEAN, IMAGE_STD, normalise
 from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream.augment import IMAGE_MEAN, IMAGE_STD, normalise
 from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths, validation_prefixes
 from aimscale.harness.distributed.group import ALONE, Group, Placement
 from aimscale.harness.run.config import ModelSection, ValidationSection

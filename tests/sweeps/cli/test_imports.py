@@ -48,7 +48,7 @@ def test_a_plan_opens_all_data_and_compiles_nothing(
     task = {"task": "mine", "train": "data/fit", "test": "data/test", "kinds": kinds, "augmentation": "published"}
     sweep = write_sweep(budgets=[640, 1280, 2560], base={"probes": [task]})
     modules = imported(*verb, str(sweep.source), "--root", str(sweep.root))
-    assert "aimscale.harness.data.store.overlap" in modules, "its data were opened"
+    assert "aimscale.harness.data.store.index" in modules, "its data were opened"
     assert not {*COMPILING, *(TRAINING if verb == ["plan"] else ())} & modules
 
 

@@ -23,8 +23,8 @@ from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data import DataError
+from aimscale.harness.data.images import UndecodableImageError, decode
 from aimscale.harness.data.store.dataset_info import fingerprint
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
 from aimscale.harness.data.store.pack import list_folder, pack_images
@@ -79,7 +79,7 @@ def test_braces_stand_for_names() -> None:
 
 @pytest.mark.parametrize("url", ["nosuch://x", "http://[", "file:///none", "s3://x"])
 def test_urls_that_nothing_can_use_are_one_sentence(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aimscale.harness.data.store.remote.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("aimscale.harness.data.store.shards.FIRST_PAUSE_S", 0.0)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     for arguments in (["info", url], ["index", url, "--out", tmp_path], ["index", f"{url}/a.tar", "--out", tmp_path]):
@@ -122,7 +122,7 @@ _DECODING = """
 import sys
 import numpy as np
 from pictures import damaged, of_every_format
-from aimscale.harness.data.store.decoding import UndecodableImageError, decode
+from aimscale.harness.data.images import UndecodableImageError, decode
 
 rng, found = np.random.default_rng(0), set()
 for data in of_every_format(rng).values():

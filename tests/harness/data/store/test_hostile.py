@@ -19,7 +19,7 @@ from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
-from aimscale.harness.data.store.remote import open_file, read_bytes
+from aimscale.harness.data.store.shards import open_file, read_bytes
 from aimscale.harness.weights import WeightsError, read_hub_config
 
 

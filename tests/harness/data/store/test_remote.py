@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store import index, remote
+from aimscale.harness.data.store import index, shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import expand_shards, index_shards
 from aimscale.harness.data.stream.loader import train_batches
@@ -67,7 +67,7 @@ def test_remote_mistakes_are_named(
         open_dataset(f"{url}/nowhere")
     with pytest.raises(DataError, match="cache_gb"):
         open_dataset(url, cache_dir=str(tmp_path / "cache"), cache_gb=1e-6).read(0)
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.0)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9"):
         open_dataset("http://127.0.0.1:9")
     with pytest.raises(DataError, match="more than 10,000,000 shards"):
@@ -79,8 +79,8 @@ def test_remote_mistakes_are_named(
 def test_faults_that_pass_leave_no_trace(
     kind: str, small_set: Path, tmp_path: Path, configure: Configure, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(remote, "STALLED_S", 0.7 if kind == "stall" else 60.0)
+    monkeypatch.setattr(shards, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(shards, "STALLED_S", 0.7 if kind == "stall" else 60.0)
     expected = TrainStream(configure(path=small_set)).batch(range(32))
     url, handler = serve(small_set, lambda path, turn: kind if turn <= 2 and path.endswith("0.tar") else None)
     stream = TrainStream(configure(path=url), cache_dir=str(tmp_path / "cache"))

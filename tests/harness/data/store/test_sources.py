@@ -22,8 +22,8 @@ from aimscale.harness.data import DataError
 from aimscale.harness.data.store import shards
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
-from aimscale.harness.data.store.overlap import count_shared
 from aimscale.harness.data.store.shards import CACHE_FOLDER, CachedReader
+from aimscale.harness.data.stream.order import count_shared
 from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.lock import locked

@@ -17,22 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.random_access import make_key, permute
-from aimscale.harness.data.store import index
-from aimscale.harness.data.store.decoding import resize_shorter_side
-from aimscale.harness.data.store.index import ShardDataset, open_dataset
-from aimscale.harness.data.stream.augment import (
+from aimscale.harness.data.images import (
     crop_resize,
     crop_resize_into,
     crop_resize_small,
     draw_boxes,
     jitter_colours,
     normalise,
+    resize_shorter_side,
 )
-from aimscale.harness.data.stream.base import Batch
+from aimscale.harness.data.random_access import make_key, permute
+from aimscale.harness.data.store import index
+from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import TrainStream
+from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.distributed.group import ALONE
 from aimscale.harness.run.config import RunConfig
 

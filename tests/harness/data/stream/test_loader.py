@@ -22,9 +22,8 @@ from commands import until
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.processes import WorkerDiedError, start_fork_server
-from aimscale.harness.data.stream.base import Batch
 from aimscale.harness.data.stream.loader import train_batches
-from aimscale.harness.data.stream.stream import TrainStream
+from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.failures import STOP_SIGNALS
 

@@ -14,9 +14,9 @@ from pictures import write_tar
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data import DataError
+from aimscale.harness.data.images import crop_resize, draw_boxes
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.stream.augment import crop_resize, draw_boxes
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import TrainStream, open_stream
 from aimscale.harness.evaluate.run import evaluate

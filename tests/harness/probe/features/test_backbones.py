@@ -13,7 +13,7 @@ from torch import nn
 
 from aimscale.aim.cost import param_count
 from aimscale.aim.model import AIM
-from aimscale.harness.data.stream.augment import normalise
+from aimscale.harness.data.images import normalise
 from aimscale.harness.probe.features.backbones import AimBackbone, PixelBackbone, TimmBackbone, baseline
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.run.config import run_config
