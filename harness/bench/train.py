@@ -10,6 +10,7 @@ import torch
 
 from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
+from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.execution import execution_plan
 from aimscale.harness.device.gpu_specs import has_fast_link
@@ -22,7 +23,6 @@ from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.run.row import build_model_config
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
-from aimscale.harness.step.feed import count_targets
 
 NUM_WARM_UP = 3
 """Number of steps before those that are timed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import logging
 import os
@@ -11,30 +10,29 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.device.memory import free_host_bytes, keep_freed_memory
-from aimscale.harness.distributed.meeting import LOOPBACK, LaunchError, meet
-from aimscale.harness.run.timeouts import COLLECTIVE_TIMEOUT_S, PHASE_TIMEOUT_S, STEP_FACTOR, STEP_TIMEOUT_S
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Place of this process among all processes of the run."""
-
-    rank: int
-    """0..world_size-1."""
-    world_size: int
-    """Number of processes, one per device."""
-    local_rank: int
-    """Index of the device on this host."""
-    address: str
-    """Host of rank 0; `LOOPBACK` if all ranks are on one."""
-    port: int
-    """TCP port of rank 0."""
+from aimscale.harness.distributed.meeting import (
+    LOOPBACK,
+    LaunchError,
+    Placement,
+    find_interface,
+    gpu_index,
+    naming_the_interface,
+    open_store,
+    slurm_placement,
+)
+from aimscale.harness.run.timeouts import (
+    COLLECTIVE_TIMEOUT_S,
+    PHASE_TIMEOUT_S,
+    RENDEZVOUS_TIMEOUT_S,
+    STEP_FACTOR,
+    STEP_TIMEOUT_S,
+)
 
 
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
@@ -51,44 +49,14 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
                 port=int(env["MASTER_PORT"]),
             )
         # Only steps of srun have this variable: a batch script itself is a single process, whatever its job has.
-        num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-        if num_tasks == 1:
-            return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
-        is_local = env.get("SLURM_STEP_NUM_NODES") == "1"
-        first = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
-        return Placement(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=num_tasks,
-            local_rank=int(env.get("SLURM_LOCALID", "0")),
-            address=LOOPBACK if is_local else env.get("MASTER_ADDR", first),
-            # Every task of a job computes the same port; jobs that share a host get different ones.
-            port=int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000)),
-        )
+        if (num_tasks := int(env.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+            return slurm_placement(env, num_tasks)
+        return Placement(rank=0, world_size=1, local_rank=0, address=LOOPBACK, port=0)
     except KeyError as error:
         raise LaunchError(
             f"this process is to be one of several ranks, but {error.args[0]} is not set; start with torchrun or srun, "
             "or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS to run alone"
         ) from error
-
-
-def first_host(node_list: str) -> str:
-    """Return the first name of a Slurm host list: `r[1-2]i[0,3]n07,other` gives `r1i0n07`."""
-    match = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", node_list)
-    if match is None:
-        raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match[0])
-
-
-def gpu_index(placement: Placement, num_visible: int) -> int:
-    """Return the index of this process's GPU: 0 if Slurm binds one to each task, else the local rank."""
-    if num_visible == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
-        return 0
-    if placement.local_rank >= num_visible:
-        raise LaunchError(
-            f"local rank {placement.local_rank} has no CUDA device: this host shows {num_visible}; start one process "
-            "per device"
-        )
-    return placement.local_rank
 
 
 T = TypeVar("T")
@@ -106,6 +74,10 @@ def step_timeout_s(longest_s: float) -> float:
 def write_timeout_s(num_bytes: float) -> float:
     """Return how long ranks wait for one that writes, s."""
     return max(PHASE_TIMEOUT_S, num_bytes / WRITTEN_BYTES_PER_S)
+
+
+class PeerFailedError(RuntimeError):
+    """Failure of another rank that is no user's mistake."""
 
 
 class Group:
@@ -220,6 +192,34 @@ class Group:
             raise error or tag_failed_rank(0, failure)
         return cast(T, value)
 
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
+        """Run an action that may fail on some ranks on every rank; if it fails on any, all raise.
+
+        Raises:
+            Exception: this rank's own failure, or else what another rank raised: a UserError of the same class, or a
+                PeerFailedError.
+        """
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        if self.any(error is not None):
+            self.raise_on_all_ranks(error)
+        return result
+
+    def raise_on_all_ranks(self, error: Exception | None) -> NoReturn:
+        """Raise this rank's error, or else the first other rank's."""
+        kind = type(error) if isinstance(error, UserError) else type(error).__name__
+        reports = self.all_gather_object(None if error is None else (kind, str(error)))
+        if error is not None:
+            raise error
+        rank = next(rank for rank, report in enumerate(reports) if report is not None)
+        kind, sentence = reports[rank]
+        if isinstance(kind, str):
+            raise PeerFailedError(f"rank {rank} failed: {kind}: {sentence}")
+        raise tag_failed_rank(rank, kind(sentence))
+
     @contextlib.contextmanager
     def collective_timeout(self, seconds: float) -> Iterator[None]:
         """Limit the time of exchanges that the block begins; see `limit_collectives`."""
@@ -287,17 +287,38 @@ def start_group(placement: Placement, device_name: str) -> Group:
     )
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    host_group = meet(  # host values travel over gloo, so that asking "shall we stop?" never waits for the device
-        placement.address,
-        placement.port,
-        placement.rank,
-        placement.world_size,
-        local_timeout_s=COLLECTIVE_TIMEOUT_S,
-        device=device if device.type == "cuda" else None,
-    )
-    group = Group(placement, device, host_group)
+    group = Group(placement, device, _meet(placement, device))
     group.limit_collectives(COLLECTIVE_TIMEOUT_S)
     return group
+
+
+def _meet(placement: Placement, device: torch.device) -> Any:
+    """Join the process group of the ranks and return a group for values on the host, None without other ranks.
+
+    Host values travel over gloo, so that asking "shall we stop?" never waits for the device.
+
+    Raises:
+        LaunchError: ranks on several hosts did not meet within `RENDEZVOUS_TIMEOUT_S`.
+    """
+    address, rank, world_size, is_gpu = placement.address, placement.rank, placement.world_size, device.type == "cuda"
+    is_alone, is_local = world_size == 1, placement.address == LOOPBACK
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S if is_alone or is_local else RENDEZVOUS_TIMEOUT_S)
+    gloo_timeout = timeout if is_alone or is_local else timeout / 5  # gloo waits five times as long for a connection
+    with contextlib.nullcontext() if is_alone or is_local else naming_the_interface(address, placement.port, rank):
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore() if is_alone else open_store(placement, timeout)
+            if "GLOO_SOCKET_IFNAME" not in os.environ:  # on one host, do not listen on a network
+                is_lo = is_alone or is_local
+                os.environ["GLOO_SOCKET_IFNAME"] = "lo" if is_lo else find_interface(address, store, rank, world_size)
+            torch.distributed.init_process_group(
+                "nccl" if is_gpu else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout if is_gpu else gloo_timeout,
+                device_id=device if is_gpu else None,
+            )
+        return None if is_alone else torch.distributed.new_group(backend="gloo", timeout=gloo_timeout)
 
 
 def import_deepspeed() -> Any:

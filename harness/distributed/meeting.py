@@ -1,21 +1,21 @@
-"""Where the ranks of a run meet: the store by which they find each other, and the network interface between them."""
+"""Where the ranks of a run meet: their places, the store by which they find each other, and the network of hosts."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import ipaddress
 import os
+import re
 import socket
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import psutil
 import torch
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.directory import EXIT_CRASHED
-from aimscale.harness.run.timeouts import RENDEZVOUS_TIMEOUT_S
 
 LOOPBACK = "127.0.0.1"
 
@@ -26,50 +26,65 @@ class LaunchError(UserError):
     exit_code = EXIT_CRASHED
 
 
-def meet(
-    address: str, port: int, rank: int, world_size: int, *, local_timeout_s: float, device: torch.device | None
-) -> Any:
-    """Join the process group of the ranks and return a group for values on the host, None without other ranks.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Place of this process among all processes of the run."""
 
-    Args:
-        address: host of the first rank; `LOOPBACK` if all are on one host.
-        local_timeout_s: time within which ranks on one host meet.
-        device: GPU of this rank, if it has one.
-
-    Raises:
-        LaunchError: ranks on several hosts did not meet within `RENDEZVOUS_TIMEOUT_S`.
-    """
-    is_alone, is_local = world_size == 1, address == LOOPBACK
-    timeout = datetime.timedelta(seconds=local_timeout_s if is_alone or is_local else RENDEZVOUS_TIMEOUT_S)
-    gloo_timeout = timeout if is_alone or is_local else timeout / 5  # gloo waits five times as long for a connection
-    with contextlib.nullcontext() if is_alone or is_local else _naming_the_interface(address, port, rank):
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore() if is_alone else _open_store(address, port, rank, world_size, timeout)
-            if "GLOO_SOCKET_IFNAME" not in os.environ:  # on one host, do not listen on a network
-                os.environ["GLOO_SOCKET_IFNAME"] = (
-                    "lo" if is_alone or is_local else _find_interface(address, store, rank, world_size)
-                )
-            torch.distributed.init_process_group(
-                "gloo" if device is None else "nccl",
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=gloo_timeout if device is None else timeout,
-                device_id=device,
-            )
-        return None if is_alone else torch.distributed.new_group(backend="gloo", timeout=gloo_timeout)
+    rank: int
+    """0..world_size-1."""
+    world_size: int
+    """Number of processes, one per device."""
+    local_rank: int
+    """Index of the device on this host."""
+    address: str
+    """Host of rank 0; `LOOPBACK` if all ranks are on one."""
+    port: int
+    """TCP port of rank 0."""
 
 
-def _open_store(
-    address: str, port: int, rank: int, world_size: int, timeout: datetime.timedelta
-) -> torch.distributed.Store:
+def slurm_placement(env: Mapping[str, str], num_tasks: int) -> Placement:
+    """Read the variables of a Slurm step with several tasks; KeyError if one is missing."""
+    is_local = env.get("SLURM_STEP_NUM_NODES") == "1"
+    first = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    return Placement(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=num_tasks,
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        address=LOOPBACK if is_local else env.get("MASTER_ADDR", first),
+        # Every task of a job computes the same port; jobs that share a host get different ones.
+        port=int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 20000)),
+    )
+
+
+def first_host(node_list: str) -> str:
+    """Return the first name of a Slurm host list: `r[1-2]i[0,3]n07,other` gives `r1i0n07`."""
+    match = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", node_list)
+    if match is None:
+        raise LaunchError(f"cannot read the node list {node_list!r}; set MASTER_ADDR to the host of rank 0")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match[0])
+
+
+def gpu_index(placement: Placement, num_visible: int) -> int:
+    """Return the index of this process's GPU: 0 if Slurm binds one to each task, else the local rank."""
+    if num_visible == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        return 0
+    if placement.local_rank >= num_visible:
+        raise LaunchError(
+            f"local rank {placement.local_rank} has no CUDA device: this host shows {num_visible}; start one process "
+            "per device"
+        )
+    return placement.local_rank
+
+
+def open_store(placement: Placement, timeout: datetime.timedelta) -> torch.distributed.Store:
     """Start or join the ranks' store, on loopback alone if they are on one host, unlike torch's own; or torchrun's."""
-    if address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    rank, world_size = placement.rank, placement.world_size
+    if placement.address != LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(torch.distributed.rendezvous("env://", rank, world_size, timeout=timeout))[0]
-    listener = socket.create_server((LOOPBACK, port)).detach() if rank == 0 else None
+    listener = socket.create_server((LOOPBACK, placement.port)).detach() if rank == 0 else None
     return torch.distributed.TCPStore(
         LOOPBACK,
-        port,
+        placement.port,
         world_size,
         is_master=rank == 0,
         timeout=timeout,
@@ -78,7 +93,7 @@ def _open_store(
     )
 
 
-def _find_interface(first_host: str, store: torch.distributed.Store, rank: int, world_size: int) -> str:
+def find_interface(first_host: str, store: torch.distributed.Store, rank: int, world_size: int) -> str:
     """Return the name of the network interface that reaches ranks on other hosts; all ranks call this together.
 
     A host's name often resolves to 127.0.1.1 on itself, where no other host reaches it: the first host then takes the
@@ -104,7 +119,7 @@ def _interface_to(host: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _naming_the_interface(address: str, port: int, rank: int) -> Iterator[None]:
+def naming_the_interface(address: str, port: int, rank: int) -> Iterator[None]:
     """Raise LaunchError with the network interface if the ranks do not meet in the block."""
     try:
         yield

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aimscale.aim.config import ModelConfig
+from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.memory import Precision, whole_values
 from aimscale.harness.rehearsal.fake import fake_rank
@@ -27,7 +28,6 @@ from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import count_targets
 from aimscale.harness.step.saving import checkpoint_shard
 
 Phase = Literal["set-up", "forward", "backward", "update", "point"]

@@ -30,7 +30,6 @@ from aimscale.aim.model import AIM
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.files import CHECKSUM, atomic_write, file_crc32, read_object, remove_dir
 from aimscale.harness.step.engine import Engine, Fragment, flat_slice, param_slice
-from aimscale.harness.step.feed import run_on_all_ranks
 
 _log = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ def _checked_manifest(path: Path, manifest: Manifest | None, group: Group) -> Ma
     """Verify the checksums of a checkpoint's files, of which each rank reads some, and return its manifest."""
     crcs = {name: entry["crc32"] for name, entry in sorted(manifest.files.items())} if manifest else {}
     mine = [*crcs][group.rank :: group.world_size]
-    damaged_here = run_on_all_ranks(group, lambda: [name for name in mine if file_crc32(path / name) != crcs[name]])
+    damaged_here = group.run_on_all_ranks(lambda: [name for name in mine if file_crc32(path / name) != crcs[name]])
     damaged = [name for part in group.all_gather_object(damaged_here) for name in part]
     if manifest is None or damaged:
         raise CheckpointError(

@@ -17,7 +17,6 @@ from aimscale.harness.run.config import TrainingConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.init import InitSection, read_about, sha256_of
 from aimscale.harness.run.row import build_model_config
-from aimscale.harness.step.feed import run_on_all_ranks
 
 
 def find_initial(training: TrainingConfig, init: InitSection, *, with_values: bool = True) -> dict[str, Tensor]:
@@ -89,4 +88,4 @@ def read_initial(training: TrainingConfig, init: InitSection, group: Group) -> d
     num_bytes = path.stat().st_size if path.is_file() else 0
     with group.collective_timeout(write_timeout_s(num_bytes)):
         group.broadcast_from_rank0(lambda: check_source(training, init))
-    return run_on_all_ranks(group, lambda: find_initial(training, init))
+    return group.run_on_all_ranks(lambda: find_initial(training, init))

@@ -33,7 +33,6 @@ from aimscale.harness.run.lock import check_writer
 from aimscale.harness.run.timeouts import LAST_SAVE_TIMEOUT_S
 from aimscale.harness.step.checkpoint import CheckpointError, Manifest, read_manifest, read_parts, write_safetensors
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import run_on_all_ranks
 
 T = TypeVar("T")
 
@@ -128,7 +127,7 @@ class CheckpointWriter:
             # a rank that waits for its own disk may take as long, and then says so
             with self._group.collective_timeout(2 * self._limit_s):
                 try:
-                    run_on_all_ranks(self._group, lambda: self._result(saving.part, saving.final))
+                    self._group.run_on_all_ranks(lambda: self._result(saving.part, saving.final))
                     self._group.broadcast_from_rank0(lambda: self._result(saving.published, saving.final))
                 except Exception:
                     self._stop.set()

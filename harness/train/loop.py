@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.data.stream.loader import free_shared_bytes, train_batches
+from aimscale.harness.data.stream.loader import RankRequest, Step, free_shared_bytes, next_step, train_batches
 from aimscale.harness.data.stream.stream import Batch, open_stream
 from aimscale.harness.device.execution import out_of_memory, plan_start
 from aimscale.harness.device.peak import device_name, measure_peak
@@ -37,7 +37,6 @@ from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
-from aimscale.harness.step.feed import RankRequest, Step, next_step, run_on_all_ranks
 from aimscale.harness.step.initial import read_initial
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.curve import LearningCurve
@@ -58,8 +57,8 @@ class Trainer:
         self.schedule = schedule_of(config)
         self.freeze_images = training.init.freeze_images if training.init else 0
         model_config = build_model_config(training)
-        self.stream = run_on_all_ranks(
-            group, lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
+        self.stream = group.run_on_all_ranks(
+            lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
         self.num_workers = runtime.loader_processes(is_gpu=group.device.type == "cuda", cores=group.cores())
         self.device = group.broadcast_from_rank0(lambda: device_name(group.device))

@@ -20,12 +20,12 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import largest_param
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.device import memory
 from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import count_targets
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")
 pytestmark = [

@@ -29,12 +29,12 @@ from aimscale.harness.data.images import draw_boxes, kernel_threads
 from aimscale.harness.data.random_access import make_key
 from aimscale.harness.data.store.bundled import photograph_crops
 from aimscale.harness.data.store.pack import write_dataset
+from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import TrainStream
 from aimscale.harness.distributed.group import find_placement, start_group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import count_targets
 
 NUM_TURNS = 20
 TURN = 32

@@ -1,27 +1,36 @@
-"""Batches of the stream for one rank: any number of ranks, workers and micro-batches yields the same global stream.
+"""Batches of the stream for one rank, and one exchange per step of what all ranks must know before they train on them.
 
-Workers are told positions and answer when their pixels are written into a slot of one ring of memory, allocated once
-and shared with them. New memory for every batch would cost its page faults each time (150 us per image of 224 px, a
-fifth of its decoding). A batch is a view of its slot, which is used again once the last reference to it is gone.
+Any number of ranks, workers and micro-batches yields the same global stream. Workers are told positions and answer when
+their pixels are written into a slot of one ring of memory, allocated once and shared with them. New memory for every
+batch would cost its page faults each time (150 us per image of 224 px, a fifth of its decoding). A batch is a view of
+its slot, which is used again once the last reference to it is gone.
+
+A rank whose shard is broken must not leave the others waiting in a collective: errors are part of the exchange, so that
+all ranks end together, with the same sentence. The exchange also sums the undecodable samples, so that their share is
+that of the whole run, over ranks and restarts.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
 import os
+import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
-from aimscale.harness.data import DataError
+from aimscale.harness.data import DataError, refuse_bad
 from aimscale.harness.data.images import kernel_threads
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.data.stream.stream import Batch, Stream
+from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.timeouts import BATCH_TIMEOUT_S
 
 _log = logging.getLogger(__name__)
@@ -203,3 +212,98 @@ def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
         if is_locked:
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
+
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankRequest:
+    """Requests of this rank to all others, exchanged with its images."""
+
+    stop: bool = False
+    """Whether this rank was asked to stop."""
+    save: bool = False
+    """Whether this rank wants a checkpoint."""
+    error: Exception | None = None
+    """Error other than in loading images."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """This rank's images of one step, and the totals of all ranks."""
+
+    micro_batches: list[Batch]
+    """Micro-batches of this rank. Empty the list after the step: the loader refills memory that nobody holds."""
+    num_targets: int
+    """Scored targets of all ranks."""
+    num_bad_samples: int
+    """Undecodable samples of all ranks; replaced."""
+    must_stop: bool
+    """Whether any rank had been asked to stop when its images were ready."""
+    must_save: bool
+    """Whether any rank wanted a checkpoint after this step when its images were ready."""
+    wait_s: float
+    """Seconds that this rank waited for its loader."""
+
+
+def next_step(
+    group: Group,
+    batches: Iterator[list[Batch]],
+    request: Callable[[], RankRequest] = RankRequest,
+    *,
+    num_tokens: int,
+    max_bad_fraction: float,
+    num_images: int,
+    num_bad: int,
+) -> Step:
+    """Take the next step from this rank's loader and agree on it; all ranks call this together.
+
+    Args:
+        request: called when the images are ready.
+        num_tokens: N of the model.
+        max_bad_fraction: share of undecodable samples above which a run stops.
+        num_images: images of the run after this step.
+        num_bad: undecodable samples of the run before it.
+
+    Raises:
+        UserError: on every rank, if any cannot read its images or reports another UserError, or if too many of the
+            run's samples cannot be decoded.
+        PeerFailedError: another rank failed otherwise.
+    """
+    started = time.perf_counter()
+    micro_batches: list[Batch] = []
+    error: Exception | None = None
+    try:
+        micro_batches = next(batches)
+    except Exception as caught:
+        error = caught
+    wait_s = time.perf_counter() - started
+    asked = request()
+    error = error or asked.error
+    bad = [name for batch in micro_batches for name in batch.bad_samples]
+    counts = (count_targets(micro_batches, num_tokens), len(bad), asked.stop, asked.save, error is not None)
+    num_targets, num_bad_now, num_stops, num_saves, num_errors = group.sum_counts(*map(int, counts))
+    if num_errors:
+        group.raise_on_all_ranks(error)
+    if num_bad + num_bad_now:
+        refuse_bad(
+            f"the run's first {num_images} images",
+            num_bad + num_bad_now,
+            num_images,
+            max_bad_fraction,
+            lambda: [*itertools.chain(*group.all_gather_object(bad))][-1],
+        )
+    return Step(
+        micro_batches=micro_batches,
+        num_targets=num_targets,
+        num_bad_samples=num_bad_now,
+        must_stop=num_stops > 0,
+        must_save=num_saves > 0,
+        wait_s=wait_s,
+    )
+
+
+def count_targets(micro_batches: Sequence[Batch], num_tokens: int) -> int:
+    """Count the scored targets of these images: all patches minus those that prefix lengths, or masks, sum up to."""
+    return sum(num_tokens * len(batch.prefix_lengths) - int(batch.prefix_lengths.sum()) for batch in micro_batches)

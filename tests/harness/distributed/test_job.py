@@ -20,7 +20,6 @@ from aimscale.harness.distributed.group import LaunchError
 from aimscale.harness.distributed.job import Job, execute_job
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_FINISHED, EXIT_USER_ERROR, SHARED, RunDir
 from aimscale.harness.step.checkpoint import CheckpointError
-from aimscale.harness.step.feed import run_on_all_ranks
 
 Run = Callable[..., list[int]]
 
@@ -172,7 +171,7 @@ def test_what_failed_is_named_by_whoever_tells_it_first(
                 raise error
 
         try:
-            run_on_all_ranks(job.group, fail)
+            job.group.run_on_all_ranks(fail)
         except Exception:
             time.sleep(job.group.rank)
             raise

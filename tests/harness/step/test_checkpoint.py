@@ -17,13 +17,12 @@ from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, HELD
-from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.group import Group, PeerFailedError
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step import checkpoint, saving
 from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import PeerFailedError
 from aimscale.harness.step.saving import CheckpointWriter
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)

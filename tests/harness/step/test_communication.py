@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.stream.loader import count_targets, next_step
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import count_targets, next_step
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 BATCH, NUM_MICRO, NUM_STEPS = 8, 2, 3

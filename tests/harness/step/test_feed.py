@@ -18,18 +18,17 @@ import pytest
 import torch
 from trainers import after_steps, stop_after, train_in
 
-import aimscale.harness.step.feed
 import aimscale.harness.step.saving
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store import processes
+from aimscale.harness.data.stream.loader import RankRequest, next_step
 from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.distributed import job
-from aimscale.harness.distributed.group import Group
+from aimscale.harness.distributed.group import Group, PeerFailedError
 from aimscale.harness.run import failures
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, EXIT_PREEMPTED, SHARED, RunDir
 from aimscale.harness.run.failures import run_worker
-from aimscale.harness.step.feed import PeerFailedError, RankRequest, next_step
 from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]

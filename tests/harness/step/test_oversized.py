@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.harness.bench.train import random_batches
+from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.device import memory
 from aimscale.harness.distributed.group import Group, Placement, import_deepspeed
 from aimscale.harness.rehearsal.fake import FakeStore
@@ -25,7 +26,6 @@ from aimscale.harness.rehearsal.step import rehearse
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.step.feed import count_targets
 
 CONFIG = model_config("w256-d4", image_size=32, patch_size=8)
 STAGES = [("bf16", 2), ("fp32", 2), ("fp32", 1)]
