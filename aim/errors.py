@@ -1,7 +1,8 @@
-"""The error that means "the user can fix this": one sentence, exit code 2, no traceback."""
+"""Words to the user: the error to mend (one sentence, exit code 2, no traceback), and messages on the console."""
 
 import difflib
 import importlib.util
+import logging
 from collections.abc import Collection
 
 MAX_NAMED, MAX_KNOWN = 5, 16
@@ -46,3 +47,12 @@ def check_training_installed(what: str) -> None:
     """
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"{what} needs torch, which is not installed; pip install 'aimscale[train]'")
+
+
+def log_to_console() -> None:
+    """Print messages of the library's loggers, from INFO on, as plain lines on the standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("aimscale")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

@@ -22,6 +22,9 @@ from aimscale.aim.mup import MatrixScale, matrix_scale
 from aimscale.aim.objective import in_prefix, normalise_patches, patchify, prefix_causal_mask
 from aimscale.aim.orders import patch_order
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""`precision` of a configuration -> type in which a model computes."""
+
 
 class Preprocessor(nn.Module):
     """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions."""

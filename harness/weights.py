@@ -27,12 +27,12 @@ from aimscale.aim.weights import (
     write_weights,
 )
 from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_blocks, read_head_blocks
-from aimscale.harness.run.budgets import check_weights
-from aimscale.harness.run.config import RunConfig, run_config
+from aimscale.harness.run.config import RunConfig, build_model_config, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import atomic_dir, read_file, write_json, write_text
 from aimscale.harness.run.provenance import record_start
-from aimscale.harness.run.row import budget_columns, build_model_config
+from aimscale.harness.run.row import budget_columns
+from aimscale.harness.run.schedule import check_weights
 
 PUBLISHED_IMAGES_SEEN = {
     "aim-600M": 500_000 * 4096,

@@ -23,7 +23,7 @@ from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
 from aimscale.harness.results.files import entries_of
 from aimscale.harness.run.directory import WEIGHTS_CRC32
 from aimscale.harness.run.files import read_object, write_json
-from aimscale.harness.run.identity import is_measurement
+from aimscale.harness.run.section import is_measurement
 from aimscale.sweeps.planning.run import CostCard, Run, new_once
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 from aimscale.sweeps.state.planned_sweep import PlannedSweep

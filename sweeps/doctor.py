@@ -29,8 +29,8 @@ from packaging.requirements import Requirement
 from rich.filesize import decimal
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.gpu_specs import gpus_here
 from aimscale.harness.device.memory import free_host_bytes
+from aimscale.harness.device.speed import gpus_here
 from aimscale.harness.run.lock import hold_lock, is_held
 from aimscale.harness.run.provenance import package_versions
 from aimscale.sweeps.planning import DEFAULT_ROOT

@@ -63,9 +63,8 @@ def evaluations(
     from aimscale.aim.weights import write_weights
     from aimscale.harness.data.store.index import open_dataset
     from aimscale.harness.probe.run import load_budget, probe_run
-    from aimscale.harness.run.config import run_config
+    from aimscale.harness.run.config import build_model_config, run_config
     from aimscale.harness.run.directory import RunDir
-    from aimscale.harness.run.row import build_model_config
     from aimscale.harness.validation.losses import HeldOut, validate
 
     def evaluate(places: list[tuple[Any, float]], *, num_images: int, epochs: int) -> list[list[float]]:

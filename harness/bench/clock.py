@@ -1,7 +1,7 @@
 """Times of runs on this machine's cores, from a second of real steps, loading and evaluation of each.
 
 `python -m aimscale.harness.bench.clock CONFIG...` measures one configuration after another, as its own trainer and
-evaluation would execute them, in a folder that vanishes, and remembers what it finds (`harness.device.clock`).
+evaluation would execute them, in a folder that vanishes, and remembers what it finds (`harness.device.speed`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from aimscale.harness.device.clock import Clock, remember
+from aimscale.aim.errors import log_to_console
+from aimscale.harness.device.speed import Clock, remember
 from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.distributed.job import Job, Ranks, execute_with, join_ranks
-from aimscale.harness.log.console import log_to_console
 from aimscale.harness.probe.features.backbones import AimBackbone
 from aimscale.harness.probe.features.extraction import extract_features
 from aimscale.harness.probe.features.images import open_labelled
@@ -134,7 +134,7 @@ def _feature_s(config: RunConfig, run: RunDir, group: Group, budget: int) -> flo
 
 def _pair_s(config: RunConfig, group: Group) -> float:
     """Time the comparison of two images by k-NN, s."""
-    from aimscale.harness.run.row import build_model_config
+    from aimscale.harness.run.config import build_model_config
 
     width, drawn = build_model_config(config.training).width, torch.Generator().manual_seed(0)
     bank = functional.normalize(torch.randn(NUM_BANK, width, generator=drawn), dim=1)

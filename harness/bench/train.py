@@ -13,14 +13,12 @@ from aimscale.aim.cost import param_count
 from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import Batch, masks
 from aimscale.harness.device.execution import execution_plan
-from aimscale.harness.device.gpu_specs import has_fast_link
-from aimscale.harness.device.peak import device_name, measure_peak, utilisation
+from aimscale.harness.device.memory import peak_memory_bytes
+from aimscale.harness.device.speed import device_name, has_fast_link, measure_peak, utilisation
 from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 from aimscale.harness.log.progress import Bar
-from aimscale.harness.log.record import device_memory_bytes
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.provenance import process_age_s
-from aimscale.harness.run.row import build_model_config
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, should_compile
 
@@ -32,7 +30,7 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
     """Time optimiser steps after some to warm up; budgets and evaluations of the configuration do not matter.
 
     Returns:
-        The median time of a step with images ready, the rate at it, and how it was executed; MFU as `device.peak`
+        The median time of a step with images ready, the rate at it, and how it was executed; MFU as `device.speed`
         states it and, as `cost.mfu` counts it, `mfu_nominal`; `memory_bytes`, the device's or on a CPU the process's,
         beside the estimate; `startup_s`, which ends with the first step.
     """
@@ -61,7 +59,7 @@ def run(config: RunConfig, *, num_steps: int = 20) -> dict[str, Any]:
                 engine.step(step, num_targets=num_targets, lr=1e-3).loss_sum.item()
                 times.append(time.perf_counter() - started)
                 startup_s = startup_s or process_age_s()
-        memory_bytes = device_memory_bytes(group)
+        memory_bytes = peak_memory_bytes(group.device)
         engine.close()
     finally:
         stop_group()

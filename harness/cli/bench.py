@@ -52,7 +52,7 @@ def _config(file: Path | None, changes: dict[str, Any], settings: list[str]) -> 
     import yaml
 
     from aimscale.harness.run.config import ConfigError, RuntimeConfig, load_run_config, parse, run_config
-    from aimscale.harness.run.strict import merge
+    from aimscale.harness.run.section import merge
 
     where = "the command line"
     if file is None:

@@ -116,8 +116,8 @@ def export(
 ) -> None:
     """Write a budget's backbone and a head as the hub has AIM: model.safetensors and config.json."""
     from aimscale.harness.results.files import probe_head
-    from aimscale.harness.run.budgets import chosen_budgets
     from aimscale.harness.run.directory import RunDir
+    from aimscale.harness.run.schedule import chosen_budgets
     from aimscale.harness.weights import export_weights
 
     run = RunDir(run_dir)

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.errors import UserError
-from aimscale.harness.device.gpu_specs import has_fast_link
-from aimscale.harness.device.memory import HELD, Precision, held_bytes, peak_bytes_per_image, waiting_bytes
-from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
+from aimscale.harness.device.memory import (
+    HELD,
+    Precision,
+    held_bytes,
+    measuring_bytes,
+    peak_bytes_per_image,
+    waiting_bytes,
+)
+from aimscale.harness.device.speed import has_fast_link
+from aimscale.harness.run.config import RunConfig, RuntimeConfig, TrainingConfig, build_model_config
 from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory, is_out_of_memory
-from aimscale.harness.run.row import build_model_config
+from aimscale.harness.run.schedule import Counted, num_points
 
 USABLE_FRACTION = 0.8
 """Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. Tensors are within 5 % of the estimate
@@ -192,3 +199,9 @@ def pass_size(num_images: int, most: int) -> int:
     while (size := unit * -(-num_images // (unit * num_passes))) > most:
         num_passes += 1
     return size
+
+
+def curve_bytes(config: RunConfig, lookup: Callable[[str], Counted | None]) -> int:
+    """Return the bytes on a rank, beside what training holds, while it measures during training; 0 if it never does."""
+    precision = config.training.optimiser.precision
+    return measuring_bytes(build_model_config(config.training), precision) if num_points(config, lookup) else 0

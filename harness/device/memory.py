@@ -11,14 +11,18 @@ import contextlib
 import ctypes
 import itertools
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import psutil
 
 from aimscale.aim.config import MLP_RATIO, ModelConfig
 from aimscale.aim.cost import largest_param, matrix_sizes, param_count
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "bf16"]
 
@@ -225,6 +229,15 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # other C libraries lack it
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
         mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of a GPU's tensors, or on a CPU of the process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:

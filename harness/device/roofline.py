@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from aimscale.aim.config import MLP_RATIO, ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.harness.device.execution import ExecutionPlan, images_per_rank
-from aimscale.harness.device.gpu_specs import GpuSpec
+from aimscale.harness.device.speed import GpuSpec
 
 MEMORY_SHARE = 0.65
 """Share of a GPU's nominal bandwidth that kernels reach which do little arithmetic."""

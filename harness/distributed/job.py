@@ -36,6 +36,21 @@ from aimscale.harness.run.failures import (
 from aimscale.harness.run.lock import LockLost, check_writer, writing_through
 from aimscale.harness.run.timeouts import EXIT_TIMEOUT_S, FAILURE_NOTE_TIMEOUT_S, HEARTBEAT_S, PHASE_TIMEOUT_S
 
+ProgressCallback = Callable[..., None]
+"""Callback that all ranks call together, often: (what, done, total, unit). It shows progress, if there is a `what`, and
+raises to stop the work."""
+
+
+def ignore_progress(*_: object) -> None:
+    """Ignore progress, and stop nothing."""
+
+
+def numbered_progress(report_progress: ProgressCallback, number: int, count: int) -> ProgressCallback:
+    """Prefix the names of one of several pieces of work with `number/count`."""
+    if count == 1:
+        return report_progress
+    return lambda what="", *standing: report_progress(what and f"{number}/{count} {what}", *standing)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
@@ -55,7 +70,7 @@ class Job:
         if self.group.is_first:
             self.folder.write_status(**changes)
 
-    def progress_callback(self) -> Callable[..., None]:
+    def progress_callback(self) -> ProgressCallback:
         """Make the function that all ranks call together, often: it obeys signals and updates the heartbeat.
 
         It raises PreemptedError if a signal asked to stop, and LockLost. From now on, ranks wait for each other for

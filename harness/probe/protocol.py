@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
+from aimscale.aim.model import DTYPES
 from aimscale.aim.weights import write_weights
-from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import ALONE, Group
-from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.distributed.job import ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.backbones import AimBackbone, Backbone, matmul_precision
 from aimscale.harness.probe.features.extraction import SplitFeatures, batched, extract_features, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, Task, open_task, read_without_bad

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 from aimscale.aim.config import ModelConfig
+from aimscale.aim.model import DTYPES
 from aimscale.aim.weights import load_probe
-from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.group import ALONE, Group
 from aimscale.harness.probe.features.backbones import matmul_precision
 from aimscale.harness.probe.features.extraction import StreamedTokens, batched, own_indices
@@ -24,9 +24,9 @@ from aimscale.harness.probe.heads.training import TEST_BATCH
 from aimscale.harness.probe.run import backbone_of
 from aimscale.harness.results.files import add_probes, as_entry, task_key
 from aimscale.harness.results.pending import update_row
-from aimscale.harness.run.budgets import chosen_budgets
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
+from aimscale.harness.run.schedule import chosen_budgets
 
 RELEASED = "released"
 """Kind of such a probe."""

@@ -16,17 +16,16 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import load_model
 from aimscale.harness.data.images import kernel_threads
 from aimscale.harness.distributed.group import ALONE, Group, choose_device, find_placement, start_group, stop_group
-from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress, numbered_progress
+from aimscale.harness.distributed.job import ProgressCallback, ignore_progress, numbered_progress
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.protocol import probe_backbone
 from aimscale.harness.results.files import finished_entries, weights_name
 from aimscale.harness.results.pending import update_row
-from aimscale.harness.run.budgets import check_weights, chosen_budgets
-from aimscale.harness.run.config import ProbeSection, RunConfig
+from aimscale.harness.run.config import ProbeSection, RunConfig, build_model_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import memory_advice
-from aimscale.harness.run.row import build_model_config
+from aimscale.harness.run.schedule import check_weights, chosen_budgets
 
 
 def load_budget(run: RunDir, config: RunConfig, images_seen: int, device: str | torch.device) -> AIM:

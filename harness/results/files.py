@@ -22,8 +22,8 @@ from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import is_intact, sealed, write_json
-from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.lock import writer_folder
+from aimscale.harness.run.section import is_measurement
 
 _log = logging.getLogger(__name__)
 

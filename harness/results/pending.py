@@ -29,13 +29,13 @@ from aimscale.harness.results.files import (
     weights_content,
     weights_name,
 )
-from aimscale.harness.run.budgets import missing_budgets, saved_budgets
 from aimscale.harness.run.config import ProbeSection, RunConfig
 from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir, RunDirError, probe_key
 from aimscale.harness.run.files import read_object, write_json
-from aimscale.harness.run.identity import is_measurement
 from aimscale.harness.run.lock import writer_folder
 from aimscale.harness.run.row import configured_columns
+from aimscale.harness.run.schedule import missing_budgets, saved_budgets
+from aimscale.harness.run.section import is_measurement
 
 VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
 """Columns of a row that a validation file holds under the same names."""

@@ -1,25 +1,34 @@
 """The configuration of one run, in three parts: training, evaluation (`harness.run.evaluation`) and runtime.
 
-`run_id` names what was trained (`harness.run.identity`): measuring more, or moving to other hardware, leaves it as it
+`run_id` names what was trained (`harness.run.section`): measuring more, or moving to other hardware, leaves it as it
 is. Torch is not imported here.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from aimscale.aim.config import HeadKind, HeadRule, Parametrisation, PatchOrder, QkvInit, Target
+from aimscale.aim.config import (
+    HeadKind,
+    HeadRule,
+    ModelConfig,
+    Parametrisation,
+    PatchOrder,
+    QkvInit,
+    Target,
+    model_config,
+)
 from aimscale.harness.run.evaluation import EvaluationConfig
 from aimscale.harness.run.evaluation import ProbeSection as ProbeSection
 from aimscale.harness.run.evaluation import ValidationSection as ValidationSection
-from aimscale.harness.run.identity import training_digest
 from aimscale.harness.run.init import InitSection
-from aimscale.harness.run.strict import ConfigError as ConfigError
-from aimscale.harness.run.strict import Section, parse, read_yaml, refuse_unknown
+from aimscale.harness.run.section import ConfigError as ConfigError
+from aimscale.harness.run.section import Section, parse, read_yaml, refuse_unknown, training_digest
 
 
 class ModelSection(Section):
@@ -292,6 +301,17 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """Return the file's text; `load_run_config` reads it back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def build_model_config(training: TrainingConfig) -> ModelConfig:
+    """Return the model that a run trains."""
+    return cached_model_config(training.model, training.objective)
+
+
+@functools.cache
+def cached_model_config(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
+    """Build the model of these parts of a configuration; cached, since planners ask for few models often."""
+    return model_config(**dict(section), **objective.model_dump(exclude={"prefix"}))
 
 
 def run_config(fields: dict[str, Any], where: str, runtime: RuntimeConfig | None = None) -> RunConfig:

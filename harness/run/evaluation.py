@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from aimscale.harness.run.identity import config_digest, short_hash
-from aimscale.harness.run.strict import Section
+from aimscale.harness.run.section import Section, config_digest, short_hash
 
 
 class ValidationSection(Section):

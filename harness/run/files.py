@@ -75,6 +75,21 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
 
 
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line, visible to readers at once; a line cut off by a kill stays a line of its own.
+
+    Raises:
+        LockLost: another process took the run over.
+        ValueError: there is a NaN or an infinity in it.
+    """
+    check_writer(path)
+    with path.open("a+b") as file:
+        size = file.tell()
+        file.seek(max(0, size - 1))
+        begins_anew = size == 0 or file.read(1) == b"\n"
+        file.write((("" if begins_anew else "\n") + json.dumps(line, allow_nan=False) + "\n").encode())
+
+
 def read_file(path: Path) -> bytes:
     """Read a file; UserError if it is a pipe, a socket or a device, which may never end, or too large."""
     try:

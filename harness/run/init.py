@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.run.files import cache_folder, read_object, write_json
-from aimscale.harness.run.identity import short_hash
-from aimscale.harness.run.strict import Count, Section, count
+from aimscale.harness.run.section import Count, Section, count, short_hash
 
 ABOUT = "aimscale"
 """Key in a weight file's metadata whose value, as JSON, holds what training knows of the budget."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-from aimscale.harness.run.strict import ConfigError, Section, parse, read_yaml
+from aimscale.harness.run.section import ConfigError, Section, parse, read_yaml
 
 PROGRAM_FILE = "program.json"
 """File of a run directory with what the program has told so far: N, the largest D, and the time of training."""

@@ -5,27 +5,14 @@ A run writes them into its rows, and a collected table fills them in where a row
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import flops_per_image, param_count
-from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, TrainingConfig
-from aimscale.harness.run.identity import flatten
+from aimscale.harness.run.config import RunConfig, TrainingConfig, build_model_config
 from aimscale.harness.run.provenance import git_commit
+from aimscale.harness.run.section import flatten
 
 ROW_VERSION = 1
-
-
-def build_model_config(training: TrainingConfig) -> ModelConfig:
-    """Return the model that a run trains."""
-    return cached_model_config(training.model, training.objective)
-
-
-@functools.cache
-def cached_model_config(section: ModelSection, objective: ObjectiveSection) -> ModelConfig:
-    """Build the model of these parts of a configuration; cached, since planners ask for few models often."""
-    return model_config(**dict(section), **objective.model_dump(exclude={"prefix"}))
 
 
 def configured_columns(config: RunConfig) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from torch import Tensor
 from aimscale.aim.config import model_config
 from aimscale.aim.weights import BACKBONE, PROBE, WeightsError, check_shapes, check_tensors, model_shapes, read_weights
 from aimscale.harness.distributed.group import Group, write_timeout_s
-from aimscale.harness.run.budgets import check_weights
-from aimscale.harness.run.config import TrainingConfig
+from aimscale.harness.run.config import TrainingConfig, build_model_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.init import InitSection, read_about, sha256_of
-from aimscale.harness.run.row import build_model_config
+from aimscale.harness.run.schedule import check_weights
 
 
 def find_initial(training: TrainingConfig, init: InitSection, *, with_values: bool = True) -> dict[str, Tensor]:

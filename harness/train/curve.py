@@ -14,23 +14,21 @@ from typing import Any
 
 import torch
 
+from aimscale.aim.model import DTYPES
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.device.precision import DTYPES
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger, expected_scalars, row_scalars
-from aimscale.harness.log.record import append_line
 from aimscale.harness.results.files import validation_settings
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.expected import read_expected
 from aimscale.harness.run.failures import DivergedError
-from aimscale.harness.run.files import sealed
-from aimscale.harness.run.identity import is_measurement
-from aimscale.harness.run.schedule import unchecked_schedule
+from aimscale.harness.run.files import append_line, sealed
+from aimscale.harness.run.schedule import unchecked_schedule, validation_distance
+from aimscale.harness.run.section import is_measurement
 from aimscale.harness.run.timeouts import COLLECTIVE_TIMEOUT_S
 from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.validation.cost import validation_distance
 from aimscale.harness.validation.losses import HeldOut, open_held_out, validate
 
 _log = logging.getLogger(__name__)

@@ -17,23 +17,21 @@ from collections.abc import Iterator, Sequence
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import RankRequest, Step, free_shared_bytes, next_step, train_batches
 from aimscale.harness.data.stream.stream import Batch, open_stream
-from aimscale.harness.device.execution import out_of_memory, plan_start
-from aimscale.harness.device.peak import device_name, measure_peak
+from aimscale.harness.device.execution import curve_bytes, out_of_memory, plan_start
+from aimscale.harness.device.speed import device_name, measure_peak
 from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
-from aimscale.harness.log.metrics import TrainedStep
-from aimscale.harness.log.record import Recorder
+from aimscale.harness.log.record import Recorder, TrainedStep
 from aimscale.harness.results.pending import record_trained
-from aimscale.harness.run.budgets import saved_budgets, trunk_position
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir
 from aimscale.harness.run.failures import PreemptedError
 from aimscale.harness.run.files import remove_dir
 from aimscale.harness.run.init import ABOUT
 from aimscale.harness.run.provenance import process_age_s, record_start
-from aimscale.harness.run.row import ROW_VERSION, budget_columns, build_model_config
-from aimscale.harness.run.schedule import Segment, plan_walk, schedule_of
+from aimscale.harness.run.row import ROW_VERSION, budget_columns
+from aimscale.harness.run.schedule import Segment, plan_walk, saved_budgets, schedule_of, trunk_position
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
@@ -41,7 +39,6 @@ from aimscale.harness.step.initial import read_initial
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.train.curve import LearningCurve
 from aimscale.harness.train.profiling import profiled_steps
-from aimscale.harness.validation.cost import curve_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +85,7 @@ class Trainer:
             group,
             seed=training.seed,
         )
-        self.recorder = Recorder(run, config, group, model_config, self.peak, loggers)
+        self.recorder = Recorder(run, config, group, self.peak, loggers)
         self.writer = CheckpointWriter(self.engine, group)
         self.curve = LearningCurve(run, config, job, self.engine, loggers)
         self.longest_step_s = 0.0

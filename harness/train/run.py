@@ -12,10 +12,10 @@ from aimscale.harness.distributed.group import find_placement
 from aimscale.harness.distributed.job import Job, execute_job
 from aimscale.harness.log.loggers import Logger, open_loggers
 from aimscale.harness.results.pending import pending_work
-from aimscale.harness.run.budgets import missing_budgets
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import memory_advice
+from aimscale.harness.run.schedule import missing_budgets
 from aimscale.harness.train.loop import Trainer
 
 _log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.held_out import EvalImages, decoded_ahead, validation_prefixes
 from aimscale.harness.device.memory import EVAL_TOKENS
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.distributed.job import ProgressCallback, ignore_progress
 from aimscale.harness.results.pending import VALIDATION_COLUMNS
 from aimscale.harness.run.config import ModelSection, RunConfig, ValidationSection
 from aimscale.harness.run.files import atomic_write

@@ -67,7 +67,7 @@ def write_program_sweep(file: Path, command: str) -> None:
     Raises:
         SweepError: the file exists or is no YAML file, or the command is none.
     """
-    from aimscale.harness.run.strict import parse
+    from aimscale.harness.run.section import parse
     from aimscale.sweeps.planning.sweepfile import SweepFile
     from aimscale.sweeps.planning.trainer import TemplateError, names_of
 

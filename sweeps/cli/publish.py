@@ -105,7 +105,7 @@ def _without_credentials(text: str) -> str:
 def _export_weights(run: RunRecord, model: Path) -> None:
     """Write the weights of a run's last budget in the hub's layout, beside its card."""
     check_training_installed("publish --weights")
-    from aimscale.harness.run.budgets import chosen_budgets
+    from aimscale.harness.run.schedule import chosen_budgets
     from aimscale.harness.weights import export_weights
 
     export_weights(run, chosen_budgets(run, None)[-1], model / "weights", probe_file=None)

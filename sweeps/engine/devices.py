@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aimscale.harness.device.gpu_specs import find_gpu, gpus_here
+from aimscale.harness.device.speed import find_gpu, gpus_here
 from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.lock import locked
 from aimscale.sweeps.planning.run import Run

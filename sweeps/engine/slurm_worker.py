@@ -22,8 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from aimscale.aim.errors import UserError
-from aimscale.harness.log.console import log_to_console
+from aimscale.aim.errors import UserError, log_to_console
 from aimscale.sweeps.engine.devices import Machine, visible_gpus
 from aimscale.sweeps.engine.launch import prepare_launch
 from aimscale.sweeps.engine.worker import LaunchResult, Worker, print_events, run_worker

@@ -12,11 +12,11 @@ from aimscale.aim.config import RELEASED_SIZES, ModelConfig, model_config
 from aimscale.aim.cost import FlopCount, ParamCount, flops_per_image, param_count
 from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
-from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, execution_plan
-from aimscale.harness.device.gpu_specs import has_fast_link
+from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, curve_bytes, execution_plan
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
+from aimscale.harness.device.speed import has_fast_link
 from aimscale.harness.probe.cost import probe_cost
-from aimscale.harness.run.config import RunConfig, TrainingConfig
+from aimscale.harness.run.config import RunConfig, TrainingConfig, build_model_config
 from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import unchecked_schedule

@@ -26,6 +26,7 @@ from aimscale.harness.run.config import (
     RuntimeConfig,
     Section,
     TrainingConfig,
+    cached_model_config,
     parse,
     run_config,
 )

@@ -13,13 +13,12 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis.formulas import FormulaError, parse_formula
-from aimscale.harness.device.gpu_specs import MFU
+from aimscale.harness.device.speed import MFU
 from aimscale.harness.results.pending import Pending
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import read_object
-from aimscale.harness.run.identity import config_digest
 from aimscale.harness.run.program import PROGRAM_FILE, ProgramConfig, ProgramSection, load_program
-from aimscale.harness.run.strict import Fields, Section, parse
+from aimscale.harness.run.section import Fields, Section, config_digest, parse
 from aimscale.sweeps.planning.checks import check_time_limit
 from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, PlanContext, Rates, Run, problem
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError

@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from aimscale.aim.errors import did_you_mean
 from aimscale.harness.run.config import DataSection, ModelSection, ObjectiveSection, OptimiserSection, ScheduleSection
-from aimscale.harness.run.strict import (
+from aimscale.harness.run.section import (
     ConfigError,
     Count,
     Fields,

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from aimscale.harness.device.clock import Clock
 from aimscale.harness.device.execution import ExecutionPlan
-from aimscale.harness.device.gpu_specs import Device
+from aimscale.harness.device.speed import Clock, Device
 from aimscale.harness.probe.cost import ProbeCost
 from aimscale.harness.results.pending import Pending
 from aimscale.harness.run.directory import RunDir

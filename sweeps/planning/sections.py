@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from aimscale.harness.run.strict import Count, Section
+from aimscale.harness.run.section import Count, Section
 
 
 class OverrideSection(Section):

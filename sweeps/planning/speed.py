@@ -17,15 +17,19 @@ from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.clock import Clock, remember, remembered, shape_digest
 from aimscale.harness.device.execution import ExecutionPlan
-from aimscale.harness.device.gpu_specs import (
+from aimscale.harness.device.memory import ELEMENT_BYTES
+from aimscale.harness.device.roofline import step_s
+from aimscale.harness.device.speed import (
     CORE_MEMORY_BYTES,
     CORE_TFLOPS,
     DECODED_PER_S,
     MFU,
+    Clock,
     Device,
     device_here,
     find_gpu,
     gpu_spec,
+    remembered,
 )
 from aimscale.harness.device.memory import ELEMENT_BYTES
 from aimscale.harness.device.roofline import step_s

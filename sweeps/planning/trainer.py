@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 
 from aimscale.analysis.formulas import FormulaError, parse_formula
 from aimscale.harness.run.program import MetricsSection, StopSection
-from aimscale.harness.run.strict import Section
+from aimscale.harness.run.section import Section
 
 RESERVED = ("run_dir", "size", "seed", "budget", "budgets", "devices", "result", "N", "D")
 """Names that a run gives values itself."""

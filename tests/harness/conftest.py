@@ -19,7 +19,7 @@ import torch
 from pictures import smooth
 from trainers import free_port
 
-import aimscale.harness.device.peak
+import aimscale.harness.device.speed
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.pack import list_folder, pack_images
 from aimscale.harness.distributed.group import find_placement, import_deepspeed, start_group, stop_group
@@ -30,7 +30,7 @@ from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_con
 def _small_peak() -> Iterator[None]:
     """Measure the peak on a small product; forks inherit it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aimscale.harness.device.peak, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
+        patch.setattr(aimscale.harness.device.speed, "GEMM_SIDE", {"cpu": 128, "cuda": 1024})
         yield
 
 

@@ -37,8 +37,7 @@ from aimscale.harness.data.random_access import I64, make_key, random_bits, rand
 from aimscale.harness.data.store.index import ShardDataset, require_channels
 from aimscale.harness.data.store.tars import read_images, shard_urls
 from aimscale.harness.data.stream.order import Mixture, open_sources
-from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.row import build_model_config
+from aimscale.harness.run.config import RunConfig, build_model_config
 
 MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
 

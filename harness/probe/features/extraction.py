@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aimscale.harness.device.precision import DTYPES
+from aimscale.aim.model import DTYPES
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.distributed.job import ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.backbones import Backbone
 from aimscale.harness.probe.features.images import LabelledImages
 from aimscale.harness.probe.features.moments import NOT_FINITE, Moments

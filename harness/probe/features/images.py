@@ -15,7 +15,7 @@ from aimscale.harness.data.images import normalise
 from aimscale.harness.data.store.index import ShardDataset
 from aimscale.harness.data.stream.held_out import EvalImages, decoded_ahead
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.distributed.progress import ProgressCallback, ignore_progress
+from aimscale.harness.distributed.job import ProgressCallback, ignore_progress
 from aimscale.harness.probe.features.tasks import HOLDOUT_FRACTION, class_names, open_split, open_splits
 from aimscale.harness.probe.features.views import PublishedViews
 from aimscale.harness.run.config import ModelSection, ProbeSection, RuntimeConfig

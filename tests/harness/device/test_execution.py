@@ -18,8 +18,8 @@ from aimscale.harness.device.execution import (
     pass_size,
     plan_start,
 )
-from aimscale.harness.device.gpu_specs import has_fast_link
 from aimscale.harness.device.memory import measuring_bytes
+from aimscale.harness.device.speed import has_fast_link
 from aimscale.harness.run.config import RuntimeConfig, TrainingConfig
 
 GB = 10**9

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from aimscale.aim.config import model_config
-from aimscale.harness.device.peak import Peak, nominal_flops_per_s, utilisation
+from aimscale.harness.device.speed import Peak, nominal_flops_per_s, utilisation
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -14,8 +14,8 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.device import roofline
 from aimscale.harness.device.execution import ExecutionPlan
-from aimscale.harness.device.gpu_specs import GPUS, GpuSpec, find_gpu
 from aimscale.harness.device.roofline import Kernel
+from aimscale.harness.device.speed import GPUS, GpuSpec, find_gpu
 
 ROWS = [line for line in (Path(__file__).parent / "vit_speed.csv").read_text().splitlines() if line[0] != "#"]
 CALIBRATED = "RTX 3090"

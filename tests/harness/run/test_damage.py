@@ -14,10 +14,10 @@ import pytest
 from aimscale.aim.errors import UserError
 from aimscale.harness.results.files import add_probes, finished_probes
 from aimscale.harness.results.pending import check_rows
-from aimscale.harness.run.budgets import WEIGHTS_CRC32, check_weights
 from aimscale.harness.run.config import ProbeSection, run_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import file_crc32, sealed, write_json
+from aimscale.harness.run.schedule import WEIGHTS_CRC32, check_weights
 from aimscale.harness.step.checkpoint import complete_checkpoints, read_manifest
 
 OPTIMISER = {"batch_size": 64, "lr_peak": 1e-3}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aimscale.harness.run.config import ProbeSection, RunConfig, TrainingConfig, ValidationSection, parse, run_config
-from aimscale.harness.run.identity import is_measurement
+from aimscale.harness.run.section import is_measurement
 
 FIELDS: dict[str, Any] = {
     "model": {"size": "w16-d2", "image_size": 16, "patch_size": 4},

@@ -19,10 +19,9 @@ import pytest
 from commands import until
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.log.record import append_line
 from aimscale.harness.run import lock
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.files import atomic_write, new_partial_dir, publish_dir, remove_dir, write_json
+from aimscale.harness.run.files import append_line, atomic_write, new_partial_dir, publish_dir, remove_dir, write_json
 from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer, locked
 
 HOLD = """

@@ -12,8 +12,8 @@ import pytest
 
 from aimscale.aim.config import ModelConfig
 from aimscale.analysis.table.runs import Runs
-from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig
-from aimscale.harness.run.row import build_model_config, configured_columns
+from aimscale.harness.run.config import ModelSection, ObjectiveSection, RunConfig, build_model_config
+from aimscale.harness.run.row import configured_columns
 
 Config = Callable[..., RunConfig]
 

@@ -16,10 +16,9 @@ from aimscale.aim.model import AIM
 from aimscale.aim.weights import BACKBONE
 from aimscale.harness.data.stream.stream import Batch
 from aimscale.harness.distributed.group import Group
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.init import InitSection, sha256_of
-from aimscale.harness.run.row import build_model_config
 from aimscale.harness.step.checkpoint import save_weights
 from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine

@@ -17,13 +17,11 @@ import aimscale.harness.train.curve
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.dataset_info import find_info
-from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.directory import EXIT_PREEMPTED, RunDir
 from aimscale.harness.run.expected import FILE
 from aimscale.harness.run.files import CHECKSUM, is_intact
-from aimscale.harness.run.row import build_model_config
-from aimscale.harness.run.schedule import schedule_of
-from aimscale.harness.validation.cost import validation_distance
+from aimscale.harness.run.schedule import schedule_of, validation_distance
 
 Run = Callable[..., list[int]]
 Config = Callable[..., RunConfig]

@@ -34,9 +34,8 @@ import aimscale.harness.step.saving
 from aimscale.aim.cost import flops_per_image, param_count
 from aimscale.harness.bench.clock import measure
 from aimscale.harness.distributed import job
-from aimscale.harness.run.config import RunConfig, load_run_config
+from aimscale.harness.run.config import RunConfig, build_model_config, load_run_config
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
-from aimscale.harness.run.row import build_model_config
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.harness.train import loop
 from aimscale.harness.train.run import train

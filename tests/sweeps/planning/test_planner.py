@@ -12,9 +12,9 @@ from rich.console import Console
 from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
-from aimscale.harness.device import gpu_specs
+from aimscale.harness.device import speed
 from aimscale.harness.probe.cost import probe_cost
-from aimscale.harness.run.config import ProbeSection
+from aimscale.harness.run.config import ProbeSection, build_model_config
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import build_model_config
 from aimscale.sweeps.cli.plan_view import print_plan
@@ -293,13 +293,13 @@ def test_a_run_is_priced_at_its_precision_on_the_device_that_is_meant(
     assert peak(card(slurm={"gpus": "a100"}, base=bf16)) == 312e12
     given = card(cost={"device": "A100", "peak_tflops": 100, "mfu": 0.4})
     assert (given.device.name, peak(given), given.rates.mfu) == ("A100", 1e14, 0.4)
-    monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
+    monkeypatch.setattr(speed, "gpus_here", lambda: [("NVIDIA H200", 141 * 10**9)])
     assert (peak(card()), card().device.memory_bytes) == (494.75e12, 141 * 10**9)
-    monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [])
+    monkeypatch.setattr(speed, "gpus_here", lambda: [])
     here = card()
     assert (here.device.name, here.device.is_gpu, peak(here)) == (cpu_name(), False, 0.1e12)
     assert here.training_s == pytest.approx(here.flops_executed / 0.04e12)
-    monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [("NVIDIA GeForce GTX 9", 8 * 10**9)])
+    monkeypatch.setattr(speed, "gpus_here", lambda: [("NVIDIA GeForce GTX 9", 8 * 10**9)])
     assert (peak(card()), "set cost.peak_tflops" in card().device.why) == (1e14, True)
     node = card(slurm={"gpus": False, "cpus_per_task": 4})
     assert (node.device.name, node.device.memory_bytes) == ("CPU", 16 * 10**9), "not this machine's"
@@ -338,8 +338,8 @@ def test_an_unknown_gpu_is_asked_for_its_peak_and_memory(write_sweep: Any, name:
 
 def test_a_sweep_for_slurm_is_planned_for_slurms_gpus(write_sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The login node has no GPU and little memory."""
-    monkeypatch.setattr(gpu_specs, "gpus_here", lambda: [])
-    monkeypatch.setattr(gpu_specs, "free_host_bytes", lambda: 10**9)
+    monkeypatch.setattr(speed, "gpus_here", lambda: [])
+    monkeypatch.setattr(speed, "free_host_bytes", lambda: 10**9)
 
     def problems(place: Any = None, **fields: Any) -> dict[str, str]:
         sweep = write_sweep(sizes=["aim-3B"], devices=8, base={"runtime": {"device": "cuda"}}, **fields).with_target(

@@ -10,7 +10,7 @@ from pages import ROOT
 
 from aimscale.aim.errors import UserError
 from aimscale.analysis import rates, read_tables
-from aimscale.harness.run.strict import merge
+from aimscale.harness.run.section import merge
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.recipes import Scale, get_recipe, parse_recipe, read_recipe
 from aimscale.sweeps.planning.sweepfile import load_sweep

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from aimscale.harness.run.files import write_json
-from aimscale.harness.run.strict import ConfigError
+from aimscale.harness.run.section import ConfigError
 from aimscale.sweeps.cli.main import main
 from aimscale.sweeps.planning.checks import check
 from aimscale.sweeps.planning.costs import cost_cards

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from aimscale.aim.model import AIM
 from aimscale.harness.rehearsal.step import rehearse
 from aimscale.harness.run import init as init_module
+from aimscale.harness.run.config import build_model_config
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.row import build_model_config, configured_columns, setup_of
+from aimscale.harness.run.row import configured_columns, setup_of
 from aimscale.sweeps.cli.plan import plan as plan_verb
 from aimscale.sweeps.planning.aim_run import check_start
 from aimscale.sweeps.planning.costs import cost_cards

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from aimscale.harness.log.metrics import SPIKE_WINDOW, Metrics, TrainedStep
-from aimscale.harness.log.record import append_line
+from aimscale.harness.log.record import SPIKE_WINDOW, Metrics, TrainedStep
+from aimscale.harness.run.files import append_line
 from aimscale.harness.run.schedule import Segment
 
 
@@ -87,7 +87,7 @@ def test_a_state_is_restored_and_so_is_that_of_an_earlier_version() -> None:
     log = metrics(branch=800)
     for step in range(90, 99):
         add(log, step, float(step))
-    state = json.loads(json.dumps(log.state()))
+    state = json.loads(json.dumps(dataclasses.asdict(log)))
     earlier = {key: value for key, value in state.items() if key not in ("batch_size", "segment")}
     for saved in (state, earlier):
         again = metrics(branch=800)

@@ -1,15 +1,35 @@
-"""Speed and memory of devices from data sheets and stated assumptions; torch is not imported."""
+"""Speed of devices: data sheets, the peak measured here against which MFU is stated, and remembered times of runs.
+
+MFU is usually stated against a data sheet's peak, which no program reaches; the rate of the best matrix product here is
+the honest limit. Other processes can only make a measurement too small. Torch is imported only to measure.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import subprocess
-from dataclasses import dataclass
-from typing import NamedTuple
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
+from aimscale.aim.config import ModelConfig
+from aimscale.aim.cost import executed_flops_per_image, flops_per_image
+from aimscale.aim.errors import UserError
 from aimscale.harness.device.memory import free_host_bytes
+from aimscale.harness.run.config import RunConfig
+from aimscale.harness.run.files import cache_folder, read_object, write_json
 from aimscale.harness.run.provenance import cpu_name
+from aimscale.harness.run.section import config_digest
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GpuSpec(NamedTuple):
@@ -160,3 +180,134 @@ def nominal_flops_per_s(name: str, precision: str) -> float | None:
     """Return the data sheet's dense peak of a GPU at a precision; None if it is unknown."""
     spec = find_gpu(name)
     return spec and spec.tflops * 1e12 / (2 if precision == "fp32" else 1)
+
+
+GEMM_SIDE = {"cpu": 512, "cuda": 8192}
+"""Side n of the measured product. On a CPU it is as fast as 2048, and short enough to finish between two interruptions
+by other processes (measured on a busy machine: 264 GFLOP/s at 512, 28 at 1024, 7 at 2048)."""
+MEASURED_S = 0.2
+"""Time of the measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """A measured matrix-multiplication rate."""
+
+    device: str
+    precision: str
+    """Precision, fp32 or bf16."""
+    num_threads: int
+    gemm_side: int
+    """n of the n x n x n product."""
+    flops_per_s: float
+    """2 n^3 over the best time of all tries, one device."""
+    nominal_flops_per_s: float | None = None
+    """The data sheet's dense peak; null for a device that `GPUS` lacks, such as a CPU."""
+
+
+def utilisation(
+    config: ModelConfig, peak: Peak, *, images_per_s: float, scored_tokens: float, world_size: int
+) -> dict[str, float | None]:
+    """Compute model FLOPs utilisation (MFU) in two ways, each a fraction.
+
+    `mfu_published`: FLOPs of the published formula over the nominal peak, as others state it; it also credits skipped
+    work, and is null without a nominal peak. `mfu`: executed FLOPs over the measured peak.
+
+    Args:
+        images_per_s: training throughput of all devices.
+        scored_tokens: mean per image.
+    """
+    rate, nominal = images_per_s / world_size, peak.nominal_flops_per_s
+    return {
+        "mfu_published": nominal and rate * flops_per_image(config).train / nominal,
+        "mfu": rate * executed_flops_per_image(config, scored_tokens).train / peak.flops_per_s,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model name of a device."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def measure_peak(device: torch.device, precision: str) -> Peak:
+    """Measure a device's peak: the best time of a square matrix product."""
+    import torch
+
+    from aimscale.aim.model import DTYPES
+
+    side = GEMM_SIDE[device.type]
+    dtype = DTYPES[precision]
+    left = torch.randn(side, side, device=device).to(dtype)
+    right = torch.randn(side, side, device=device).to(dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best, stop = float("inf"), time.perf_counter() + MEASURED_S
+    while time.perf_counter() < stop:
+        wait()
+        started = time.perf_counter()
+        torch.mm(left, right)
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return Peak(
+        device=device_name(device),
+        precision=precision,
+        num_threads=torch.get_num_threads() if device.type == "cpu" else 1,
+        gemm_side=side,
+        flops_per_s=2 * side**3 / best,
+        nominal_flops_per_s=nominal_flops_per_s(device_name(device), precision),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Times of one shape of run on a core, while all cores are busy, s."""
+
+    start_s: float
+    """From the start of the program to its first step."""
+    step_s: float
+    """A step of training, its images loaded and its share of a log line."""
+    budget_s: float
+    """Saving a budget, and the way back to the trunk."""
+    evaluation_start_s: float
+    """From the start of the program that evaluates to its first budget."""
+    validation_s: float
+    """Validation of an image with one prefix."""
+    feature_s: float
+    """A labelled image through the frozen backbone, decoded."""
+    pair_s: float
+    """Comparison of two images by k-NN."""
+    is_measured: bool = True
+    """Whether this shape was measured; else a smaller one was, and its times count in proportion to FLOPs."""
+
+
+def remembered(config: RunConfig) -> Clock | None:
+    """Return the times of a run's shape that were measured here last; None if none were."""
+    with contextlib.suppress(UserError, OSError, ValidationError):
+        if (value := read_object(cache_folder() / "clock" / f"{shape_digest(config)}.json")) is not None:
+            return TypeAdapter(Clock).validate_python(value)
+    return None
+
+
+def remember(config: RunConfig, clock: Clock) -> None:
+    """Keep the times of a run's shape; a cache that cannot be written keeps nothing."""
+    with contextlib.suppress(OSError):
+        write_json(cache_folder() / "clock" / f"{shape_digest(config)}.json", asdict(clock), durable=False)
+
+
+def shape_digest(config: RunConfig) -> str:
+    """Return what identifies the machine and everything of a run that its times depend on."""
+    training, runtime = config.training, config.runtime
+    shape = training.model_dump(mode="json", exclude={"seed": True, "schedule": True, "optimiser": {"lr_peak"}})
+    evaluation = config.evaluation.model_dump(mode="json", exclude={"budgets"})
+    how = runtime.model_dump(mode="json", include={"num_threads", "num_workers", "micro_batch", "log_every_steps"})
+    return config_digest("clock", {"training": shape, "evaluation": evaluation, "runtime": how, "where": _where()})
+
+
+@functools.cache
+def _where() -> Mapping[str, Any]:
+    machine: dict[str, Any] = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    for name in ("torch", "deepspeed", "aimscale"):
+        with contextlib.suppress(PackageNotFoundError):
+            machine[name] = version(name)
+    return machine

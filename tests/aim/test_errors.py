@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aimscale.harness.log.console import log_to_console
+from aimscale.aim.errors import log_to_console
 
 
 @pytest.fixture(autouse=True)
