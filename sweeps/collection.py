@@ -20,7 +20,7 @@ import pyarrow as pa
 from aimscale.aim.errors import UserError
 from aimscale.analysis.errors import AnalysisError
 from aimscale.analysis.table.schema import OF_CURVES, results_table, write_table
-from aimscale.harness.results.files import entries_of
+from aimscale.harness.results import entries_of
 from aimscale.harness.run.directory import WEIGHTS_CRC32
 from aimscale.harness.run.files import read_object, write_json
 from aimscale.harness.run.section import is_measurement

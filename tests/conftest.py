@@ -65,7 +65,7 @@ def evaluations(
     from aimscale.harness.probe.run import load_budget, probe_run
     from aimscale.harness.run.config import build_model_config, run_config
     from aimscale.harness.run.directory import RunDir
-    from aimscale.harness.validation.losses import HeldOut, validate
+    from aimscale.harness.validation import HeldOut, validate
 
     def evaluate(places: list[tuple[Any, float]], *, num_images: int, epochs: int) -> list[list[float]]:
         fit, test = (

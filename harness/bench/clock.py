@@ -31,7 +31,7 @@ from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.checkpoint import load_checkpoint
 from aimscale.harness.train.loop import Trainer
-from aimscale.harness.validation.losses import open_held_out, validate
+from aimscale.harness.validation import open_held_out, validate
 
 MEASURED_S = 1.0
 """Time of the steps that are timed, after half as many."""
@@ -67,7 +67,6 @@ def _measure(config: RunConfig, job: Job) -> Clock:
     run, batch, budget = job.folder, config.training.optimiser.batch_size, config.evaluation.budgets[0]
     watch = _Stopwatch()
     trainer = Trainer(run, config, job)
-    trainer.after_step = lambda: None  # nothing is profiled
     made_s = watch.read_s()
     position = 0
 

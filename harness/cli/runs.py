@@ -115,7 +115,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a budget's backbone and a head as the hub has AIM: model.safetensors and config.json."""
-    from aimscale.harness.results.files import probe_head
+    from aimscale.harness.results import probe_head
     from aimscale.harness.run.directory import RunDir
     from aimscale.harness.run.schedule import chosen_budgets
     from aimscale.harness.weights import export_weights

@@ -22,14 +22,13 @@ from aimscale.harness.distributed.group import Group
 from aimscale.harness.distributed.job import Job, ProgressCallback, Ranks, execute_with, join_ranks
 from aimscale.harness.log.loggers import Logger, expected_scalars, open_loggers, row_scalars
 from aimscale.harness.probe.run import load_budget, probe_run
-from aimscale.harness.results.files import validation_name
-from aimscale.harness.results.pending import Pending, pending_evaluations, pending_work, update_row
+from aimscale.harness.results import Pending, pending_evaluations, pending_work, update_row, validation_name
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.expected import read_expected
 from aimscale.harness.run.failures import DivergedError, memory_advice, work_in_turn
 from aimscale.harness.run.schedule import saved_budgets
-from aimscale.harness.validation.losses import HeldOut, open_held_out, validate
+from aimscale.harness.validation import HeldOut, open_held_out, validate
 
 _log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from aimscale.harness.probe.heads.lora import RANK, adapt
 from aimscale.harness.probe.heads.scores import Candidate, Predictions, best, score, tried_values
 from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStack
 from aimscale.harness.probe.heads.training import TEST_BATCH, HeadTraining, predict_test_split, search_heads
-from aimscale.harness.results.files import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
+from aimscale.harness.results import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
 
 Detail = dict[str, Any]

@@ -22,8 +22,7 @@ from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.heads.scores import Predictions, gather_predictions, score, to_predictions
 from aimscale.harness.probe.heads.training import TEST_BATCH
 from aimscale.harness.probe.run import backbone_of
-from aimscale.harness.results.files import add_probes, as_entry, task_key
-from aimscale.harness.results.pending import update_row
+from aimscale.harness.results import add_probes, as_entry, task_key, update_row
 from aimscale.harness.run.config import ProbeSection
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.schedule import chosen_budgets

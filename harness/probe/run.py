@@ -20,8 +20,7 @@ from aimscale.harness.distributed.job import ProgressCallback, ignore_progress, 
 from aimscale.harness.probe.features.backbones import AimBackbone, baseline
 from aimscale.harness.probe.features.tasks import ProbeError
 from aimscale.harness.probe.protocol import probe_backbone
-from aimscale.harness.results.files import finished_entries, weights_name
-from aimscale.harness.results.pending import update_row
+from aimscale.harness.results import finished_entries, update_row, weights_name
 from aimscale.harness.run.config import ProbeSection, RunConfig, build_model_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import memory_advice

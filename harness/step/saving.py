@@ -58,7 +58,8 @@ class CheckpointWriter:
 
     def __init__(self, engine: Engine, group: Group) -> None:
         self._engine, self._group = engine, group
-        self._pending: _PendingCheckpoint | None = None
+        self.pending: _PendingCheckpoint | None = None
+        """Checkpoint under way, if any."""
         self._stop = threading.Event()
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         num_values = sum(values.numel() for values in checkpoint_shard(self._engine).values())
@@ -88,7 +89,7 @@ class CheckpointWriter:
             if self._group.broadcast_from_rank0(lambda: _is_complete(final, keep)):
                 return
             about = {"run_id": run_id, "images_seen": images_seen, "branch": branch, "progress": progress}
-            self._pending = self._begin(final, about, keep)
+            self.pending = self._begin(final, about, keep)
             self._group.barrier()  # here and not in the next step's collectives, whose time is short
 
     def _begin(self, final: Path, about: dict[str, Any], keep: Collection[Path]) -> _PendingCheckpoint:
@@ -109,7 +110,7 @@ class CheckpointWriter:
 
     def problem(self) -> Exception | None:
         """Return this rank's error with the checkpoint under way, if any; any thread may ask, without waiting."""
-        saving = self._pending
+        saving = self.pending
         for future in (saving.part, saving.published) if saving else ():
             error = future.exception() if future.done() else None
             if isinstance(error, Exception):
@@ -123,7 +124,7 @@ class CheckpointWriter:
             CheckpointError: it could not be written (on all ranks); earlier ones are untouched.
             LockLost: the run is not this group's any more.
         """
-        if saving := self._pending:
+        if saving := self.pending:
             # a rank that waits for its own disk may take as long, and then says so
             with self._group.collective_timeout(2 * self._limit_s):
                 try:
@@ -132,7 +133,7 @@ class CheckpointWriter:
                 except Exception:
                     self._stop.set()
                     raise
-            self._pending = None
+            self.pending = None
 
     def _result(self, future: concurrent.futures.Future[T], final: Path) -> T:
         """Wait for a part or a publication for as long as the disk may take."""
@@ -145,11 +146,11 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Give the checkpoint under way a little time, then abandon it."""
-        is_over = not self._pending or concurrent.futures.wait([self._pending.published], LAST_SAVE_TIMEOUT_S).done
+        is_over = not self.pending or concurrent.futures.wait([self.pending.published], LAST_SAVE_TIMEOUT_S).done
         self._stop.set()
         self._background.shutdown(wait=bool(is_over))
-        if self._pending and self._group.is_first:
-            shutil.rmtree(partial_dir(self._pending.final), ignore_errors=True)  # a full disk must store the reason
+        if self.pending and self._group.is_first:
+            shutil.rmtree(partial_dir(self.pending.final), ignore_errors=True)  # a full disk must store the reason
 
     def _publish(self, final: Path, part: concurrent.futures.Future[Manifest], keep: Collection[Path]) -> None:
         """Wait for all parts, publish the checkpoint, and remove others, which takes long for gigabytes."""

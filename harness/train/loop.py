@@ -12,7 +12,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import RankRequest, Step, free_shared_bytes, next_step, train_batches
@@ -23,7 +23,7 @@ from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
 from aimscale.harness.distributed.job import Job
 from aimscale.harness.log.loggers import Logger
 from aimscale.harness.log.record import Recorder, TrainedStep
-from aimscale.harness.results.pending import record_trained
+from aimscale.harness.results import record_trained
 from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir
 from aimscale.harness.run.failures import PreemptedError
@@ -37,14 +37,16 @@ from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
 from aimscale.harness.step.initial import read_initial
 from aimscale.harness.step.saving import CheckpointWriter
-from aimscale.harness.train.curve import LearningCurve
-from aimscale.harness.train.profiling import profiled_steps
+from aimscale.harness.validation import LearningCurve
 
 _log = logging.getLogger(__name__)
 
 
 class Trainer:
     """State of one run in this process, and its walk over the segments."""
+
+    after_step: Callable[[], None] | None = None
+    """What all ranks call behind each step, if anything."""
 
     def __init__(self, run: RunDir, config: RunConfig, job: Job, loggers: Sequence[Logger] = ()) -> None:
         group = job.group
@@ -54,6 +56,7 @@ class Trainer:
         self.schedule = schedule_of(config)
         self.freeze_images = training.init.freeze_images if training.init else 0
         model_config = build_model_config(training)
+        self.num_tokens = model_config.num_tokens
         self.stream = group.run_on_all_ranks(
             lambda: open_stream(config, cache_dir=runtime.cache_dir, cache_gb=runtime.cache_gb)
         )
@@ -96,22 +99,20 @@ class Trainer:
 
     def run_segments(self) -> None:
         """Train from the current state of the run to its last budget."""
-        folder, num_profiled = self.run.path / "profile", self.config.runtime.profile
-        with profiled_steps(folder, num_profiled, self.group) as self.after_step:
-            segments = self._resume()
-            self._announce()
-            for number, segment in enumerate(segments):
-                if number > 0 and segments[number - 1].branch is not None:  # back to the trunk
-                    load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
-                is_new_branch = segment.branch is not None and not segment.resumes
-                if is_new_branch and (segment.start > 0 or segment is not segments[-1]):
-                    self._save(segment.start, None)
-                self.recorder.enter(segment)
-                self._train(segment)
-                if segment.branch is not None:
-                    self._save_budget(segment.branch)
-            if self.group.is_first:
-                self._keep_end_of_trunk()
+        segments = self._resume()
+        self._announce()
+        for number, segment in enumerate(segments):
+            if number > 0 and segments[number - 1].branch is not None:  # back to the trunk
+                load_checkpoint(self.run.checkpoint_dir(segment.start), self.engine, self.group)
+            is_new_branch = segment.branch is not None and not segment.resumes
+            if is_new_branch and (segment.start > 0 or segment is not segments[-1]):
+                self._save(segment.start, None)
+            self.recorder.enter(segment)
+            self._train(segment)
+            if segment.branch is not None:
+                self._save_budget(segment.branch)
+        if self.group.is_first:
+            self._keep_end_of_trunk()
 
     def _train(self, segment: Segment) -> None:
         """Train a segment, with measurements and checkpoints on the way."""
@@ -143,7 +144,8 @@ class Trainer:
                 taken, outcome = self._step(step, position, segment.branch)
                 position = taken.images_seen
                 self.recorder.step(taken, outcome)
-                self.after_step()
+                if self.after_step is not None:
+                    self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
                     gc.collect()
                 if position < segment.stop and (step.must_save or position % every < self.batch_size):
@@ -151,13 +153,13 @@ class Trainer:
 
     def _next_step(self, batches: Iterator[list[Batch]]) -> Step:
         """Take the next step's images, and agree on them with the other ranks."""
-        training, so_far = self.config.training, self.recorder.metrics.total
+        so_far = self.recorder.metrics.total
         return next_step(
             self.group,
             batches,
             self._request,
-            num_tokens=build_model_config(training).num_tokens,
-            max_bad_fraction=training.data.max_bad_fraction,
+            num_tokens=self.num_tokens,
+            max_bad_fraction=self.config.training.data.max_bad_fraction,
             num_images=so_far.num_images + self.batch_size,
             num_bad=so_far.num_bad_samples,
         )
@@ -195,7 +197,8 @@ class Trainer:
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""
-        if not (self.plan.measures and self.schedule.is_on_trunk(position, branch) and self.curve.is_at(position)):
+        is_due = self.plan.measures and self.schedule.is_point(position, self.curve.distance)
+        if not is_due or not self.schedule.is_on_trunk(position, branch):
             return
         is_cosine = self.config.training.schedule.kind == "cosine"
         with self.recorder.untimed():
@@ -209,7 +212,9 @@ class Trainer:
         is_due = self.group.is_first and minutes is not None and now - self.saved_at >= 60 * minutes
         if is_due:
             self.saved_at = now
-        return RankRequest(stop=self.flag.is_raised, save=is_due, error=self.writer.problem())
+        return RankRequest(
+            stop=self.flag.is_raised, save=is_due, error=self.writer.problem() if self.writer.pending else None
+        )
 
     def _resume(self) -> list[Segment]:
         """Load the furthest saved point, and plan the segments that remain."""

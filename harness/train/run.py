@@ -1,22 +1,61 @@
-"""The program that trains the missing budgets of a run: `python -m aimscale.harness.train RUN_DIR`."""
+"""The program that trains the missing budgets of a run, `python -m aimscale.harness.train RUN_DIR`, and profiles of it:
+torch's trace of every rank's steps, and on a GPU a snapshot of its memory."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from aimscale.harness.distributed.group import find_placement
+from aimscale.harness.distributed.group import Group, find_placement
 from aimscale.harness.distributed.job import Job, execute_job
 from aimscale.harness.log.loggers import Logger, open_loggers
-from aimscale.harness.results.pending import pending_work
+from aimscale.harness.results import pending_work
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_FINISHED, RunDir
 from aimscale.harness.run.failures import memory_advice
 from aimscale.harness.run.schedule import missing_budgets
 from aimscale.harness.train.loop import Trainer
+
+SKIPPED_STEPS = 5
+"""Steps before those of a profile: they compile and allocate."""
+MAX_MEMORY_EVENTS = 100_000
+"""Number of allocations that a snapshot of memory goes back."""
+
+
+@contextlib.contextmanager
+def profiled_steps(folder: Path, num_steps: int, group: Group) -> Iterator[Callable[[], None]]:
+    """Profile so many steps of the block; yields what all ranks call after each step.
+
+    Each rank writes `rank-<number>.json.gz`, a trace for ui.perfetto.dev, into `folder`, and on a GPU
+    `rank-<number>.memory.pickle`, for pytorch.org/memory_viz.
+    """
+    folder.mkdir(exist_ok=True)
+    is_cuda = group.device.type == "cuda"
+
+    def save(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(folder / f"rank-{group.rank}.json.gz"))
+        if is_cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / f"rank-{group.rank}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    if is_cuda:
+        torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+    schedule = torch.profiler.schedule(skip_first=SKIPPED_STEPS, wait=0, warmup=1, active=num_steps, repeat=1)
+    last = SKIPPED_STEPS + 1 + num_steps
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=save) as profile:
+
+        def after_step() -> None:
+            if profile.step_num < last:
+                profile.step()
+                if profile.step_num == last:
+                    group.barrier()  # here and not in the next step's collectives, whose time is short
+
+        yield after_step
+
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +87,9 @@ def train(path: Path, config: RunConfig | None = None) -> int:
             with memory_advice(SAVES_MEMORY):
                 trainer = Trainer(run, config, job, loggers)
                 job.exits.callback(trainer.close)  # once a failure is recorded: a device may hang
-                with contextlib.closing(trainer.writer), job.ending_in_time():
+                number = config.runtime.profile
+                profile = profiled_steps(run.path / "profile", number, group) if number else contextlib.nullcontext()
+                with contextlib.closing(trainer.writer), job.ending_in_time(), profile as trainer.after_step:
                     trainer.run_segments()
         group.broadcast_from_rank0(lambda: pending_work(run, config))  # notes where nothing is to be evaluated
 

@@ -14,7 +14,7 @@ from typing import Any
 from aimscale.aim.errors import UserError
 from aimscale.analysis.formulas import FormulaError, parse_formula
 from aimscale.harness.device.speed import MFU
-from aimscale.harness.results.pending import Pending
+from aimscale.harness.results import Pending
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import read_object
 from aimscale.harness.run.program import PROGRAM_FILE, ProgramConfig, ProgramSection, load_program

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.results.pending import Pending
+from aimscale.harness.results import Pending
 from aimscale.harness.run.directory import Status
 from aimscale.harness.run.failures import disk_sentence
 from aimscale.harness.run.files import may_pass

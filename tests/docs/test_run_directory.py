@@ -14,7 +14,7 @@ from aimscale.harness.run.directory import RunDir, Status
 from aimscale.harness.run.expected import Expected, ExpectedPoint
 from aimscale.harness.run.lock import Holder
 from aimscale.harness.step.checkpoint import Manifest
-from aimscale.harness.validation.losses import ValidationLosses
+from aimscale.harness.validation import ValidationLosses
 
 PAGE = (ROOT / "docs" / "run-directory.md").read_text()
 NAMED = set(re.findall(r"`([\w.-]+?)/?`", PAGE))

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aimscale.harness.results import files
-from aimscale.harness.results.files import task_key, validation_name, weights_name
-from aimscale.harness.results.pending import update_row
+from aimscale.harness.results import _content, task_key, update_row, validation_name, weights_name
 from aimscale.harness.run.directory import RunDir, Status
 from aimscale.harness.run.files import write_json
 from aimscale.harness.run.lock import hold_lock
@@ -275,7 +273,7 @@ def test_a_look_at_finished_runs_reads_none_of_their_weights(write_sweep: Any, t
         return int(Path("/proc/self/io").read_text().split()[1])
 
     look(sweep)  # it imports what it needs
-    files._content.cache_clear()
+    _content.cache_clear()
     before = bytes_read()
     assert look(sweep).counts == {"finished": 5}
     assert bytes_read() - before < 50_000 * len(runs)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trainers import after_steps, evaluate_in, rows, train_in, weights
 
-from aimscale.harness.results.pending import pending_work
+from aimscale.harness.results import pending_work
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 

@@ -18,7 +18,7 @@ from trainers import start_ranks
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import write_weights
-from aimscale.harness.results.pending import update_row
+from aimscale.harness.results import update_row
 from aimscale.harness.run.config import run_config
 from aimscale.harness.run.directory import WEIGHTS_CRC32, RunDir
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from aimscale.aim.errors import UserError
-from aimscale.harness.results.files import add_probes, finished_probes
-from aimscale.harness.results.pending import check_rows
+from aimscale.harness.results import add_probes, check_rows, finished_probes
 from aimscale.harness.run.config import ProbeSection, run_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.files import file_crc32, sealed, write_json

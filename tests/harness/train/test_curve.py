@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainers import before_call, train_in
 
-import aimscale.harness.train.curve
+import aimscale.harness.validation
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.dataset_info import find_info
@@ -29,7 +29,7 @@ Config = Callable[..., RunConfig]
 
 def signalled(rank: int, path: Path, signum: int, number: int) -> None:
     """Train, and get a signal at a validation, by its number."""
-    before_call(aimscale.harness.train.curve, "validate", number, lambda: os.kill(os.getpid(), signum))
+    before_call(aimscale.harness.validation, "validate", number, lambda: os.kill(os.getpid(), signum))
     train_in(rank, path)
 
 

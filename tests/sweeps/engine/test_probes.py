@@ -15,7 +15,7 @@ from aimscale.analysis.published import compare
 from aimscale.analysis.table.read import read_table
 from aimscale.analysis.table.select import probe_frame, read_tables
 from aimscale.harness.probe.run import probe_baseline, probe_run
-from aimscale.harness.results.files import finished_entries
+from aimscale.harness.results import finished_entries
 from aimscale.harness.run.config import ProbeSection, RunConfig, build_model_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.sweeps.collection import collect

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aimscale.harness.results.files import validation_name
-from aimscale.harness.results.pending import VALIDATION_COLUMNS, pending_work
+from aimscale.harness.results import VALIDATION_COLUMNS, pending_work, validation_name
 from aimscale.harness.run.files import write_json
 from aimscale.sweeps.cli.plan_view import launch_view
 from aimscale.sweeps.collection import collect

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import aimscale.harness.validation.losses
+import aimscale.harness.validation
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data import DataError
@@ -19,7 +19,7 @@ from aimscale.harness.data.store.index import ShardDataset, open_dataset
 from aimscale.harness.data.stream.held_out import EvalImages, prefix_lengths, validation_prefixes
 from aimscale.harness.distributed.group import ALONE, Group, Placement
 from aimscale.harness.run.config import ModelSection, ValidationSection
-from aimscale.harness.validation.losses import HeldOut, ValidationLosses, validate
+from aimscale.harness.validation import HeldOut, ValidationLosses, validate
 
 MODEL = ModelSection(size="w16-d2", image_size=16, patch_size=4)
 
@@ -30,7 +30,7 @@ def eval_images(dataset: ShardDataset) -> torch.Tensor:
 
 
 def losses_of(group: Group, data: Path) -> ValidationLosses:
-    aimscale.harness.validation.losses.EVAL_TOKENS = 150  # passes of three images, the last one shorter
+    aimscale.harness.validation.EVAL_TOKENS = 150  # passes of three images, the last one shorter
     model = AIM(model_config("w16-d2", image_size=16, patch_size=4, patch_order="inward_spiral"))
     section = ValidationSection(path=str(data / "validation"), num_prefixes=3, num_images=13, centre_crop=1.0)
     held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=0.0)
@@ -67,7 +67,7 @@ def test_bytes_go_to_the_device_and_are_normalised_there(tiny_data: Path, monkey
         moved.append((images.device.type, images.dtype))
         return normalise(images)
 
-    monkeypatch.setattr(aimscale.harness.validation.losses, "normalise", watched)
+    monkeypatch.setattr(aimscale.harness.validation, "normalise", watched)
     section = ValidationSection(path=str(tiny_data / "validation"), num_images=13, centre_crop=1.0)
     held_out = HeldOut(open_dataset(section.path), section, MODEL, group, max_bad_fraction=0.0)
     assert {images.device.type for _, images in held_out.passes(5)} == {"meta"}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from trainers import evaluate_in, rows, train_in
 
-from aimscale.harness.results import files
-from aimscale.harness.results.pending import pending_work
+import aimscale.harness.results
+from aimscale.harness.results import pending_work
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 
@@ -89,7 +89,9 @@ def test_what_is_lost_or_asked_anew_is_lacking_and_nothing_else(
         return [str(each) for each in pending_work(run, asked.model_copy(update={"evaluation": evaluation}))]
 
     with monkeypatch.context() as patch:  # of a thousand runs they are 100 MB
-        patch.setattr(files, "task_files", lambda *_: pytest.fail("the results of a finished run were read"))
+        patch.setattr(
+            aimscale.harness.results, "task_files", lambda *_: pytest.fail("the results of a finished run were read")
+        )
         assert words() == []
     first, second = asked.evaluation.probes
     assert words(budgets=(64, 128)) == ["training at 128"]
