@@ -1,17 +1,93 @@
-"""The parts of an AIM: patch embedding, positions, transformer block, residual MLP.
+"""The parts of an AIM: patch embedding, positions, blocks, trunk and pixel head, and the scales of their weights.
 
 Module names follow the released state dict. Weights may be bfloat16: PyTorch's layer-norm kernels then still compute in
 float32 and round once, at their output.
+
+Two parametrisations say how initial weights, learning rates and attention scale with the width. `standard` is the
+paper's: xavier-uniform matrices, one learning rate, attention scaled by 1 / sqrt(head dim). `mup` is the maximal-update
+parametrisation for Adam (Yang et al., "Tensor Programs V", arXiv 2203.03466, Table 3, Definition 4.1 and Appendix D.2),
+under which a learning rate found on a narrow model carries over to a wide one:
+
+| matrix | reads | initial scale | learning rate |
+|---|---|---|---|
+| input (patch embedding) | pixels, a constant number | constant | constant |
+| hidden | a width | width^-1/2 | 1 / width |
+| output (last layer of the head) | a width | 0 | 1 / width |
+
+and attention is scaled by 1 / head dim. Biases and norms have a constant rate. Decoupled weight decay multiplies
+weights by 1 - rate x decay, so the decay grows as the rate shrinks and the product stays constant. At the base
+widths below the two agree, but for the output's start. Widths are covered; depth is not (assumption: the ladder's depth
+grows slowly enough). No factor enters the forward pass but attention's, so weights keep their released meaning.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aimscale.aim.config import MLP_RATIO, ModelConfig
-from aimscale.aim.mup import attention_scale
+
+BASE_WIDTH = 256
+"""Trunk width (rung-256) at which `mup` equals `standard`."""
+BASE_HEAD_WIDTH = 336
+"""Pixel-head width at which they agree: rung-256's under the `proportional` rule."""
+BASE_HEAD_DIM = 64
+"""Attention head dimension at which they agree: that of every rung from rung-128 on."""
+BASE_DIM_IN_HEAD = 16
+"""Attention head dimension at which they agree in a transformer head: rung-256's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixScale:
+    """Initial scale and learning-rate factor of one matrix."""
+
+    init_bound: float
+    """Bound of the initial values, which are uniform on [-bound, bound]."""
+    lr_scale: float
+
+
+def attention_scale(config: ModelConfig, *, in_head: bool = False) -> float:
+    """Return the factor on the product of query and key, in the trunk or in a transformer head."""
+    dim, base = config.head_dim, BASE_HEAD_DIM
+    if in_head:
+        dim, base = config.head.width // (config.head.num_heads or 1), BASE_DIM_IN_HEAD
+    return math.sqrt(base) / dim if config.parametrisation == "mup" else 1 / math.sqrt(dim)
+
+
+def matrix_scale(config: ModelConfig, name: str, fan_in: int, fan_out: int) -> MatrixScale:
+    """Return the scales of the matrix that a module's `name` holds (`fan_out` x `fan_in`)."""
+    into, out_of = _growth(config, name)
+    xavier_at_base = math.sqrt(6 / (fan_in / into + fan_out / out_of))
+    starts_at_zero = config.parametrisation == "mup" and name == "pixel_head.proj_out"
+    return MatrixScale(init_bound=0.0 if starts_at_zero else xavier_at_base / math.sqrt(into), lr_scale=1 / into)
+
+
+def _growth(config: ModelConfig, name: str) -> tuple[float, float]:
+    """Return how many times wider a matrix's input and output are than at the base width."""
+    if config.parametrisation == "standard":
+        return 1.0, 1.0
+    trunk, head = config.width / BASE_WIDTH, config.head.width / BASE_HEAD_WIDTH
+    if name == "preprocessor.patchifier.proj":
+        return 1.0, trunk
+    if name == "pixel_head.proj_in":
+        return trunk, head
+    if name == "pixel_head.proj_out":
+        return (trunk if config.head.is_linear else head), 1.0
+    return (head, head) if name.startswith("pixel_head.") else (trunk, trunk)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut (B, C, H, W) into raster patches (B, N, o) whose values run over row, column, channel."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
@@ -170,3 +246,105 @@ class HeadBlock(nn.Module):
             x = x + self.norm_1(x)
         out: Tensor = x + self.mlp(self.norm_2(x))
         return out
+
+
+class Preprocessor(nn.Module):
+    """Embedding of images (B, C, H, W) to tokens (B, N, d) in sequence order, with fixed positions."""
+
+    order: Tensor
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patchifier = Patchifier(config.channels, config.patch_size, config.width, config.norm_eps)
+        self.register_buffer("order", torch.empty(config.num_tokens, dtype=torch.int64), persistent=False)
+        self.register_buffer("positions", torch.empty(config.num_tokens, config.width), persistent=False)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Cut images into patches (B, N, o) in sequence order, in their own precision."""
+        raster = patchify(images, self.config.patch_size)
+        return raster if self.config.patch_order == "raster" else raster.index_select(1, self.order)
+
+    def embed(self, patches: Tensor, hide: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Embed patches (B, N, o) in sequence order; `hide` may replace some tokens before positions are added."""
+        tokens: Tensor = self.patchifier(patches)
+        return (hide(tokens) if hide else tokens) + self.positions
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed the patches of images."""
+        return self.embed(self.patches(images))
+
+
+class Trunk(nn.Module):
+    """The transformer and its last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.post_trunk_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.recompute = False
+
+    def forward(self, x: Tensor, mask: Tensor | None, token_indices: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, d) to normed tokens (B, N, d), or with flat indices `token_indices` (M,) to those alone,
+        (M, d).
+
+        `mask` is added to the attention scores; None lets every token attend to all.
+        """
+        out: Tensor = self.post_trunk_norm(_run_all(self.blocks, x, mask, token_indices, recompute=self.recompute))
+        return out
+
+
+class PixelHead(nn.Module):
+    """Head that predicts the pixels of patches, token by token or by transformer blocks over all tokens."""
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        head = config.head
+        self.num_tokens = config.num_tokens
+        self.proj_in = None if head.is_linear else nn.Linear(config.width, head.width)
+        self.blocks = nn.ModuleList(
+            Block(config, in_head=True) if head.num_heads else HeadBlock(config) for _ in range(head.depth)
+        )
+        self.norm = None if head.is_linear else nn.LayerNorm(head.width, eps=config.norm_eps)
+        self.proj_out = nn.Linear(head.width, config.patch_dim)
+        self.register_buffer("positions", torch.empty(config.num_tokens, head.width), persistent=False)
+        self.recompute = False
+
+    def forward(self, x: Tensor, token_indices: Tensor, mask: Tensor | None) -> Tensor:
+        """Predict patches (M, o) at flat indices `token_indices` (M,) from their tokens (M, d) alone.
+
+        A transformer head takes all tokens (B, N, d) and the trunk's `mask`.
+        """
+        if self.proj_in is not None and self.norm is not None:
+            x = self.proj_in(x)
+            if self.config.head.num_heads:
+                x = _run_all(self.blocks, x + self.positions, mask, token_indices, recompute=self.recompute)
+            else:
+                x = x + self.positions[token_indices % self.num_tokens]
+                for block in self.blocks:
+                    x = run_block(block, x, recompute=self.recompute)
+            x = self.norm(x)
+        out: Tensor = self.proj_out(x)
+        return out
+
+
+def _run_all(
+    blocks: nn.ModuleList, x: Tensor, mask: Tensor | None, token_indices: Tensor | None, *, recompute: bool
+) -> Tensor:
+    """Run transformer blocks, (B, N, d) to (B, N, d), or with flat indices `token_indices` (M,) to (M, d)."""
+    *first, last = blocks
+    for block in first:
+        x = run_block(block, x, mask, recompute=recompute)
+    return run_block(last, x, mask, token_indices, recompute=recompute)
+
+
+def run_block(module: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
+    """Call a block, storing its activations or, with `recompute`, only its input."""
+    if recompute and torch.is_grad_enabled():
+        out: Tensor = checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+        return out
+    return module(*args)

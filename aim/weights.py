@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from aimscale.aim.config import RELEASED_SIZES, ModelConfig, PixelHeadConfig, model_config, size_of
 from aimscale.aim.errors import UserError, some
+from aimscale.aim.layers import attention_scale
 from aimscale.aim.model import AIM
-from aimscale.aim.mup import attention_scale
 from aimscale.aim.probes import AttentiveProbe
 
 BACKBONE = ("preprocessor.", "trunk.")

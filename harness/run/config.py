@@ -55,7 +55,7 @@ class ModelSection(Section):
     ln_residual: bool = False
     """Whether head blocks add LN(x) before the MLP residual, as the authors' trainer does."""
     patch_order: PatchOrder = "raster"
-    """Order in which patches are predicted (`aim.orders`); `outward_spiral` and `checkerboard` are the authors'."""
+    """Order in which patches are predicted (`aim.model`); `outward_spiral` and `checkerboard` are the authors'."""
     parametrisation: Parametrisation = "standard"
     """`standard`: the paper's constant learning rate and xavier init; `mup`: width-aware rates and scales."""
     norm_eps: float = Field(1e-6, gt=0)

@@ -1,6 +1,6 @@
 import pytest
 
-from aimscale.aim.orders import patch_order
+from aimscale.aim.model import patch_order
 
 
 def test_random_order_never_changes() -> None:

@@ -95,6 +95,7 @@ class Stream(abc.ABC):
         self._data, self._objective, self._seed = training.data, training.objective, training.seed
         self._size, self._channels = training.model.image_size, training.model.channels
         self._model = build_model_config(training)
+        self._num_tokens = self._model.num_tokens
         require_channels(self._channels)
 
     @abc.abstractmethod
@@ -112,7 +113,7 @@ class Stream(abc.ABC):
         where = np.asarray(positions, dtype=np.int64).reshape(-1)
         if self._objective.prefix == "none":
             return np.ones_like(where)
-        paired, num_tokens = self._objective.prefix == "paired", self._model.num_tokens
+        paired, num_tokens = self._objective.prefix == "paired", self._num_tokens
         draw = random_uniform(make_key("prefix", self._seed), where // 2 if paired else where)
         lengths = 1 + np.floor(draw * (num_tokens - 1)).astype(np.int64)
         return np.where(where % 2 == 1, num_tokens - lengths, lengths) if paired else lengths
