@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import StepOutcome
 
 

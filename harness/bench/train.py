@@ -12,15 +12,14 @@ from aimscale.aim.config import ModelConfig
 from aimscale.aim.cost import param_count
 from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import Batch, masks
-from aimscale.harness.device.execution import execution_plan
+from aimscale.harness.device.execution import EngineOptions, execution_plan, should_compile
 from aimscale.harness.device.memory import peak_memory_bytes
 from aimscale.harness.device.speed import device_name, has_fast_link, measure_peak, utilisation
 from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 from aimscale.harness.log.progress import Bar
 from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.provenance import process_age_s
-from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, should_compile
+from aimscale.harness.step.engine import Engine
 
 NUM_WARM_UP = 3
 """Number of steps before those that are timed."""

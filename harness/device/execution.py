@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.errors import UserError
@@ -24,9 +24,12 @@ from aimscale.harness.device.memory import (
     waiting_bytes,
 )
 from aimscale.harness.device.speed import has_fast_link
-from aimscale.harness.run.config import RunConfig, RuntimeConfig, TrainingConfig, build_model_config
+from aimscale.harness.run.config import ConfigError, RunConfig, RuntimeConfig, TrainingConfig, build_model_config
 from aimscale.harness.run.failures import TooLargeError, describe_out_of_memory, is_out_of_memory
 from aimscale.harness.run.schedule import Counted, num_points
+
+if TYPE_CHECKING:
+    import torch
 
 USABLE_FRACTION = 0.8
 """Share of a device that may be planned for, 68 of the 85 GB of a GPU of 80 GB. Tensors are within 5 % of the estimate
@@ -39,6 +42,20 @@ MAX_MICRO_BATCH_TOKENS = 65_536
 
 class DoesNotFitError(UserError):
     """Model that fits no device of this size."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of training a model on this hardware."""
+
+    zero_stage: int
+    """Stage 0 replicates everything on every rank; 1 shards the optimiser state; 2 gradients too; 3 weights too."""
+    activation_checkpointing: bool = False
+    """Whether block activations are recomputed in the backward pass."""
+    compile: bool = False
+    """Whether torch.compile compiles every block."""
+    freezes_backbone: bool = False
+    """Whether some steps change the head alone (`init.freeze_images`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,3 +222,14 @@ def curve_bytes(config: RunConfig, lookup: Callable[[str], Counted | None]) -> i
     """Return the bytes on a rank, beside what training holds, while it measures during training; 0 if it never does."""
     precision = config.training.optimiser.precision
     return measuring_bytes(build_model_config(config.training), precision) if num_points(config, lookup) else 0
+
+
+def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
+    """Interpret `runtime.compile`: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs."""
+    if device.type == "cuda":
+        return zero_stage < 3 if wanted == "auto" else wanted
+    if wanted is True:
+        raise ConfigError(
+            "runtime.compile makes steps slower on a CPU (measured: 1.3 to 1.5 times as long); leave it on auto"
+        )
+    return False

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from aimscale.aim.config import ModelConfig
 from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import Batch, masks
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.device.memory import Precision, whole_values
 from aimscale.harness.rehearsal.fake import fake_rank
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step.checkpoint import copied_model
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import checkpoint_shard
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,93 @@ from torch import Tensor, nn
 from aimscale.aim.config import ModelConfig, ModelConfigError
 from aimscale.aim.cost import param_count
 from aimscale.aim.errors import UserError
-from aimscale.aim.model import AIM
+from aimscale.aim.model import AIM, DTYPES
 from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.device.execution import EngineOptions
+from aimscale.harness.device.memory import bucket_values
 from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions, deepspeed_config, make_optimiser, place_partitioned
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips by the global norm, and changes nothing if the norm is not finite.
+
+    It is used at ZeRO stage 0, where DeepSpeed clips without checking; the attributes are those that DeepSpeed reads
+    from its own optimisers.
+    """
+
+    def __init__(self, *args: Any, clip_norm: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clip_norm = clip_norm
+        self._global_grad_norm: Tensor | None = None
+        self.overflow = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step, or none if the gradient is not finite."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._global_grad_norm = norm = torch.nn.utils.get_total_norm(gradients)
+        self.overflow = not math.isfinite(norm.item())
+        if self.overflow:
+            return
+        # The same formula as DeepSpeed's at stages 1 to 3.
+        torch._foreach_mul_(gradients, 1.0 / torch.clamp((norm + 1e-6) / self._clip_norm, min=1.0))
+        super().step()
+
+
+def make_optimiser(model: AIM, section: OptimiserSection, options: EngineOptions) -> torch.optim.Optimizer:
+    """Make torch's AdamW over the model's parameter groups."""
+    settings: dict[str, Any] = {"lr": section.lr_peak, "betas": section.betas, "eps": section.eps, "fused": True}
+    groups = model.param_groups(section.weight_decay, backbone_apart=options.freezes_backbone)
+    if options.zero_stage == 0:
+        return GuardedAdamW(groups, clip_norm=section.clip_norm, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def deepspeed_config(
+    model: ModelConfig, section: OptimiserSection, options: EngineOptions, group: Group
+) -> dict[str, Any]:
+    """Build DeepSpeed's configuration."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # unused: sizes may differ, `Engine.step` scales sums
+        "gradient_accumulation_steps": 1,  # unused too: `Engine.step` marks the boundary
+        "gradient_clipping": 0.0 if options.zero_stage == 0 else section.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": options.zero_stage,
+            "reduce_bucket_size": bucket_values(model),
+            # Stages 1 and 2 reduce a bucket on all ranks either way. With reduce_scatter they divide by the number of
+            # ranks first, in bf16, which rounds unless that is a power of two.
+            "reduce_scatter": options.zero_stage == 3,
+            "overlap_comm": group.world_size > 1,
+        },
+    }
+    if section.precision == "bf16":
+        config["bf16"] = {"enabled": True, "immediate_grad_update": options.zero_stage == 1}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], device: torch.device) -> None:
+    """Allocate a meta model for ZeRO 3, layer by layer, so that no rank ever holds it whole."""
+    model.preprocessor.to_empty(device=device, recurse=False)
+    model.pixel_head.to_empty(device=device, recurse=False)
+    placed: Any = None
+    for layer in model.modules():
+        weights = list(layer.parameters(recurse=False))
+        if not weights:
+            continue
+        layer.to_empty(device=device, recurse=False)
+        if placed is None:
+            deepspeed.zero.Init(module=layer, config_dict_or_path=settings, dtype=weights[0].dtype)
+            placed = next(layer.parameters())
+        else:
+            placed.convert_to_zero_parameters(param_list=list(layer.parameters(recurse=False)))
+
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 TESTED_DEEPSPEED = "0.19.8"
@@ -67,35 +150,6 @@ class Fragment:
     """Length of the part; 0 where another rank owns the parameter."""
 
 
-class DeviceClock:
-    """Clock of work on a device: by events on a GPU, which works behind the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Time the work that the block gives to the device."""
-        start = self._mark()
-        yield
-        self._spans.append((start, self._mark()))
-
-    def _mark(self) -> Any:
-        if not self._is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def total_s(self) -> float:
-        """Return the time of all blocks, s; waits for the last one's work, and for no later work."""
-        if not self._is_cuda:
-            return sum(stop - start for start, stop in self._spans)
-        self._spans[-1][1].synchronize()
-        return sum(start.elapsed_time(stop) for start, stop in self._spans) / 1000
-
-
 class Engine:
     """Model and its optimiser, which step together."""
 
@@ -119,13 +173,12 @@ class Engine:
         self.options = options
         with torch.device("meta"):
             model = AIM(config)
-        if optimiser.precision == "bf16":
-            model.to(torch.bfloat16)  # buffers too, which DeepSpeed would leave as they are
+        model.to(DTYPES[optimiser.precision])  # buffers too, which DeepSpeed would leave as they are
         model.set_activation_checkpointing(options.activation_checkpointing)
         if options.compile:
             model.compile_blocks()
-        num_params = sum(shape.numel() for shape in model.shapes.values())
-        if num_params != (counted := param_count(config).total):
+        num_params, counted = sum(shape.numel() for shape in model.shapes.values()), param_count(config).total
+        if num_params != counted:
             raise ModelConfigError(
                 f"{config.name} has {num_params} parameters, and aim.cost.param_count counts {counted}; laws would be "
                 "fitted to a wrong N; correct the formula"
@@ -180,12 +233,13 @@ class Engine:
         # DeepSpeed divides the sum of the ranks' gradients by their number.
         scale = self.group.world_size / num_targets
         loss_sum = torch.zeros((), device=self.group.device)
-        clock = DeviceClock(self.group.device)
+        is_cuda, spans = self.group.device.type == "cuda", list[tuple[Any, Any]]()
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             images = batch.images_on(self.group.device)
-            with clock.running():
-                batch_loss_sum, _ = self._engine(images, batch.prefix_lengths)
+            start = _mark(is_cuda)
+            batch_loss_sum, _ = self._engine(images, batch.prefix_lengths)
+            spans.append((start, _mark(is_cuda)))
             self._engine.backward(batch_loss_sum * scale, scale_wrt_gas=False)
             loss_sum += batch_loss_sum.detach()
         self._engine.step()
@@ -194,7 +248,7 @@ class Engine:
             loss_sum=loss_sum,
             grad_norm=norm if isinstance(norm, Tensor) else torch.tensor(float(norm)),
             was_applied=self._engine.was_step_applied(),
-            forward_s=clock.total_s(),  # behind it the images' memory may be used again
+            forward_s=_total_s(spans, is_cuda),  # behind it the images' memory may be used again
         )
 
     def close(self) -> None:
@@ -207,37 +261,19 @@ class Engine:
         return [self._fragment(param) for param in self.module.parameters()]
 
     def _fragment(self, param: Any) -> Fragment:
-        name, stage, optimizer = self._names[id(param)], self.options.zero_stage, self._optimizer
+        stage, optimizer = self.options.zero_stage, self._optimizer
+        # Whole on every rank at stage 0, else another rank's, unless it is found below.
+        flat, flat_start, param_start, numel = param, 0, 0, 0 if stage else param.numel()
         if stage == 3:
-            sub_group, start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
-            offset = self.group.rank * numel
-            return Fragment(
-                name=name,
-                shape=param.ds_shape,
-                flat=optimizer.fp32_partitioned_groups_flat[sub_group],
-                flat_start=start,
-                param_start=offset,
-                # The last rank's part is padded.
-                numel=max(0, min(numel, param.ds_numel - offset)),
-            )
-        mapping = param._hp_mapping if stage else None
-        if mapping is None:  # whole on every rank at stage 0, else another rank's
-            numel = 0 if stage else param.numel()
-            return Fragment(name=name, shape=param.shape, flat=param, flat_start=0, param_start=0, numel=numel)
-        return Fragment(
-            name=name,
-            shape=param.shape,
-            flat=self._flat_masters()[mapping.param_group_index],
-            flat_start=mapping.hp_fragment_address.start,
-            param_start=mapping.lp_fragment_address.start,
-            numel=mapping.hp_fragment_address.numel,
-        )
-
-    def _flat_masters(self) -> list[Tensor]:
-        """Return the float32 tensors that the inner AdamW updates, one per parameter group (stages 1 and 2)."""
-        if hasattr(self._optimizer, "fp32_groups_flat_partition"):
-            return list(self._optimizer.fp32_groups_flat_partition)
-        return list(self._optimizer.single_partition_of_fp32_groups)
+            sub_group, flat_start, numel = optimizer.grad_position[optimizer.get_param_id(param)]
+            flat, param_start = optimizer.fp32_partitioned_groups_flat[sub_group], self.group.rank * numel
+            numel = max(0, min(numel, param.ds_numel - param_start))  # the last rank's part is padded
+        elif stage and (mapping := param._hp_mapping) is not None:
+            flat, part = self.optimiser_tensors()[mapping.param_group_index], mapping.hp_fragment_address
+            flat_start, param_start, numel = part.start, mapping.lp_fragment_address.start, part.numel
+        name, shape = self._names[id(param)], param.ds_shape if stage == 3 else param.shape
+        place = {"flat": flat, "flat_start": flat_start, "param_start": param_start, "numel": numel}
+        return Fragment(name=name, shape=shape, **place)
 
     @property
     def adamw(self) -> torch.optim.Optimizer:
@@ -246,12 +282,14 @@ class Engine:
         return inner
 
     def optimiser_tensors(self) -> list[Tensor]:
-        """Return the tensors that key the inner AdamW's state on this rank."""
-        if self.options.zero_stage == 0:
-            return [p for group in self._optimizer.param_groups for p in group["params"]]
-        if self.options.zero_stage == 3:
-            return list(self._optimizer.fp32_partitioned_groups_flat)
-        return self._flat_masters()
+        """Return the float32 tensors that key the inner AdamW's state on this rank."""
+        optimizer, stage = self._optimizer, self.options.zero_stage
+        if stage == 0:
+            return [p for group in optimizer.param_groups for p in group["params"]]
+        if stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        is_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")
+        return list(optimizer.fp32_groups_flat_partition if is_bf16 else optimizer.single_partition_of_fp32_groups)
 
     def adam_state(self, owner: Tensor) -> dict[str, Any]:
         """Return `step`, `exp_avg` and `exp_avg_sq` of one tensor; zeros before the first step."""
@@ -285,17 +323,6 @@ class Engine:
             self._optimizer.update_lp_params()
 
 
-def should_compile(wanted: Literal["auto"] | bool, device: torch.device, zero_stage: int) -> bool:
-    """Interpret `runtime.compile`: `auto` compiles the blocks on a GPU, but not at ZeRO 3, whose hooks break graphs."""
-    if device.type == "cuda":
-        return zero_stage < 3 if wanted == "auto" else wanted
-    if wanted is True:
-        raise ConfigError(
-            "runtime.compile makes steps slower on a CPU (measured: 1.3 to 1.5 times as long); leave it on auto"
-        )
-    return False
-
-
 def flat_slice(flat: Tensor, fragment: Fragment) -> Tensor:
     """Return the part's values inside one of the optimiser's flat tensors, 1-D."""
     return flat.detach().view(-1).narrow(0, fragment.flat_start, fragment.numel)
@@ -304,3 +331,20 @@ def flat_slice(flat: Tensor, fragment: Fragment) -> Tensor:
 def param_slice(whole: Tensor, fragment: Fragment) -> Tensor:
     """Return the part's values inside the whole parameter, 1-D."""
     return whole.reshape(-1).narrow(0, fragment.param_start, fragment.numel)
+
+
+def _mark(is_cuda: bool) -> Any:
+    """Return the time, or on a GPU, which works behind the host, an event behind the work that it was given."""
+    if not is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _total_s(spans: Sequence[tuple[Any, Any]], is_cuda: bool) -> float:
+    """Return the time between pairs of marks, s; waits for the last one's work, and for no later work."""
+    if not is_cuda:
+        return sum(stop - start for start, stop in spans)
+    spans[-1][1].synchronize()
+    return sum(start.elapsed_time(stop) for start, stop in spans) / 1000

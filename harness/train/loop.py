@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import RankRequest, Step, free_shared_bytes, next_step, train_batches
 from aimscale.harness.data.stream.stream import Batch, open_stream
-from aimscale.harness.device.execution import curve_bytes, out_of_memory, plan_start
+from aimscale.harness.device.execution import EngineOptions, curve_bytes, out_of_memory, plan_start, should_compile
 from aimscale.harness.device.speed import device_name, measure_peak
 from aimscale.harness.distributed.group import step_timeout_s, write_timeout_s
 from aimscale.harness.distributed.job import Job
@@ -33,8 +33,7 @@ from aimscale.harness.run.provenance import process_age_s, record_start
 from aimscale.harness.run.row import ROW_VERSION, budget_columns
 from aimscale.harness.run.schedule import Segment, plan_walk, saved_budgets, schedule_of, trunk_position
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
-from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import Engine, StepOutcome, should_compile
+from aimscale.harness.step.engine import Engine, StepOutcome
 from aimscale.harness.step.initial import read_initial
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.validation import LearningCurve

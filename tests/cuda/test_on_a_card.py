@@ -20,11 +20,11 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream.loader import count_targets, train_batches
 from aimscale.harness.data.stream.stream import Batch, TrainStream
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.device.memory import WORKSPACE_BYTES, held_bytes, kept_bytes_per_image
 from aimscale.harness.distributed.group import ALONE, Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection, run_config
 from aimscale.harness.step.checkpoint import load_checkpoint
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine, flat_slice
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.sweeps import launch

@@ -22,9 +22,9 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.device import memory
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 
 DEVICE = os.environ.get("AIMSCALE_TEST_DEVICE", "cuda")

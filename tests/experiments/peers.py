@@ -31,9 +31,9 @@ from aimscale.harness.data.store.bundled import photograph_crops
 from aimscale.harness.data.store.pack import write_dataset
 from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.data.stream.stream import TrainStream
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import find_placement, start_group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 
 NUM_TURNS = 20

@@ -22,9 +22,10 @@ from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.images import _moments
 from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import ALONE, Group, find_placement
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions, make_optimiser
+from aimscale.harness.step.engine import make_optimiser
 
 GPU = torch.device("cuda", 0)
 CONFIG = model_config("w64-d2", image_size=32, patch_size=4)

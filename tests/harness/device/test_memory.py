@@ -18,10 +18,10 @@ from aimscale.aim.cost import mean_scored_tokens
 from aimscale.aim.model import AIM
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream.loader import count_targets
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.device.memory import WORKSPACE_BYTES, free_host_bytes, held_bytes, kept_bytes_per_image
 from aimscale.harness.distributed.group import find_placement, start_group, stop_group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 
 

@@ -92,8 +92,7 @@ def test_a_rehearsed_step_starts_as_many_kernels() -> None:
     from aimscale.harness.rehearsal.fake import fake_rank
     from aimscale.harness.rehearsal.step import StepTracker, example_batch, track_step
     from aimscale.harness.run.config import OptimiserSection
-    from aimscale.harness.step.deepspeed_setup import EngineOptions
-    from aimscale.harness.step.engine import Engine
+    from aimscale.harness.step.engine import Engine, EngineOptions
 
     views = (
         "view detach t transpose expand _unsafe_view unsqueeze squeeze permute slice select as_strided narrow alias "

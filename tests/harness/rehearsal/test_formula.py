@@ -9,9 +9,9 @@ import pytest
 
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.cost import mean_scored_tokens
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.device.memory import WORKSPACE_BYTES, copy_bytes, held_bytes, peak_bytes_per_image, waiting_bytes
 from aimscale.harness.rehearsal.step import rehearse
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 
 
 def stated(shape: dict[str, Any]) -> int:

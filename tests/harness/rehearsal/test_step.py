@@ -15,11 +15,11 @@ import torch
 from trainers import start_ranks
 
 from aimscale.aim.config import model_config
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
 from aimscale.harness.rehearsal.fake import fake_rank
 from aimscale.harness.rehearsal.step import StepTracker, example_batch, fullest_rank, track_copy, track_step
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import CheckpointWriter, checkpoint_shard
 

@@ -16,12 +16,12 @@ import torch
 from aimscale.aim.config import model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM, HELD
 from aimscale.harness.distributed.group import Group, PeerFailedError
 from aimscale.harness.run.config import OptimiserSection
 from aimscale.harness.step import checkpoint, saving
 from aimscale.harness.step.checkpoint import CheckpointError, load_checkpoint, load_newest, save_weights
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.saving import CheckpointWriter
 

@@ -18,9 +18,9 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import param_count
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream.loader import count_targets, next_step
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
@@ -106,7 +106,7 @@ def test_a_step_adds_nothing_of_ours_behind_the_backward_pass(world_size: int, i
         # The counts of the step are all that is ours.
         assert [call["bytes"] for call in before if call["name"] != WAIT] == [40] * (world_size > 1), case
         ours = Counter(call["owner"] for call in inside if call["is_late"] and call["owner"] != "deepspeed")
-        assert ours == ({"deepspeed_setup.py": 1} if stage == 0 else {}), (case, "the norm of `GuardedAdamW` alone")
+        assert ours == ({"engine.py": 1} if stage == 0 else {}), (case, "the norm of `GuardedAdamW` alone")
         sent = sum(call["bytes"] for call in inside if "reduce" in call["name"] and call["numel"] > 1)
         backwards = NUM_MICRO if stage >= 2 else 1
         assert sent == (world_size > 1) * backwards * 4 * param_count(CONFIG).total, (case, "gradients in float32")

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from aimscale.aim.config import ModelConfig, model_config
 from aimscale.aim.model import AIM
 from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.device.execution import EngineOptions, should_compile
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 from aimscale.harness.step.checkpoint import save_weights
-from aimscale.harness.step.deepspeed_setup import EngineOptions
-from aimscale.harness.step.engine import DeepSpeedError, Engine, should_compile
+from aimscale.harness.step.engine import DeepSpeedError, Engine
 
 CONFIG = model_config("w32-d2", image_size=16, patch_size=4)
 MASKED = model_config("w32-d2", image_size=16, patch_size=4, masked=0.75, head_kind="transformer")

@@ -15,12 +15,12 @@ from aimscale.aim.errors import UserError
 from aimscale.aim.model import AIM
 from aimscale.aim.weights import BACKBONE
 from aimscale.harness.data.stream.stream import Batch
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group
 from aimscale.harness.run.config import RunConfig, build_model_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.init import InitSection, sha256_of
 from aimscale.harness.step.checkpoint import save_weights
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.initial import check_source, find_initial, read_initial
 

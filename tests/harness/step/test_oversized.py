@@ -20,11 +20,11 @@ from aimscale.aim.config import ModelConfig, model_config
 from aimscale.harness.bench.train import random_batches
 from aimscale.harness.data.stream.loader import count_targets
 from aimscale.harness.device import memory
+from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group, Placement, import_deepspeed
 from aimscale.harness.rehearsal.fake import FakeStore
 from aimscale.harness.rehearsal.step import rehearse
 from aimscale.harness.run.config import OptimiserSection
-from aimscale.harness.step.deepspeed_setup import EngineOptions
 from aimscale.harness.step.engine import Engine
 
 CONFIG = model_config("w256-d4", image_size=32, patch_size=8)
