@@ -19,7 +19,8 @@ from aimscale.aim.errors import some
 from aimscale.harness.log.progress import Bar
 
 if TYPE_CHECKING:
-    from aimscale.harness.data.store.pack import Listing, Packed
+    from aimscale.harness.data.store.listing import Listing
+    from aimscale.harness.data.store.pack import Packed
 
 app = typer.Typer(help="Images to indexed shards: pack, index, info.", no_args_is_help=True, add_completion=False)
 
@@ -144,8 +145,9 @@ def _list(
 ) -> Listing:
     """List the images of a source."""
     from aimscale.harness.data import DataError
-    from aimscale.harness.data.store.benchmark_readers import list_benchmark, list_idx
-    from aimscale.harness.data.store.pack import Listing, check_new, list_folder
+    from aimscale.harness.data.store.benchmark_readers import list_benchmark
+    from aimscale.harness.data.store.listing import Listing, list_folder, list_idx
+    from aimscale.harness.data.store.pack import check_new
     from aimscale.harness.data.store.parquet import ENDING, find_parquet, read_parquet
 
     source = sources[0]

@@ -29,7 +29,7 @@ from aimscale.harness.program.metrics import (
     is_number,
     probe_entries,
 )
-from aimscale.harness.program.provenance import start_facts
+from aimscale.harness.program.process import start_facts
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import StopFlag
 from aimscale.harness.run.files import flush, read_object, write_json

@@ -15,7 +15,7 @@ from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
 from aimscale.harness.device.execution import DoesNotFitError, ExecutionPlan, curve_bytes, execution_plan
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
 from aimscale.harness.device.speed import has_fast_link
-from aimscale.harness.probe.cost import probe_cost
+from aimscale.harness.probe.features.tasks import probe_cost
 from aimscale.harness.run.config import RunConfig, TrainingConfig, build_model_config
 from aimscale.harness.run.files import cache_folder
 from aimscale.harness.run.row import build_model_config

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from aimscale.harness.device.execution import ExecutionPlan
 from aimscale.harness.device.speed import Clock, Device
-from aimscale.harness.probe.cost import ProbeCost
+from aimscale.harness.probe.features.tasks import ProbeCost
 from aimscale.harness.results import Pending
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.strict import Fields

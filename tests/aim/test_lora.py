@@ -3,8 +3,8 @@ import copy
 import torch
 
 from aimscale.aim.config import model_config
-from aimscale.aim.lora import TARGETS, add_lora
 from aimscale.aim.model import AIM
+from aimscale.aim.probes import TARGETS, add_lora
 
 CONFIG = model_config("w16-d2", image_size=12, patch_size=4)
 

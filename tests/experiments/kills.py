@@ -26,7 +26,8 @@ import yaml
 from safetensors.torch import load_file
 from trainers import rows
 
-from aimscale.harness.data.store.pack import Listing, pack_images
+from aimscale.harness.data.store.listing import Listing
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.lock import read_holder
 

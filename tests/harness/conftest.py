@@ -21,7 +21,8 @@ from trainers import free_port
 
 import aimscale.harness.device.speed
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.data.store.listing import list_folder
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.distributed.group import find_placement, import_deepspeed, start_group, stop_group
 from aimscale.harness.run.config import RunConfig, RuntimeConfig, parse, run_config
 

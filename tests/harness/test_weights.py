@@ -24,7 +24,8 @@ from aimscale.aim.model import AIM
 from aimscale.aim.probes import AttentiveProbe
 from aimscale.aim.weights import BACKBONE, WeightsError, load_model
 from aimscale.analysis.table.schema import results_table
-from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.data.store.listing import list_folder
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.probe.features.images import open_labelled
 from aimscale.harness.probe.released import read_head_blocks
 from aimscale.harness.probe.run import load_budget

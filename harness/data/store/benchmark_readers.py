@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
-import struct
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torchvision.datasets import CIFAR10, CIFAR100, DTD, Food101, OxfordIIITPet, StanfordCars
 
 from aimscale.harness.data import DataError
 from aimscale.harness.data.store.benchmarks import find_benchmark
-from aimscale.harness.data.store.pack import Listing, list_folder
-
-_UNSIGNED_BYTES = 8  # type code of the idx format
+from aimscale.harness.data.store.listing import Listing, list_folder
 
 
 def list_benchmark(name: str, source: Path, split: str | None) -> Listing:
@@ -104,30 +98,3 @@ _READERS: dict[str, Callable[[Path, str], Listing]] = {
     "cars": functools.partial(_list_files, kind=StanfordCars, splits={}),
     "pcam": _list_pcam,
 }
-
-
-def list_idx(images_path: Path, classes: tuple[str, ...] | None = None) -> Listing:
-    """List one split of MNIST's format: `...-images-idx3-ubyte[.gz]`, and `...-labels-idx1-ubyte[.gz]` beside it."""
-    labels_path = images_path.with_name(images_path.name.replace("images-idx3", "labels-idx1"))
-    images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
-    if len(images) != len(labels):
-        raise DataError(f"{images_path} holds {len(images)} images and {labels_path} {len(labels)} labels; copy both")
-    classes = classes or tuple(str(number) for number in range(int(labels.max()) + 1))
-    return Listing(source=images_path, images=images, labels=labels.tolist(), classes=classes)
-
-
-def _read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
-    """Read the array of an idx file of unsigned bytes."""
-    if not path.is_file():
-        raise DataError(f"idx file {path} does not exist; images need the labels file of the same split beside them")
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            head, values = file.read(4 + 4 * num_dims), np.frombuffer(file.read(), np.uint8)
-        if head[:4] != bytes([0, 0, _UNSIGNED_BYTES, num_dims]):
-            raise ValueError(f"no idx file of unsigned bytes in {num_dims} dimensions")
-        values = values.reshape(struct.unpack(f">{num_dims}I", head[4:]))
-        if not values.size:
-            raise ValueError("it is empty")
-    except Exception as error:  # gzip, zlib, struct and numpy raise many types on damaged files
-        raise DataError(f"{path} is damaged ({error}); copy it again") from error
-    return values

@@ -7,14 +7,13 @@ which no two hold the same image.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,8 @@ from aimscale.harness.data.images import (
 from aimscale.harness.data.random_access import make_key, permute
 from aimscale.harness.data.store.dataset_info import DatasetInfo, image_checksum
 from aimscale.harness.data.store.indexing import SCAN_SCHEMA, Progress, ShardScan, write_scans
-from aimscale.harness.data.store.parquet import EncodedImage, EncodedImages, walk_files
+from aimscale.harness.data.store.listing import Images, Listing
+from aimscale.harness.data.store.parquet import EncodedImage, EncodedImages
 from aimscale.harness.data.store.processes import map_in_processes
 from aimscale.harness.run.files import atomic_dir
 
@@ -46,9 +46,6 @@ _MAX_SHARD_SAMPLES = 100_000
 _LOSSLESS_SIDE = 128  # resized images up to this side are stored as PNG: JPEG's blocks would dominate them
 _CHUNK = 64  # images that a process prepares at a time
 _WORTH_PROCESSES = 5000  # images, from which on processes are worth their start
-
-
-Images = Sequence[str] | EncodedImages | npt.NDArray[np.uint8]
 
 
 class PackedImage(NamedTuple):
@@ -62,30 +59,6 @@ class PackedImage(NamedTuple):
     """Size (height, width) in pixels, if the bytes were decoded before."""
     is_transparent: bool = False
     """Whether pixels were laid on white."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Listing:
-    """Images to pack, in an order that is always the same."""
-
-    source: Path
-    """Origin of the images, for messages."""
-    images: Images
-    """Image files, as text, since a million Path objects take ten times longer to reach a process; encoded images; or
-    pixels, (n, H, W) or (n, H, W, C), numpy's or a mapped file's."""
-    labels: Sequence[int] | None = None
-    """Class numbers, -1 for none; None if there are no classes."""
-    classes: tuple[str, ...] | None = None
-    """Class names by label."""
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Ending -> number of files that are no images."""
-    empty: tuple[str, ...] = ()
-    """Sub-folders without an image, which are no classes."""
-
-    def name_of(self, number: int) -> str:
-        """Name an image, for messages."""
-        image = self.images[number]
-        return image if isinstance(image, str) else f"{number} of {self.source}"
 
 
 class Packed(NamedTuple):
@@ -237,43 +210,6 @@ def pack_images(
     with contextlib.closing(prepared()) as images:
         info = write_dataset(out, good_ones(images), classes=listing.classes, max_shard_bytes=max_shard_bytes)
     return Packed(info, skipped, num_transparent)
-
-
-def list_folder(folder: Path) -> Listing:
-    """List the image files of a folder, sorted; the sub-folders that hold images, sorted, are the classes.
-
-    Raises:
-        OSError: a sub-folder cannot be read: without it a class, or a part of one, would be missing.
-    """
-    if not folder.is_dir():
-        what = "is no folder of images" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {what}; an archive of a benchmark needs --benchmark")
-    paths = [path for path in walk_files(folder) if path.is_file() or not path.exists()]  # the latter: a dangling link
-    files = sorted(path for path in paths if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-    left_out = Counter(path.suffix.lower() or path.name for path in paths)
-    for extension in IMAGE_EXTENSIONS:
-        del left_out[f".{extension}"]
-    if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
-    names = [path.relative_to(folder).parts[0] for path in files if path.parent != folder]
-    if not names:
-        return Listing(source=folder, images=[*map(str, files)], left_out=left_out)
-    if loose := len(files) - len(names):
-        raise DataError(
-            f"{folder} holds {loose} images beside its sub-folders, so their class is unknown; "
-            "move them into a sub-folder, or pack a folder without any"
-        )
-    number_of = {name: number for number, name in enumerate(sorted(set(names)))}
-    labels = [number_of[name] for name in names]
-    empty = tuple(sorted({path.name for path in folder.iterdir() if path.is_dir()} - {*number_of}))
-    return Listing(
-        source=folder,
-        images=[*map(str, files)],
-        labels=labels,
-        classes=tuple(number_of),
-        left_out=left_out,
-        empty=empty,
-    )
 
 
 def _prepare(listing: Listing, order: npt.NDArray[np.int64], resize: int | None, at: range) -> list[PackedImage | str]:

@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from aimscale.harness.data import DataError
 from aimscale.harness.data.images import IMAGE_EXTENSIONS
 from aimscale.harness.data.store.indexing import Progress
+from aimscale.harness.data.store.listing import walk_files
 
 ENDING = ".parquet"
 _BATCH = 64  # rows that are read at a time
@@ -89,20 +90,6 @@ class Table(NamedTuple):
     """Class numbers, -1 for none; None if there is no column of labels."""
     classes: tuple[str, ...] | None
     """Class names by label."""
-
-
-def walk_files(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, in no order.
-
-    Raises:
-        OSError: a sub-folder cannot be read: without it a class, or a part of one, would be missing.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for root, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(root, name) for name in names)
 
 
 def find_parquet(source: Path) -> list[Path]:

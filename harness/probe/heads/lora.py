@@ -1,6 +1,6 @@
 """LoRA adaptation (rank 8; AIM paper, Table 8): the third protocol on a probe's tasks, and not a frozen feature.
 
-Low-rank updates of the backbone (`aim.lora`) train together with an attentive head on the fixed block set (the last
+Low-rank updates of the backbone (`aim.probes`) train together with an attentive head on the fixed block set (the last
 six), once for every learning rate. The hold-out chooses the rate, which trains once more on the whole training split.
 Optimiser, schedule and views are those of the probes; the head standardises by the statistics of unadapted features.
 """
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aimscale.aim.lora import add_lora
 from aimscale.aim.model import AIM
+from aimscale.aim.probes import add_lora
 from aimscale.harness.probe.features.extraction import batched, own_indices
 from aimscale.harness.probe.features.images import LabelledImages, Task
 from aimscale.harness.probe.features.moments import Moments

@@ -11,7 +11,8 @@ import pytest
 from pictures import smooth
 
 from aimscale.harness.data.store import index
-from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.data.store.listing import list_folder
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.run.config import RunConfig, run_config
 
 

@@ -13,7 +13,7 @@ from aimscale.aim.config import model_config
 from aimscale.aim.cost import executed_flops_per_image, flops_per_image
 from aimscale.aim.errors import UserError
 from aimscale.harness.device import speed
-from aimscale.harness.probe.cost import probe_cost
+from aimscale.harness.probe.features.tasks import probe_cost
 from aimscale.harness.run.config import ProbeSection, build_model_config
 from aimscale.harness.run.provenance import cpu_name
 from aimscale.harness.run.row import build_model_config

@@ -27,7 +27,8 @@ from aimscale.harness.data.images import UndecodableImageError, decode
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.data.store.index import open_dataset
 from aimscale.harness.data.store.indexing import index_shards
-from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.data.store.listing import list_folder
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.data.store.tars import expand_braces
 from aimscale.harness.data.stream.stream import open_stream
 from aimscale.harness.run.config import RunConfig

@@ -27,7 +27,8 @@ from aimscale.harness.data.images import crop_centre, decode
 from aimscale.harness.data.store import bundled, pack, processes
 from aimscale.harness.data.store.dataset_info import read_info
 from aimscale.harness.data.store.index import COLUMNS, open_dataset
-from aimscale.harness.data.store.pack import list_folder, pack_images
+from aimscale.harness.data.store.listing import list_folder
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.run.failures import NoMemoryError, StandstillError
 
 

@@ -16,7 +16,8 @@ from pictures import saved
 from PIL import Image
 
 from aimscale.harness.data.store.index import open_dataset
-from aimscale.harness.data.store.pack import Listing, pack_images
+from aimscale.harness.data.store.listing import Listing
+from aimscale.harness.data.store.pack import pack_images
 from aimscale.harness.data.store.parquet import read_parquet
 
 
