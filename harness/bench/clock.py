@@ -30,7 +30,7 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.provenance import process_age_s
 from aimscale.harness.run.schedule import Segment
 from aimscale.harness.step.checkpoint import load_checkpoint
-from aimscale.harness.train.loop import Trainer
+from aimscale.harness.train.run import Trainer
 from aimscale.harness.validation import open_held_out, validate
 
 MEASURED_S = 1.0

@@ -5,4 +5,4 @@ from aimscale.harness.evaluate.run import evaluate
 from aimscale.harness.run.failures import run_worker
 
 log_to_console()
-run_worker(evaluate, "aimscale.harness.evaluate RUN_DIR...")
+run_worker(lambda *paths: evaluate(paths), "aimscale.harness.evaluate RUN_DIR...")

@@ -1,4 +1,6 @@
-"""TensorBoard and Weights & Biases beside `metrics.jsonl`, under the same names, by images seen (docs/loggers.md).
+"""What shows a run beside `metrics.jsonl`: TensorBoard, Weights & Biases, and profiles of steps.
+
+Both loggers have the same names, by images seen (docs/loggers.md).
 
 `train/...` is the trunk as it trains, `decay/...` the decays to all budgets, and `val/...` and `probe/...` hold a point
 for each budget. So a panel fits any number of budgets, and its x axis never goes back.
@@ -11,15 +13,19 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aimscale.harness.run.config import ConfigError, RunConfig
 from aimscale.harness.run.directory import RunDir, State
 from aimscale.harness.run.expected import ExpectedPoint
 from aimscale.harness.run.files import write_text
 from aimscale.harness.run.row import planned_columns
+
+if TYPE_CHECKING:
+    from aimscale.harness.distributed.group import Group
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +34,10 @@ DECAYING = ("loss", "loss_max", "grad_norm", "lr", "images_done")
 """Columns that are plotted of a decay; speeds and counts continue the trunk's."""
 FINISH_S = 60
 """Seconds that W&B may take at the end of a job to send the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
+SKIPPED_STEPS = 5
+"""Steps before those of a profile: they compile and allocate."""
+MAX_MEMORY_EVENTS = 100_000
+"""Number of allocations that a snapshot of memory goes back."""
 
 
 def refuse_missing(config: RunConfig) -> None:
@@ -190,6 +200,42 @@ def expected_scalars(points: Iterable[ExpectedPoint], images_seen: int, name: st
     here = (each for each in points if each.images_seen == images_seen)
     ends = next(({"": each.loss, "_low": each.low, "_high": each.high} for each in here), {})
     return {f"{name}_expected{end}": value for end, value in ends.items()}
+
+
+@contextlib.contextmanager
+def profiled_steps(folder: Path, num_steps: int | None, group: Group) -> Iterator[Callable[[], None] | None]:
+    """Profile so many steps of the block; yields what all ranks call after each step. None profiles and yields none.
+
+    Each rank writes `rank-<number>.json.gz`, a trace for ui.perfetto.dev, into `folder`, and on a GPU
+    `rank-<number>.memory.pickle`, for pytorch.org/memory_viz.
+    """
+    if num_steps is None:
+        yield None
+        return
+    import torch
+
+    folder.mkdir(exist_ok=True)
+    is_cuda = group.device.type == "cuda"
+
+    def save(profile: Any) -> None:
+        profile.export_chrome_trace(str(folder / f"rank-{group.rank}.json.gz"))
+        if is_cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / f"rank-{group.rank}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    if is_cuda:
+        torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+    schedule = torch.profiler.schedule(skip_first=SKIPPED_STEPS, wait=0, warmup=1, active=num_steps, repeat=1)
+    last = SKIPPED_STEPS + 1 + num_steps
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=save) as profile:
+
+        def after_step() -> None:
+            if profile.step_num < last:
+                profile.step()
+                if profile.step_num == last:
+                    group.barrier()  # here and not in the next step's collectives, whose time is short
+
+        yield after_step
 
 
 def _brief(error: Exception) -> str:

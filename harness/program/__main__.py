@@ -5,4 +5,4 @@ from aimscale.harness.program.supervisor import Supervisor
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import run_worker
 
-run_worker(lambda paths: make_attempts(Supervisor, [RunDir(paths[0])]), "aimscale.harness.program RUN_DIR", max_paths=1)
+run_worker(lambda path: make_attempts(Supervisor, [RunDir(path)]), "aimscale.harness.program RUN_DIR", max_paths=1)

@@ -48,6 +48,6 @@ class Evaluation(Attempt):
 
 if __name__ == "__main__":
     run_worker(
-        lambda paths: make_attempts(Evaluation, [RunDir(path).evaluation for path in paths]),
+        lambda *paths: make_attempts(Evaluation, [RunDir(path).evaluation for path in paths]),
         "aimscale.harness.program.evaluation RUN_DIR...",
     )

@@ -266,14 +266,13 @@ def work_in_turn(runs: Sequence[RunDir], work: Callable[[RunDir], int], *, raise
     return exit_code
 
 
-def run_worker(work: Callable[[list[Path]], int], usage: str, max_paths: float = float("inf")) -> NoReturn:
+def run_worker(work: Callable[..., int], usage: str, max_paths: float = float("inf")) -> NoReturn:
     """Run `work` on the folders that are the arguments, and end the process, the entry point of what launchers start:
     mistakes, lost locks and failing disks in one sentence, everything else with a traceback."""
     if not 1 <= len(sys.argv) - 1 <= max_paths:
         sys.exit(f"usage: python -m {usage}")
     try:
-        code = work([Path(each) for each in sys.argv[1:]])
-        sys.exit(code)
+        sys.exit(work(*map(Path, sys.argv[1:])))
     except Exception as error:
         exit_after(EXIT_TIMEOUT_S)
         sentence = disk_sentence(error) if isinstance(error, OSError) else error

@@ -50,7 +50,7 @@ class Manifest:
     adam_step: int
     """Updates applied so far, for the moments' bias correction."""
     progress: dict[str, Any]
-    """Counters of the run, see `harness.train.loop`."""
+    """Counters of the run, see `harness.train.run`."""
     files: dict[str, dict[str, int]]
     """File name -> size in bytes and CRC-32."""
 

@@ -5,4 +5,4 @@ from aimscale.harness.run.failures import run_worker
 from aimscale.harness.train.run import train
 
 log_to_console()
-run_worker(lambda paths: train(paths[0]), "aimscale.harness.train RUN_DIR", max_paths=1)
+run_worker(train, "aimscale.harness.train RUN_DIR", max_paths=1)

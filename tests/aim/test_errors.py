@@ -21,7 +21,7 @@ def restored() -> Any:
 def test_messages_are_plain_lines_on_the_standard_error_once_however_often_it_is_called(capsys: Any) -> None:
     log_to_console()
     log_to_console()
-    logging.getLogger("aimscale.harness.train.loop").info("8 %s, 4 %%", "images")
+    logging.getLogger("aimscale.harness.train.run").info("8 %s, 4 %%", "images")
     logging.getLogger("aimscale.harness").debug("nothing")
     logging.getLogger("elsewhere").info("nothing")
     assert capsys.readouterr() == ("", "8 images, 4 %\n")

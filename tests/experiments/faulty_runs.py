@@ -23,7 +23,7 @@ from aimscale.harness.data.stream.stream import Batch, open_stream
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.schedule import Schedule
-from aimscale.harness.train import loop
+from aimscale.harness.train import run as trainer
 from aimscale.harness.train.run import train
 
 HALF = 0.5
@@ -34,13 +34,13 @@ Change = Callable[[Batch, Any], Batch]
 
 def changed_batches(config: RunConfig, change: Change) -> contextlib.AbstractContextManager[Any]:
     """Change every micro-batch from half way on."""
-    start, original = HALF * config.evaluation.budgets[-1], loop.train_batches
+    start, original = HALF * config.evaluation.budgets[-1], trainer.train_batches
 
     def batches(stream: Any, **options: Any) -> Generator[list[Batch]]:
         for step in original(stream, **options):
             yield [change(batch, stream) if int(batch.positions[0]) >= start else batch for batch in step]
 
-    return mock.patch.object(loop, "train_batches", batches)
+    return mock.patch.object(trainer, "train_batches", batches)
 
 
 def high_rate(config: RunConfig, other: Path) -> contextlib.AbstractContextManager[Any]:
@@ -90,20 +90,20 @@ def repeated_order(config: RunConfig, other: Path) -> contextlib.AbstractContext
 
 def no_weight_decay(config: RunConfig, other: Path) -> contextlib.AbstractContextManager[Any]:
     """Switch weight decay off."""
-    original = loop.Trainer._step
+    original = trainer.Trainer._step
 
-    def step(self: loop.Trainer, step: Any, position: int, branch: int | None) -> Any:
+    def step(self: trainer.Trainer, step: Any, position: int, branch: int | None) -> Any:
         if position >= HALF * config.evaluation.budgets[-1]:
             for group in self.engine.adamw.param_groups:
                 group["weight_decay"] = 0.0
         return original(self, step, position, branch)
 
-    return mock.patch.object(loop.Trainer, "_step", step)
+    return mock.patch.object(trainer.Trainer, "_step", step)
 
 
 def dropped_gradients(config: RunConfig, other: Path) -> contextlib.AbstractContextManager[Any]:
     """Drop the gradients of one of two ranks: the sum over all images has those of every second one only."""
-    original = loop.Engine.step
+    original = trainer.Engine.step
     start = HALF * config.evaluation.budgets[-1]
 
     def step(self: Any, micro_batches: list[Batch], *, num_targets: int, lr: float) -> Any:
@@ -112,7 +112,7 @@ def dropped_gradients(config: RunConfig, other: Path) -> contextlib.AbstractCont
         found = original(self, [_half(batch) for batch in micro_batches], num_targets=num_targets, lr=lr)
         return dataclasses.replace(found, loss_sum=2 * found.loss_sum)
 
-    return mock.patch.object(loop.Engine, "step", step)
+    return mock.patch.object(trainer.Engine, "step", step)
 
 
 def _half(batch: Batch) -> Batch:
@@ -141,11 +141,11 @@ FAULTS = {
 @contextlib.contextmanager
 def stopping_at(num_images: float) -> Iterator[None]:
     """Stop training in the block at the first step of the trunk past so many images, saved."""
-    original = loop.Trainer._train
+    original = trainer.Trainer._train
 
-    def trained(self: loop.Trainer, segment: Any) -> None:
+    def trained(self: trainer.Trainer, segment: Any) -> None:
         if segment.branch is None:
-            metrics, request = self.recorder.metrics, functools.partial(loop.Trainer._request, self)
+            metrics, request = self.recorder.metrics, functools.partial(trainer.Trainer._request, self)
             stop_at = num_images - segment.start + metrics.images_done
 
             def asked() -> Any:
@@ -154,7 +154,7 @@ def stopping_at(num_images: float) -> Iterator[None]:
             self._request = asked  # type: ignore[method-assign]
         original(self, segment)
 
-    with mock.patch.object(loop.Trainer, "_train", trained):
+    with mock.patch.object(trainer.Trainer, "_train", trained):
         yield
 
 

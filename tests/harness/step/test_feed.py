@@ -148,7 +148,7 @@ def hang_in_a_save(rank: int, path: Path) -> None:
     aimscale.harness.distributed.group.PHASE_TIMEOUT_S = 3.0
     failures.EXIT_TIMEOUT_S = job.EXIT_TIMEOUT_S = 5.0
     sys.argv = ["train", str(path)]
-    run_worker(lambda paths: train(paths[0]), "train")
+    run_worker(train, "train")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

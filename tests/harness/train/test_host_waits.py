@@ -17,7 +17,7 @@ from aimscale.harness.log.record import Recorder
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.step.engine import Engine
-from aimscale.harness.train.loop import Trainer
+from aimscale.harness.train.run import Trainer
 
 
 class Waits(TorchDispatchMode):
@@ -74,5 +74,5 @@ def test_steps_between_lines_wait_for_no_loss_and_no_norm(
     assert in_processes(train_watched, run.path, tmp_path, world_size=2) == [0, 0]
     for rank in range(2):
         found = json.loads((tmp_path / str(rank)).read_text())
-        assert {"loop.py", "record.py", "engine.py"}.isdisjoint(found["asked"]), found["asked"]
+        assert {"run.py", "record.py", "engine.py"}.isdisjoint(found["asked"]), found["asked"]
         assert Counter(found["events"]) == {"step": 16, "read": 4}

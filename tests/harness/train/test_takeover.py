@@ -17,7 +17,7 @@ from trainers import before_call, rows, train_in, weights
 
 import aimscale.harness.log.record
 import aimscale.harness.step.saving
-import aimscale.harness.train.loop
+import aimscale.harness.train.run
 from aimscale.harness.distributed import group
 from aimscale.harness.run.config import RunConfig
 from aimscale.harness.run.directory import EXIT_CRASHED, RunDir
@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "step": (aimscale.harness.log.record.Recorder, "step"),
     "save": (aimscale.harness.step.saving, "_write_part"),
     "publication of a save": (aimscale.harness.step.saving, "publish_dir"),
-    "budget": (aimscale.harness.train.loop, "save_weights"),
+    "budget": (aimscale.harness.train.run, "save_weights"),
 }
 
 

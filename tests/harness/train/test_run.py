@@ -37,7 +37,7 @@ from aimscale.harness.distributed import job
 from aimscale.harness.run.config import RunConfig, build_model_config, load_run_config
 from aimscale.harness.run.directory import EXIT_DIVERGED, EXIT_PREEMPTED, RunDir, RunDirError
 from aimscale.harness.run.schedule import schedule_of
-from aimscale.harness.train import loop
+from aimscale.harness.train import run as trainer
 from aimscale.harness.train.run import train
 
 Run = Callable[..., list[int]]
@@ -363,7 +363,7 @@ def test_a_branch_equals_a_run_that_had_only_that_budget(whole: Whole) -> None:
 
 def train_with_slow_writes(rank: int, path: Path) -> None:
     """Train, and die where a budget's weights are begun before the checkpoint that its decay left is published."""
-    run, real_write, real_save = RunDir(path), aimscale.harness.step.saving._write_part, loop.save_weights
+    run, real_write, real_save = RunDir(path), aimscale.harness.step.saving._write_part, trainer.save_weights
     trunk = schedule_of(run.load_config()).branch_point(64)
 
     def write(*args: Any) -> Any:
@@ -374,7 +374,7 @@ def train_with_slow_writes(rank: int, path: Path) -> None:
         assert run.checkpoint_dir(trunk).exists()
         return real_save(*args)
 
-    aimscale.harness.step.saving._write_part, loop.save_weights = write, save
+    aimscale.harness.step.saving._write_part, trainer.save_weights = write, save
     train_in(rank, path)
 
 
