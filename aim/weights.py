@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,15 +68,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, with text `metadata`, under a temporary name, then rename it."""
+    """Write a safetensors file, with text `metadata`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        values = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(values, partial, dict(metadata or {}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(values, path, dict(metadata or {}))
 
 
 def identify(state: Mapping[str, Tensor], where: Path, *, image_size: int, num_heads: int | None = None) -> ModelConfig:

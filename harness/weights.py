@@ -6,7 +6,6 @@ Files are mapped into memory, and no pickled code is executed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from aimscale.harness.probe.released import RELEASED_HEAD, check_blocks, parse_b
 from aimscale.harness.run.config import RunConfig, build_model_config, run_config
 from aimscale.harness.run.directory import RunDir, RunDirError
 from aimscale.harness.run.files import atomic_dir, read_file, write_json, write_text
+from aimscale.harness.run.init import sha256_of
 from aimscale.harness.run.provenance import record_start
 from aimscale.harness.run.row import budget_columns
 from aimscale.harness.run.schedule import check_weights
@@ -139,9 +139,7 @@ def import_weights(
     shapes = model_shapes(config)
     check_tensors(body, {name: shape for name, shape in shapes.items() if name.startswith(BACKBONE)}, source)
     run_config = _published_recipe(config, images_seen)
-    with source.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256}
+    origin = {"file": str(source.resolve()), "bytes": source.stat().st_size, "sha256": sha256_of(source)}
     with atomic_dir(run_path) as folder:
         run = RunDir(folder)
         if head is not None or f"{PROBE}linear.weight" in state:

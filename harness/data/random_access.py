@@ -6,6 +6,7 @@ nothing has to be saved, split over workers or replayed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 
@@ -23,6 +24,7 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
+@functools.lru_cache(64, typed=True)  # a step asks for the same few
 def make_key(*words: int | str) -> int:
     """Compute the 64-bit key of a purpose, e.g. `make_key("crop", seed)`."""
     text = "\x1f".join(f"{type(word).__name__}:{word}" for word in words)

@@ -42,6 +42,7 @@ from aimscale.harness.probe.heads.stacks import ON_TOKENS, STACKS, AttentiveStac
 from aimscale.harness.probe.heads.training import TEST_BATCH, HeadTraining, predict_test_split, search_heads
 from aimscale.harness.results import PROTOCOL, Key, add_probes, as_entry, finished_probes, task_key
 from aimscale.harness.run.config import ModelSection, ProbeSection, RunConfig
+from aimscale.harness.run.files import atomic_write
 
 Detail = dict[str, Any]
 """Contents of a task's file about one kind of probe: a row's entry, per-class counts and the grid."""
@@ -254,4 +255,7 @@ def _save_head(candidate: Candidate, path: Path) -> None:
     assert isinstance(candidate.head, AttentiveStack)
     state = {f"head.{name}": tensor for name, tensor in candidate.head.released_state().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
-    write_weights(state, path, {"blocks": json.dumps(candidate.blocks)})  # one key: of several the order is random
+    with atomic_write(path) as partial:
+        write_weights(
+            state, partial, {"blocks": json.dumps(candidate.blocks)}
+        )  # one key: of several the order is random

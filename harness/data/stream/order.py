@@ -8,6 +8,7 @@ another, some of them side by side. No held-out image may be among them (`refuse
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ class SourceOrder:
             numbers[rest] = self._dealt(first + permute(along[rest] - first, self.num_unique - first, keys[rest]))
         return numbers
 
-    @property
+    @functools.cached_property
     def _blocks(self) -> tuple[int, int]:
         """Number of blocks, and images in each."""
         size = max(1, self.num_images // self.num_shards)
