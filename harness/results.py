@@ -43,6 +43,14 @@ _PIECE = 1 << 16
 
 Key = dict[str, str | int]
 """Everything that a task's numbers depend on: `backbone`, `protocol`, `evaluation` and `seed`, as in a task's file."""
+VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
+"""Columns of a row that a validation file holds under the same names."""
+CONFIGURED_COLUMNS = ("seed", "batch_size", "lr_peak", "image_size", "patch_size", "params_total")
+"""Columns of a row that every release computes alike from a run's configuration."""
+NOTE = "complete.json"
+"""File of a run that says that nothing was missing, and of what that depends."""
+DATA_INTERVAL_S = 10.0
+"""Interval between looks at whether a data set was changed, s."""
 
 
 def weights_name(run: RunDir, config: RunConfig, images_seen: int) -> str:
@@ -164,16 +172,6 @@ def as_entry(detail: dict[str, Any]) -> dict[str, Any]:
 def entries_of(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a results row's entries of a task's file."""
     return [as_entry(detail) for detail in document["probes"]]
-
-
-VALIDATION_COLUMNS = ("val_loss", "val_loss_se", "val_num_images")
-"""Columns of a row that a validation file holds under the same names."""
-CONFIGURED_COLUMNS = ("seed", "batch_size", "lr_peak", "image_size", "patch_size", "params_total")
-"""Columns of a row that every release computes alike from a run's configuration."""
-NOTE = "complete.json"
-"""File of a run that says that nothing was missing, and of what that depends."""
-DATA_INTERVAL_S = 10.0
-"""Interval between looks at whether a data set was changed, s."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ from aimscale.harness.run.timeouts import COLLECTIVE_TIMEOUT_S
 from aimscale.harness.step.checkpoint import copied_model
 from aimscale.harness.step.engine import Engine
 
+_log = logging.getLogger(__name__)
+
 
 class HeldOut:
     """Validation images for one model geometry, shared by ranks; threads decode them ahead of the model."""
@@ -153,9 +155,6 @@ def validate(
     return ValidationLosses(
         index=held_out.indices[rows], loss_sum=losses[order].sum(1), num_targets=targets[order].sum(1)
     )
-
-
-_log = logging.getLogger(__name__)
 
 
 class LearningCurve:

@@ -36,6 +36,25 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 """Pillow's names of the accepted formats; Pillow knows others, and starts a program for one of them."""
 _JPEG_START = b"\xff\xd8"
 _MAX_ASPECT_RATIO = 64  # of images that are resized for a square crop
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Aspect ratios of random resized crops, of training and of probes."""
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+"""ImageNet's channel means, for pixels in 0..1."""
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet's channel standard deviations."""
+SMALL_SIDE = 64
+"""Longest side of images that take the fixed-point batch path, pixels."""
+_NUM_TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
+_DRAWS = 2 * _NUM_TRIES + 3
+_resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa  # F.interpolate calls it, without `out`
+_VALUES_AT_A_TIME = 2**17  # of pixels: 42 images of 32 px in colour
+_WEIGHT_SCALE = 2.0**14  # 255 * 1.5 * 2^14 < 2^24: exact in fp32
+BOX = np.dtype([("top", "<i8"), ("left", "<i8"), ("height", "<i8"), ("width", "<i8"), ("flip", "?")])
+"""Crop box of an image, pixels, and whether the crop is flipped."""
+Boxes = npt.NDArray[Any]
+"""Array (B,) of BOX."""
+Box = tuple[int, int, int, int, bool]
+"""Item of such an array: top, left, height, width, flip."""
 
 
 class UndecodableImageError(Exception):
@@ -150,30 +169,6 @@ def kernel_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-CROP_RATIO = (3 / 4, 4 / 3)
-"""Aspect ratios of random resized crops, of training and of probes."""
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-"""ImageNet's channel means, for pixels in 0..1."""
-IMAGE_STD = (0.229, 0.224, 0.225)
-"""ImageNet's channel standard deviations."""
-
-SMALL_SIDE = 64
-"""Longest side of images that take the fixed-point batch path, pixels."""
-_NUM_TRIES = 10  # of torchvision's RandomResizedCrop before it falls back to a centre crop
-_DRAWS = 2 * _NUM_TRIES + 3
-_resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bicubic2d_aa  # F.interpolate calls it, without `out`
-_VALUES_AT_A_TIME = 2**17  # of pixels: 42 images of 32 px in colour
-_WEIGHT_SCALE = 2.0**14  # 255 * 1.5 * 2^14 < 2^24: exact in fp32
-
-
-BOX = np.dtype([("top", "<i8"), ("left", "<i8"), ("height", "<i8"), ("width", "<i8"), ("flip", "?")])
-"""Crop box of an image, pixels, and whether the crop is flipped."""
-Boxes = npt.NDArray[Any]
-"""Array (B,) of BOX."""
-Box = tuple[int, int, int, int, bool]
-"""Item of such an array: top, left, height, width, flip."""
 
 
 def draw_boxes(

@@ -40,6 +40,14 @@ SPIKE_SIGMAS = 6.0
 TAIL_FRACTION = 0.05
 """Last share of a budget, over which its `train_loss` is averaged."""
 _NOWHERE = Segment(start=0, stop=0, branch=None)
+SHOWN = ("images_seen", "images_done", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")
+"""Columns of a line that `status.json` shows, too."""
+MAX_SKIPPED_STEPS = 20
+"""Maximum number of consecutive non-finite steps; with more, the run has diverged."""
+RECENT_LINES = 10
+"""Number of last lines over which the rate in `status.json` is taken, from which the time left follows."""
+STATUS_INTERVAL_S = 5.0
+"""Interval between lines that are shown in `status.json`, s, whose renaming burdens the server of a shared disk."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -183,16 +191,6 @@ class Metrics:
 def _mean(values: list[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
     return math.fsum(numbers) / len(numbers) if numbers else None
-
-
-SHOWN = ("images_seen", "images_done", "step", "loss", "num_skipped_steps", "mfu_published", "mfu")
-"""Columns of a line that `status.json` shows, too."""
-MAX_SKIPPED_STEPS = 20
-"""Maximum number of consecutive non-finite steps; with more, the run has diverged."""
-RECENT_LINES = 10
-"""Number of last lines over which the rate in `status.json` is taken, from which the time left follows."""
-STATUS_INTERVAL_S = 5.0
-"""Interval between lines that are shown in `status.json`, s, whose renaming burdens the server of a shared disk."""
 
 
 class Recorder:

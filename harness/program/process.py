@@ -33,6 +33,12 @@ MAX_LOG_BYTES = 50_000_000
 """Bytes of output that an attempt's log keeps."""
 READ_BYTES = 1 << 20
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <sys/prctl.h>
+INTERPRETER = re.compile(r"python[\d.]*")
+PACKAGES_TIMEOUT_S = 60
+_LIST = (
+    "import importlib.metadata as m, json, platform; "
+    "print(json.dumps([platform.python_version(), {d.name: d.version for d in m.distributions() if d.name}]))"
+)
 
 
 def program_environment() -> dict[str, str]:
@@ -143,14 +149,6 @@ class Process:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         return [process.pid for process in processes]
-
-
-INTERPRETER = re.compile(r"python[\d.]*")
-PACKAGES_TIMEOUT_S = 60
-_LIST = (
-    "import importlib.metadata as m, json, platform; "
-    "print(json.dumps([platform.python_version(), {d.name: d.version for d in m.distributions() if d.name}]))"
-)
 
 
 def start_facts(program: ProgramSection, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ Fields = dict[str, Any]
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kKMB]?)")
 _UNIT = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+Values = Mapping[str, Any]
 
 
 class ConfigError(UserError):
@@ -172,9 +173,6 @@ def merge(base: Fields, changes: Fields) -> Fields:
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return merged
-
-
-Values = Mapping[str, Any]
 
 
 def training_digest(training: Values, horizon: int | None) -> str:

@@ -29,6 +29,10 @@ from aimscale.harness.device.memory import bucket_values
 from aimscale.harness.distributed.group import Group, import_deepspeed
 from aimscale.harness.run.config import ConfigError, OptimiserSection
 
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+TESTED_DEEPSPEED = "0.19.8"
+"""Version of DeepSpeed that the tests passed with."""
+
 
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips by the global norm, and changes nothing if the norm is not finite.
@@ -108,11 +112,6 @@ def place_partitioned(deepspeed: Any, model: AIM, settings: dict[str, Any], devi
             placed = next(layer.parameters())
         else:
             placed.convert_to_zero_parameters(param_list=list(layer.parameters(recurse=False)))
-
-
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-TESTED_DEEPSPEED = "0.19.8"
-"""Version of DeepSpeed that the tests passed with."""
 
 
 class DeepSpeedError(UserError):

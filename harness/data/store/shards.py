@@ -36,6 +36,15 @@ PROTOCOLS = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "h
 """Protocols of fsspec that read bytes and no more: others build a path of code, archives or further URLs."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # optional dependencies of this package, by protocol
 _CHUNK_BYTES = 4 * 2**20  # of a download
+CACHE_FOLDER = "aimscale-shards"
+"""Name of the cache within the folder that a user names."""
+_MAX_OPEN_FILES = 256  # per process: `ulimit -n` is often 1024
+_CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
+_PARTIAL = ".partial"
+_IN_USE_S = 30.0  # after its last use a shard may be evicted to fetch another ahead
+_RETRY_S = 15.0  # until shards are fetched ahead again, once there was no room
+ByteRange = tuple[str, int, int]
+"""Byte range of a shard: its name, the offset of the first byte and their number."""
 
 
 def is_url(path: str) -> bool:
@@ -129,19 +138,6 @@ def with_retries(action: Callable[[], T]) -> T:
                 logging.getLogger(__name__).warning("a server gives no data (%r); trying again", error)
             time.sleep(FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
-
-
-CACHE_FOLDER = "aimscale-shards"
-"""Name of the cache within the folder that a user names."""
-_MAX_OPEN_FILES = 256  # per process: `ulimit -n` is often 1024
-_CHECKED_AT_OPEN = 2000  # shards whose presence and size are checked when a data set is opened
-_PARTIAL = ".partial"
-_IN_USE_S = 30.0  # after its last use a shard may be evicted to fetch another ahead
-_RETRY_S = 15.0  # until shards are fetched ahead again, once there was no room
-
-
-ByteRange = tuple[str, int, int]
-"""Byte range of a shard: its name, the offset of the first byte and their number."""
 
 
 @functools.lru_cache(_MAX_OPEN_FILES)

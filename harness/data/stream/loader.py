@@ -39,6 +39,9 @@ _MAX_BYTES = 2 << 30  # of the ring; beyond it, less is loaded ahead
 _MAX_TASKS = 256  # that wait in a worker's pipe, which holds some 200 kB
 _MAX_NAMED = 10  # undecodable samples that a loader names in the log
 _SHARED_MEMORY = "/dev/shm"
+Task = tuple[int, range]
+"""Slot of the ring, and the positions of the micro-batch to write into it."""
+T = TypeVar("T")
 
 
 def free_shared_bytes() -> int:
@@ -109,10 +112,6 @@ def train_batches(
     with contextlib.closing(ring.load(parts)) as batches, _page_locked(ring.slots, pin_memory):
         for first in starts:
             yield list(itertools.islice(batches, len(split(first))))
-
-
-Task = tuple[int, range]
-"""Slot of the ring, and the positions of the micro-batch to write into it."""
 
 
 class _Ring:
@@ -212,9 +211,6 @@ def _page_locked(slots: torch.Tensor, is_wanted: bool) -> Iterator[None]:
         if is_locked:
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaHostUnregister(slots.data_ptr())
-
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _HALF = np.uint64(32)
 _SHARDS_AHEAD = 8  # shards that are fetched before they are needed
 _UNITS = 1 << 20  # probabilities are rounded to multiples of 2^-20, so that positions may reach 2^42
+_TABLE_BITS = 24  # of the checksums; one lookup in the table rules out almost all images
+BLOCK_ROWS = 1 << 16
+"""Rows of the index that are read at once."""
 
 
 class Mixture:
@@ -207,12 +210,6 @@ def unique_per_source(data: DataSection, infos: Sequence[DatasetInfo]) -> list[i
                 "probabilities"
             )
     return counts
-
-
-_TABLE_BITS = 24  # of the checksums; one lookup in the table rules out almost all images
-
-BLOCK_ROWS = 1 << 16
-"""Rows of the index that are read at once."""
 
 
 def refuse_overlap(pools: Iterable[ShardDataset], held_out: ShardDataset) -> None:

@@ -40,6 +40,9 @@ from aimscale.harness.data.stream.order import Mixture, open_sources
 from aimscale.harness.run.config import RunConfig, build_model_config
 
 MAX_REPLACEMENTS = 16  # tries of one position before the stream gives up
+_DRAWN = np.dtype([("source", "<i4"), ("sample", "<i8"), ("height", "<i4"), ("width", "<i4"), ("box", BOX)])
+"""Draws at a position: source number, sample number within it, the image's sides in pixels, and its crop."""
+_Drawn = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,11 +174,6 @@ class Stream(abc.ABC):
         is_interleaved = size > SMALL_SIDE and not self._data.color_jitter
         strides = (1, size * channels, channels) if is_interleaved else (size * size, size, 1)
         return flat.as_strided((num_images, channels, size, size), (channels * size * size, *strides))
-
-
-_DRAWN = np.dtype([("source", "<i4"), ("sample", "<i8"), ("height", "<i4"), ("width", "<i4"), ("box", BOX)])
-"""Draws at a position: source number, sample number within it, the image's sides in pixels, and its crop."""
-_Drawn = npt.NDArray[Any]
 
 
 class TrainStream(Stream):

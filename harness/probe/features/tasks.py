@@ -23,6 +23,10 @@ from aimscale.harness.run.config import ProbeSection, RuntimeConfig
 
 MAX_SHARED = 0.01
 """Maximum share of the test images that may be training images too: some benchmarks have a few in both splits."""
+PASSES = 25
+"""Passes over pooled features until linear heads are solved."""
+HEADS = ("linear", "attentive", "efficient")
+"""Kinds of heads that are trained on frozen features."""
 
 
 class ProbeError(UserError):
@@ -157,12 +161,6 @@ def bytes_per_set(kinds: Sequence[str], num_heads: int, width: int, num_classes:
 def sets_per_round(one_set_bytes: int, ranks: int, memory_bytes: float) -> int:
     """Return how many block sets' heads fit into `HEADS_SHARE` of every rank's memory; at least one per rank."""
     return ranks * max(1, int(HEADS_SHARE * memory_bytes / max(1, one_set_bytes)))
-
-
-PASSES = 25
-"""Passes over pooled features until linear heads are solved."""
-HEADS = ("linear", "attentive", "efficient")
-"""Kinds of heads that are trained on frozen features."""
 
 
 @dataclass(frozen=True, kw_only=True)
