@@ -86,14 +86,11 @@ class Group:
 
     def __init__(self, placement: Placement, device: torch.device, host_group: Any) -> None:
         self.rank = placement.rank
+        self.is_first = self.rank == 0
+        """Whether this rank writes the run's files."""
         self.world_size = placement.world_size
         self.device = device
         self._host_group = host_group
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank writes the run's files."""
-        return self.rank == 0
 
     def memory_bytes(self) -> int:
         """Return the memory that this rank may plan for: its GPU's, or its share of the host's free memory."""

@@ -67,7 +67,7 @@ class Batch:
 
     def images_on(self, device: torch.device | str) -> torch.Tensor:
         """Return normalised float32 images (B, C, H, W) on a device; bytes are moved first and normalised there."""
-        images = self.on(device).images
+        images = self.images.to(device, non_blocking=True).contiguous()
         return normalise(images) if images.dtype == torch.uint8 else images
 
 
