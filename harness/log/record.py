@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from aimscale.aim.cost import mean_scored_tokens
 from aimscale.harness.device.memory import peak_memory_bytes
@@ -29,7 +30,6 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import DivergedError
 from aimscale.harness.run.files import append_line
 from aimscale.harness.run.schedule import Segment
-from aimscale.harness.step.engine import StepOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class Recorder:
         self._utilisation = functools.partial(utilisation, self._model, peak, world_size=group.world_size)
         self._batch_size = config.training.optimiser.batch_size
         self.metrics = Metrics(batch_size=self._batch_size)
-        self._unread: list[tuple[TrainedStep, StepOutcome]] = []
+        self._unread: list[tuple[TrainedStep, Tensor, Tensor]] = []
         self._begin_interval()
         self._recent: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=RECENT_LINES)
         """Time, images, and the longest wait for images of a rank, by line; s."""
@@ -220,19 +220,19 @@ class Recorder:
         self._counted_until, self._wall_s = time.perf_counter(), 0.0
         self._interval: list[TrainedStep] = []
 
-    def step(self, step: TrainedStep, outcome: StepOutcome) -> None:
+    def step(self, step: TrainedStep, loss_sum: Tensor, grad_norm: Tensor) -> None:
         """Record a step; a line is written when it is due, for which all ranks wait.
 
         Args:
-            outcome: the step's, with the loss sum of all ranks. It stays on the device until a line or a checkpoint
-                needs it, so that the host gives the device the next step at once.
+            loss_sum: sum over all ranks. Both numbers stay on the device until a line or a checkpoint needs them, so
+                that the host gives the device the next step at once.
 
         Raises:
             DivergedError: too many non-finite steps in a row.
             LockLost: another process took the run over.
         """
         self.metrics.count(step)
-        self._unread.append((step, outcome))
+        self._unread.append((step, loss_sum, grad_norm))
         self._interval.append(step)
         every = self._config.runtime.log_every_steps
         if step.images_seen // self._batch_size % every == 0 or step.images_seen == self.metrics.segment.stop:
@@ -246,10 +246,10 @@ class Recorder:
 
     def _read(self) -> None:
         """Read the losses and norms of the steps so far, all in one wait for the device."""
-        losses = [outcome.loss_sum for _, outcome in self._unread]
-        norms = [outcome.grad_norm.to(outcome.loss_sum).view(()) for _, outcome in self._unread]
+        losses = [loss_sum for _, loss_sum, _ in self._unread]
+        norms = [grad_norm.to(loss_sum).view(()) for _, loss_sum, grad_norm in self._unread]
         values = torch.stack([*losses, *norms]).tolist() if losses else []
-        for (step, _), loss_sum, norm in zip(self._unread, values[: len(losses)], values[len(losses) :], strict=True):
+        for (step, *_), loss_sum, norm in zip(self._unread, values[: len(losses)], values[len(losses) :], strict=True):
             loss, grad_norm = (x if math.isfinite(x) else None for x in (loss_sum / step.num_targets, norm))
             self.metrics.add(dataclasses.replace(step, loss=loss, grad_norm=grad_norm))
         self._unread.clear()

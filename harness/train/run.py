@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from aimscale.harness.data.store.dataset_info import find_info
 from aimscale.harness.data.stream.loader import RankRequest, Step, free_shared_bytes, next_step, train_batches
@@ -43,7 +44,7 @@ from aimscale.harness.run.schedule import (
     trunk_position,
 )
 from aimscale.harness.step.checkpoint import load_checkpoint, load_newest, save_weights
-from aimscale.harness.step.engine import Engine, StepOutcome
+from aimscale.harness.step.engine import Engine
 from aimscale.harness.step.initial import read_initial
 from aimscale.harness.step.saving import CheckpointWriter
 from aimscale.harness.validation import LearningCurve
@@ -148,9 +149,8 @@ class Trainer:
                     self._save(position, segment.branch)
                     self.writer.finish()
                     raise
-                taken, outcome = self._step(step, position, segment.branch)
-                position = taken.images_seen
-                self.recorder.step(taken, outcome)
+                self.recorder.step(*self._step(step, position, segment.branch))
+                position += self.batch_size
                 if self.after_step is not None:
                     self.after_step()
                 if position // self.batch_size % self.config.runtime.log_every_steps == 0:
@@ -171,8 +171,8 @@ class Trainer:
             num_bad=so_far.num_bad_samples,
         )
 
-    def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, StepOutcome]:
-        """Take the step at a position; its outcome has the loss sum of all ranks.
+    def _step(self, step: Step, position: int, branch: int | None) -> tuple[TrainedStep, Tensor, Tensor]:
+        """Take the step at a position, and return it with the loss sum of all ranks and the gradient's norm.
 
         Raises:
             TooLargeError: memory ran out before this start's first checkpoint, for the first time.
@@ -200,7 +200,7 @@ class Trainer:
             data_wait_s=step.wait_s,
             forward_s=outcome.forward_s,
         )
-        return taken, dataclasses.replace(outcome, loss_sum=loss_sum)
+        return taken, loss_sum, outcome.grad_norm
 
     def _measure(self, position: int, branch: int | None) -> None:
         """Measure what is due at a position of the trunk."""
