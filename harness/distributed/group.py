@@ -34,6 +34,12 @@ from aimscale.harness.run.timeouts import (
     STEP_TIMEOUT_S,
 )
 
+T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+
+WRITTEN_BYTES_PER_S = 20e6
+"""Rate at which a rank writes at least: 128 of them on a file server of 2.5 GB/s, bytes/s."""
+
 
 def find_placement(environment: dict[str, str] | None = None) -> Placement:
     """Read torchrun's variables, else those of a Slurm step with several tasks, else assume a single process."""
@@ -57,13 +63,6 @@ def find_placement(environment: dict[str, str] | None = None) -> Placement:
             f"this process is to be one of several ranks, but {error.args[0]} is not set; start with torchrun or srun, "
             "or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS to run alone"
         ) from error
-
-
-T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
-
-WRITTEN_BYTES_PER_S = 20e6
-"""Rate at which a rank writes at least: 128 of them on a file server of 2.5 GB/s, bytes/s."""
 
 
 def step_timeout_s(longest_s: float) -> float:
@@ -298,15 +297,15 @@ def _meet(placement: Placement, device: torch.device) -> Any:
         LaunchError: ranks on several hosts did not meet within `RENDEZVOUS_TIMEOUT_S`.
     """
     address, rank, world_size, is_gpu = placement.address, placement.rank, placement.world_size, device.type == "cuda"
-    is_alone, is_local = world_size == 1, placement.address == LOOPBACK
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S if is_alone or is_local else RENDEZVOUS_TIMEOUT_S)
-    gloo_timeout = timeout if is_alone or is_local else timeout / 5  # gloo waits five times as long for a connection
-    with contextlib.nullcontext() if is_alone or is_local else naming_the_interface(address, placement.port, rank):
+    is_alone, is_one_host = world_size == 1, world_size == 1 or address == LOOPBACK
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S if is_one_host else RENDEZVOUS_TIMEOUT_S)
+    gloo_timeout = timeout if is_one_host else timeout / 5  # gloo waits five times as long for a connection
+    with contextlib.nullcontext() if is_one_host else naming_the_interface(address, placement.port, rank):
         if not torch.distributed.is_initialized():
             store = torch.distributed.HashStore() if is_alone else open_store(placement, timeout)
             if "GLOO_SOCKET_IFNAME" not in os.environ:  # on one host, do not listen on a network
-                is_lo = is_alone or is_local
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo" if is_lo else find_interface(address, store, rank, world_size)
+                name = "lo" if is_one_host else find_interface(address, store, rank, world_size)
+                os.environ["GLOO_SOCKET_IFNAME"] = name
             torch.distributed.init_process_group(
                 "nccl" if is_gpu else "gloo",
                 store=store,
