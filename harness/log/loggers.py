@@ -14,11 +14,10 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aimscale.harness.run.config import ConfigError, RunConfig
+from aimscale.harness.run.config import ConfigError, RunConfig, check_loggers
 from aimscale.harness.run.directory import RunDir, State
 from aimscale.harness.run.expected import ExpectedPoint
 from aimscale.harness.run.files import write_text
@@ -38,12 +37,6 @@ SKIPPED_STEPS = 5
 """Steps before those of a profile: they compile and allocate."""
 MAX_MEMORY_EVENTS = 100_000
 """Number of allocations that a snapshot of memory goes back."""
-
-
-def refuse_missing(config: RunConfig) -> None:
-    """Raise ConfigError if a logger is asked for that is not installed."""
-    if "wandb" in config.runtime.loggers and find_spec("wandb") is None:
-        raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")
 
 
 def _images_done(run: RunDir) -> Iterator[int]:
@@ -94,7 +87,7 @@ class WandbLogger:
     """
 
     def __init__(self, run: RunDir, config: RunConfig) -> None:
-        refuse_missing(config)
+        check_loggers(config)
         import wandb
 
         sweep = run.root.parent.parent.name if run.root.parent.name == "runs" else None
@@ -203,15 +196,12 @@ def expected_scalars(points: Iterable[ExpectedPoint], images_seen: int, name: st
 
 
 @contextlib.contextmanager
-def profiled_steps(folder: Path, num_steps: int | None, group: Group) -> Iterator[Callable[[], None] | None]:
-    """Profile so many steps of the block; yields what all ranks call after each step. None profiles and yields none.
+def profiled_steps(folder: Path, num_steps: int, group: Group) -> Iterator[Callable[[], None]]:
+    """Profile so many steps of the block; yields what all ranks call after each step.
 
     Each rank writes `rank-<number>.json.gz`, a trace for ui.perfetto.dev, into `folder`, and on a GPU
     `rank-<number>.memory.pickle`, for pytorch.org/memory_viz.
     """
-    if num_steps is None:
-        yield None
-        return
     import torch
 
     folder.mkdir(exist_ok=True)

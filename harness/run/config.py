@@ -7,6 +7,7 @@ is. Torch is not imported here.
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -333,3 +334,9 @@ def load_run_config(path: Path) -> RunConfig:
     if isinstance(values, dict) and "program" in values:
         raise ConfigError(f"{path} is of a run that another program trains (`trainer`); aimscale has no model of it")
     return parse(RunConfig, values, str(path))
+
+
+def check_loggers(config: RunConfig) -> None:
+    """Raise ConfigError if a logger is asked for that is not installed."""
+    if "wandb" in config.runtime.loggers and find_spec("wandb") is None:
+        raise ConfigError("runtime.loggers names wandb, which is not installed; pip install 'aimscale[wandb]'")

@@ -1,15 +1,19 @@
-"""Exceptions that end a run on purpose, and the classification of all others; torch is not imported."""
+"""Processes of runs: how they are forked and stopped, the exceptions that end them on purpose, and the classification
+of all others. Torch is not imported."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
@@ -153,6 +157,31 @@ def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> I
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Block stop signals for the block and for processes that start in it: Slurm signals all processes of a step, and
+    the trainer saves and ends its workers itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_fork_server(preload: Sequence[str]) -> ForkServerContext:
+    """Start the server that processes are forked from; if started early, it imports these modules in the meantime.
+
+    A fork of the trainer itself would copy locks that its other threads happen to hold, and about one in thousands
+    would then wait for ever; the server has a single thread.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
+    with stop_signals_blocked():
+        forkserver.ensure_running()
+    return context
 
 
 def disk_sentence(error: OSError) -> str | None:

@@ -333,14 +333,16 @@ def train(path: Path, config: RunConfig | None = None) -> int:
         torch.set_num_threads(config.runtime.num_threads)
         group = job.group
         loggers: list[Logger] = []
-        group.broadcast_from_rank0(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
+        if config.runtime.loggers:
+            group.broadcast_from_rank0(lambda: loggers.extend(job.exits.enter_context(open_loggers(run, config))))
         if group.broadcast_from_rank0(lambda: missing_budgets(run, config)):
             with memory_advice(
                 "lower runtime.micro_batch, use more ranks, or set runtime.activation_checkpointing to true"
             ):
                 trainer = Trainer(run, config, job, loggers)
                 job.exits.callback(trainer.close)  # once a failure is recorded: a device may hang
-                profile = profiled_steps(run.path / "profile", config.runtime.profile, group)
+                num = config.runtime.profile
+                profile = profiled_steps(run.path / "profile", num, group) if num else contextlib.nullcontext()
                 with contextlib.closing(trainer.writer), job.ending_in_time(), profile as trainer.after_step:
                     trainer.run_segments()
         group.broadcast_from_rank0(lambda: pending_work(run, config))  # notes where nothing is to be evaluated

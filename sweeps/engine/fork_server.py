@@ -16,8 +16,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from aimscale.harness.data.store.processes import start_fork_server
-from aimscale.harness.run.failures import STOP_SIGNALS
+from aimscale.harness.run.failures import STOP_SIGNALS, start_fork_server
 
 PROGRAMS = ("aimscale.harness.train", "aimscale.harness.evaluate")
 """Programs that may be forked."""

@@ -11,8 +11,14 @@ from typing import Any
 
 from aimscale.aim.errors import UserError
 from aimscale.harness.data.store.dataset_info import read_info, require_images
-from aimscale.harness.log.loggers import refuse_missing
-from aimscale.harness.run.config import DataSection, ProbeSection, RunConfig, RuntimeConfig, ValidationSection
+from aimscale.harness.run.config import (
+    DataSection,
+    ProbeSection,
+    RunConfig,
+    RuntimeConfig,
+    ValidationSection,
+    check_loggers,
+)
 from aimscale.harness.run.schedule import schedule_of
 from aimscale.sweeps.planning.costs import plan_execution
 from aimscale.sweeps.planning.run import Notice, Once, PlanContext, Run, describe_runs, group_notices, problem
@@ -58,7 +64,7 @@ def check_config(run: Run, config: RunConfig, context: PlanContext) -> Iterator[
     yield from _check_call("cost.memory_gb", plan_execution, config, run.devices, device.memory_bytes, device.is_gpu)
     yield from check_time_limit(run, context)
     if slurm is None or slurm.python is None:
-        yield from _check_call("runtime.loggers", refuse_missing, config)
+        yield from _check_call("runtime.loggers", check_loggers, config)
     if config.runtime.device == "cuda" and not device.is_gpu:
         where = "slurm.gpus asks for no GPU" if slurm else "this machine has no GPU"
         yield problem("runtime.device", f"cuda is asked for, and {where}; use cpu or auto")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import multiprocessing
 import os
-import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.util import Finalize
@@ -18,7 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from aimscale.harness.run.failures import STOP_SIGNALS, NoMemoryError, StandstillError
+from aimscale.harness.run.failures import NoMemoryError, StandstillError, start_fork_server, stop_signals_blocked
 from aimscale.harness.run.timeouts import STOPPED_S, TASK_TIMEOUT_S
 
 Task = TypeVar("Task")
@@ -26,37 +23,12 @@ Result = TypeVar("Result")
 
 POLL_S = 5.0
 """Seconds between looks at the processes that are waited for."""
-
-_PRELOAD = ("aimscale.harness.data.stream.loader",)
+PRELOADED = "aimscale.harness.data.stream.loader"
+"""Module that workers find imported."""
 
 
 class WorkerDiedError(NoMemoryError):
     """Worker process that ended without being asked to."""
-
-
-def start_fork_server(preload: Sequence[str] = _PRELOAD) -> ForkServerContext:
-    """Start the server that processes are forked from; if started early, it imports these modules in the meantime.
-
-    A fork of the trainer itself would copy locks that its other threads happen to hold, and about one in thousands
-    would then wait for ever; the server has a single thread.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
-    resource_tracker.ensure_running()  # the server starts it anyway, but it does not inherit two of the blocked signals
-    with _stop_signals_blocked():
-        forkserver.ensure_running()
-    return context
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals for the block and for processes that start in it: Slurm signals all processes of a step, and
-    the trainer saves and ends its workers itself."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def map_in_processes(
@@ -95,7 +67,7 @@ class _Worker:
     def __init__(self, context: ForkServerContext, function: Callable[[Any], Any], prepare: Any) -> None:
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, prepare, theirs), daemon=True)
-        with _stop_signals_blocked():
+        with stop_signals_blocked():
             self.process.start()
         theirs.close()  # so that the end of the worker is the end of the connection
 
@@ -135,7 +107,7 @@ def _workers(function: Callable[[Any], Any], prepare: Any, number: int) -> Itera
     They never receive a stop signal, not even that by which Python ends what is left at its exit, before it waits for
     it: so they are killed, and if the block is never left (an error's traceback may hold it), before that.
     """
-    context, started = start_fork_server(), list[_Worker]()
+    context, started = start_fork_server([PRELOADED]), list[_Worker]()
     kill = Finalize(None, _kill, args=[started], exitpriority=100)
     try:
         for _ in range(number):

@@ -26,10 +26,10 @@ from aimscale.harness.run.lock import Lock, LockHeld, LockLost, check_writer, lo
 
 HOLD = """
 import os, sys, time
-from aimscale.harness.data.store.processes import start_fork_server
+from aimscale.harness.run.failures import start_fork_server
 from aimscale.harness.run.directory import RunDir
 with RunDir(sys.argv[1]).hold():
-    start_fork_server().Process(target=time.sleep, args=(60,)).start()
+    start_fork_server([]).Process(target=time.sleep, args=(60,)).start()
     child = os.fork()
     if child:
         print("held", child, flush=True)

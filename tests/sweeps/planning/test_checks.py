@@ -66,7 +66,7 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
 def test_what_would_stop_a_run_is_found_before_it_starts(
     problems: Any, changes: dict[str, Any], top: dict[str, Any], key: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aimscale.harness.log.loggers.find_spec", lambda _: None)  # as where W&B is not installed
+    monkeypatch.setattr("aimscale.harness.run.config.find_spec", lambda _: None)  # as where W&B is not installed
     found = problems(changes, **top)
     assert list(found) == [key]
     assert words in found[key].text

@@ -21,11 +21,11 @@ import torch
 from commands import until
 
 from aimscale.harness.data import DataError
-from aimscale.harness.data.store.processes import WorkerDiedError, start_fork_server
+from aimscale.harness.data.store.processes import PRELOADED, WorkerDiedError
 from aimscale.harness.data.stream.loader import train_batches
 from aimscale.harness.data.stream.stream import Batch, TrainStream
 from aimscale.harness.run.config import RunConfig
-from aimscale.harness.run.failures import STOP_SIGNALS
+from aimscale.harness.run.failures import STOP_SIGNALS, start_fork_server
 
 Configure = Callable[..., RunConfig]
 
@@ -80,7 +80,7 @@ def test_too_little_shared_memory_is_refused_before_a_worker_dies_of_it(
 
 
 def test_the_server_has_one_thread_and_outlives_the_trainers_signals(stream: TrainStream) -> None:
-    start_fork_server()
+    start_fork_server([PRELOADED])
     server: int = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     for signum in STOP_SIGNALS:
         os.kill(server, signum)
