@@ -146,7 +146,7 @@ def import_weights(
             _import_head(source if head is None else weight_file(head), config, head_blocks, run)
         write_weights(body, run.model_file(images_seen), {"format": "pt", "imported_from": source.name})
         write_text(run.config, run_config.to_yaml())
-        run.record_row(_row(run_config, images_seen))
+        run.record_row(budget_columns(run_config, images_seen) | {"probes": [], "imported": True, "git_commit": None})
         run.write_status(state="finished", images_seen=images_seen, step=images_seen // 4096)
         record_start(run, {"imported": origin})
     return RunDir(run_path)
@@ -179,11 +179,6 @@ def _published_recipe(model: ModelConfig, images_seen: int) -> RunConfig:
         },
         "imported weights",
     )
-
-
-def _row(config: RunConfig, images_seen: int) -> dict[str, Any]:
-    """Build a results row without a loss, from the configuration alone."""
-    return budget_columns(config, images_seen) | {"probes": [], "imported": True, "git_commit": None}
 
 
 def export_weights(run: RunDir, images_seen: int, out: Path, *, probe_file: Path | None) -> list[Path]:

@@ -34,17 +34,11 @@ from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.failures import StopFlag
 from aimscale.harness.run.files import flush, read_object, write_json
 from aimscale.harness.run.lock import check_writer
-from aimscale.harness.run.program import PROGRAM_FILE, ProgramConfig, ProgramSection
+from aimscale.harness.run.program import PROGRAM_FILE, ProgramConfig
 from aimscale.harness.run.provenance import record_start
 
 RECENT_LINES = 10
 """Number of last lines over which the rate is taken."""
-
-
-def program_words(run: RunDir, program: ProgramSection) -> tuple[str, ...]:
-    """Return the command that starts the run, or goes on with it."""
-    resumes = program.resume_if_exists is not None and (run.path / program.resume_if_exists).exists()
-    return (*program.words, *(program.resume_words if resumes else ()))
 
 
 class Supervisor(Attempt):
@@ -70,7 +64,9 @@ class Supervisor(Attempt):
             self._train(missing)
 
     def _train(self, missing: Sequence[int]) -> None:
-        words, pattern = program_words(self.run, self.program), self.program.metrics.pattern
+        words, program, pattern = self.program.words, self.program, self.program.metrics.pattern
+        if program.resume_if_exists is not None and (self.run.path / program.resume_if_exists).exists():
+            words += program.resume_words
         follower = FileReader(self.run.metrics) if pattern is None else None
         if follower is not None:
             while lines := follower.read():  # of earlier attempts, whose times tell nothing of this one
@@ -149,14 +145,11 @@ class Supervisor(Attempt):
             changes |= {"images_seen": measurements.last, "images_done": measurements.furthest}
         changes |= {"loss": measurements.loss, "images_per_s": pace, "images_planned": self.program.budgets[-1]}
         self.write_beat(**changes)
-        self._save_measurements()
+        values = {"N": measurements.num_params, "D": measurements.furthest, "wall_s": self._wall_s()}
+        write_json(self.run.path / PROGRAM_FILE, values, durable=False)
 
     def _wall_s(self) -> float:
         return self._wall_before + time.monotonic() - self.started
-
-    def _save_measurements(self) -> None:
-        values = {"N": self._measurements.num_params, "D": self._measurements.furthest, "wall_s": self._wall_s()}
-        write_json(self.run.path / PROGRAM_FILE, values, durable=False)
 
     def _record_row(self, budget: int, line: Line) -> None:
         """Write the row of a budget."""
