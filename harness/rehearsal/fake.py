@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import aimscale.aim.layers
 from aimscale.aim.errors import UserError
+from aimscale.harness.data.images import _moments
 from aimscale.harness.distributed.group import Group, Placement, import_deepspeed, stop_group
 
 try:  # private, and all of it that is used
@@ -58,6 +59,8 @@ def fake_rank(rank: int, world_size: int, *, on_gpu: bool) -> Iterator[Group]:
             stack.enter_context(patch.object(aimscale.aim.layers, "keeps_scores", lambda heads: False))
         torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         stack.callback(stop_group)
+        _moments.cache_clear()  # what it keeps is made in the mode in which it is first asked for
+        stack.callback(_moments.cache_clear)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_HostValues())
         yield Group(placement, torch.device("cpu"), None)

@@ -15,6 +15,7 @@ import torch
 from trainers import start_ranks
 
 from aimscale.aim.config import model_config
+from aimscale.harness.data.images import IMAGE_MEAN, IMAGE_STD, normalise
 from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.distributed.group import Group, find_placement, start_group, stop_group
 from aimscale.harness.rehearsal.fake import fake_rank
@@ -129,3 +130,12 @@ def test_fake_ranks_hold_and_send_what_real_ones_do(world_size: int, settings: l
 if __name__ == "__main__":  # a rank of `observe_real`
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     os._exit(0)  # gloo's threads may outlive the interpreter
+
+
+def test_a_rehearsal_leaves_no_fake_tensor_to_its_process() -> None:
+    """Statistics of images are kept once they are on a device: by fake ones, later images stayed as they were."""
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    with fake_rank(0, 1, on_gpu=False):
+        normalise(images)
+    black = -torch.tensor(IMAGE_MEAN) / torch.tensor(IMAGE_STD)
+    torch.testing.assert_close(normalise(images), black.view(1, 3, 1, 1).expand(1, 3, 2, 2))
