@@ -15,7 +15,6 @@ import typer.main
 
 from aimscale.aim.errors import UserError, check_training_installed, did_you_mean, log_to_console, printable
 from aimscale.analysis.display import in_command
-from aimscale.harness.log.console import log_to_console
 from aimscale.sweeps.planning import DEFAULT_ROOT
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {

@@ -188,10 +188,10 @@ def _still_to_do(planned: PlannedSweep) -> list[Notice]:
 def rehearse_runs(cards: Sequence[CostCard]) -> dict[str, Rehearsal]:
     """Map the ids of runs that fit their devices to their rehearsed steps; equal steps are rehearsed once."""
     from aimscale.harness.data.stream.loader import split_step  # torch, which a plan does without
+    from aimscale.harness.device.execution import EngineOptions
     from aimscale.harness.log.progress import Bar
     from aimscale.harness.rehearsal.step import rehearse
     from aimscale.harness.run.row import build_model_config
-    from aimscale.harness.step.deepspeed_setup import EngineOptions
 
     rehearsals = {}
     with Bar() as bar:

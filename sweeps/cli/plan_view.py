@@ -15,7 +15,7 @@ from rich.filesize import decimal
 
 from aimscale.aim.errors import some
 from aimscale.analysis.laws import CHINCHILLA
-from aimscale.harness.device.gpu_specs import DECODED_PER_S
+from aimscale.harness.device.speed import DECODED_PER_S
 from aimscale.sweeps.cli.layout import (
     Column,
     axis_columns,

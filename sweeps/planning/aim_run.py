@@ -14,13 +14,13 @@ from aimscale.aim.errors import UserError, did_you_mean, some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.device.execution import DoesNotFitError
 from aimscale.harness.device.memory import CHECKPOINT_BYTES_PER_PARAM
-from aimscale.harness.results.pending import Pending, check_rows, pending_work
-from aimscale.harness.run.budgets import saved_budgets
+from aimscale.harness.results import Pending, check_rows, pending_work
 from aimscale.harness.run.config import RunConfig, TrainingConfig, load_run_config
 from aimscale.harness.run.directory import RunDir
 from aimscale.harness.run.init import InitSection, cached_sha256, read_about
 from aimscale.harness.run.row import build_model_config, planned_columns
-from aimscale.harness.run.strict import Fields, count
+from aimscale.harness.run.schedule import saved_budgets
+from aimscale.harness.run.section import Fields, count
 from aimscale.harness.run.timeouts import MIN_GRACE_S, STEP_ALLOWANCE_S
 from aimscale.sweeps.planning.checks import check_config, check_data
 from aimscale.sweeps.planning.costs import card_of, model_counts, plan_execution

@@ -18,9 +18,7 @@ from aimscale.harness.device.speed import has_fast_link
 from aimscale.harness.probe.features.tasks import probe_cost
 from aimscale.harness.run.config import RunConfig, TrainingConfig, build_model_config
 from aimscale.harness.run.files import cache_folder
-from aimscale.harness.run.row import build_model_config
-from aimscale.harness.run.schedule import unchecked_schedule
-from aimscale.harness.validation.cost import curve_bytes, num_points, validation_images
+from aimscale.harness.run.schedule import num_points, unchecked_schedule, validation_images
 from aimscale.sweeps.planning.recipes import Scale, get_recipe
 from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, PlanContext, Run, caution
 from aimscale.sweeps.planning.speed import expected_rates, plan_context

@@ -30,8 +30,7 @@ from aimscale.harness.run.config import (
     parse,
     run_config,
 )
-from aimscale.harness.run.row import cached_model_config
-from aimscale.harness.run.strict import Fields, count, merge
+from aimscale.harness.run.section import Fields, count, merge
 from aimscale.sweeps.planning.aim_run import AimRun, planned_init
 from aimscale.sweeps.planning.costs import model_counts
 from aimscale.sweeps.planning.program_run import program_run

@@ -18,7 +18,7 @@ from aimscale.harness.device.speed import Clock, Device
 from aimscale.harness.probe.features.tasks import ProbeCost
 from aimscale.harness.results import Pending
 from aimscale.harness.run.directory import RunDir
-from aimscale.harness.run.strict import Fields
+from aimscale.harness.run.section import Fields
 from aimscale.sweeps.planning.sweepfile import Sweep
 
 Stage = Literal["train", "evaluate"]

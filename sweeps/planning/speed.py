@@ -15,7 +15,6 @@ from pathlib import Path
 
 from aimscale.aim.cost import executed_flops_per_image, mean_scored_tokens
 from aimscale.harness.data.store.dataset_info import DatasetLookup, find_info
-from aimscale.harness.device.clock import Clock, remember, remembered, shape_digest
 from aimscale.harness.device.execution import ExecutionPlan
 from aimscale.harness.device.memory import ELEMENT_BYTES
 from aimscale.harness.device.roofline import step_s
@@ -29,10 +28,10 @@ from aimscale.harness.device.speed import (
     device_here,
     find_gpu,
     gpu_spec,
+    remember,
     remembered,
+    shape_digest,
 )
-from aimscale.harness.device.memory import ELEMENT_BYTES
-from aimscale.harness.device.roofline import step_s
 from aimscale.harness.run.config import MAX_LOADERS, RunConfig
 from aimscale.harness.run.row import build_model_config
 from aimscale.sweeps.planning.run import PlanContext, Rates, Run, new_once

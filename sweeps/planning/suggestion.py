@@ -14,7 +14,7 @@ import yaml
 from aimscale.aim.config import model_config
 from aimscale.analysis.laws import PLATEAU_STEPS
 from aimscale.harness.data.store.dataset_info import read_info
-from aimscale.harness.run.strict import Fields, parse
+from aimscale.harness.run.section import Fields, parse
 from aimscale.sweeps.planning.costs import cost_cards, model_counts
 from aimscale.sweeps.planning.planner import plan
 from aimscale.sweeps.planning.run import CostCard

@@ -37,7 +37,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from aimscale.aim.errors import UserError, did_you_mean
 from aimscale.harness.run.config import Section, parse, read_yaml
 from aimscale.harness.run.files import read_object
-from aimscale.harness.run.strict import Count, Fields, merge
+from aimscale.harness.run.section import Count, Fields, merge
 from aimscale.sweeps.planning import DEFAULT_ROOT
 from aimscale.sweeps.planning.recipes import Recipe, get_recipe, parse_recipe, read_recipe
 from aimscale.sweeps.planning.sections import CostSection, IsoflopSection, OverrideSection, SlurmSection, TuneSection

@@ -16,7 +16,6 @@ from aimscale.harness.device import speed
 from aimscale.harness.probe.features.tasks import probe_cost
 from aimscale.harness.run.config import ProbeSection, build_model_config
 from aimscale.harness.run.provenance import cpu_name
-from aimscale.harness.run.row import build_model_config
 from aimscale.sweeps.cli.plan_view import print_plan
 from aimscale.sweeps.planning.checks import check
 from aimscale.sweeps.planning.costs import cost_cards, model_counts

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from aimscale.harness.device import clock as clocks
-from aimscale.harness.device.clock import Clock, remember, remembered, shape_digest
+from aimscale.harness.device import speed as clocks
+from aimscale.harness.device.speed import Clock, remember, remembered, shape_digest
 from aimscale.sweeps.planning import speed
 from aimscale.sweeps.planning.costs import cost_cards
 from aimscale.sweeps.planning.planner import plan
