@@ -19,10 +19,12 @@ TABLES = ROOT / "tests/board"
 PAGE = ROOT / "docs/forecasts.md"
 BEGIN, END = "<!-- record: written by docs/generate/board.py -->\n", "<!-- record: end -->"
 LOSS, STACK = "val_loss", "stack"
+CUT = 10
+"""At which methods are compared."""
 
 
 def markdown() -> str:
-    """Write the record by distance, by method and of accuracies, and where the tables come from."""
+    """Write the record by distance and by method, and where the tables come from."""
     scored = pd.read_csv(SCORES)
     of_stack = scored[(scored["method"] == STACK) & (scored["quantity"] == LOSS)]
     parts = [
@@ -31,14 +33,11 @@ def markdown() -> str:
         "by distance, families do. `stack` is what `forecast` does.",
         "### By distance",
         _table(_by_distance()),
-        "### By method and cut",
-        "Per cent of the loss; `docs/board.csv` has all cuts of every method. The score is Winkler's, of ln loss, "
-        "times 100: smaller is better.",
-        _table(_told(summary(scored))),
-        "### Accuracies",
-        _table(_accuracies(scored)),
+        "### By method",
+        f"Per cent of the loss, tables cut at 1/{CUT}, best Winkler score first; `docs/board.csv` has all cuts.",
+        _table(_by_method(scored)),
         "### Where the tables come from",
-        "Each file in `tests/board` names commit and file, and who split it or read it off a figure.",
+        "Each file in `tests/board` names licence, commit and file, and who split it or read it off a figure.",
         "\n".join(_sources(set(scored["table"]))),
     ]
     return "\n\n".join(parts) + "\n"
@@ -60,51 +59,32 @@ def _by_distance() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summary(scored: pd.DataFrame) -> pd.DataFrame:
-    """Means over tables of the losses: one row a method and cut; the best score first."""
+def _by_method(scored: pd.DataFrame) -> pd.DataFrame:
+    """Means over tables of the losses, one row a method; the best score over all cuts first."""
     losses = scored[scored["quantity"] == LOSS]
     order = np.log(losses["score"]).groupby(losses["method"]).mean().sort_values().index
-    rows = []
-    for method in order:
-        for cut, group in losses[losses["method"] == method].groupby("cut"):
-            rows.append(
-                {
-                    "method": method,
-                    "cut": f"1/{cut:.0f}",
-                    "tables": len(group),
-                    "inside": f"{100 * group['inside'].mean():.1f}",
-                    "error": f"{100 * group['error'].mean():.2f}",
-                    "half width": f"{100 * group['half_width'].mean():.1f}",
-                    "score": f"{100 * np.exp(np.log(group['score']).mean()):.1f}",
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _told(rows: pd.DataFrame) -> pd.DataFrame:
-    """Keep every cut of the forecast, and one of the other methods."""
-    return rows[(rows["method"] == STACK) | (rows["cut"] == "1/10")]
-
-
-def _accuracies(scored: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for cut, group in scored[scored["quantity"] != LOSS].groupby("cut"):
-        means = 100 * group[["inside", "error", "half_width"]].mean()
-        told = {"inside, %": f"{means['inside']:.1f}", "error, points": f"{means['error']:.1f}"}
-        rows.append({"cut": f"1/{cut:.0f}", "probes": len(group), **told, "half width": f"{means['half_width']:.1f}"})
+    compared = dict(iter(losses[losses["cut"] == CUT].groupby("method")))
+    rows = [
+        {
+            "method": method,
+            "inside": f"{100 * group['inside'].mean():.1f}",
+            "error": f"{100 * group['error'].mean():.2f}",
+            "half width": f"{100 * group['half_width'].mean():.1f}",
+        }
+        for method, group in ((method, compared[method]) for method in order if method in compared)
+    ]
     return pd.DataFrame(rows)
 
 
 def _sources(used: set[str]) -> list[str]:
-    """Write a line per family: source and licence of its first table, which has the commit and the file."""
+    """Write a line per family: the source of its first table, which has the licence, the commit and the file."""
     found: dict[str, str] = {}
     for path in sorted(TABLES.glob("*.csv")):
         lines = [line[2:].partition(": ") for line in path.read_text().splitlines() if line.startswith("# ")]
         notes = {key: value.strip() for key, _, value in lines}
         if path.stem in used:
             source = re.split(r"; |, github| \(github|, wandb", notes["source"])[0]
-            told = f"{source}. Licence: {notes['licence'].partition(' (')[0]}."
-            found.setdefault(notes.get("family", path.stem), told)
+            found.setdefault(notes.get("family", path.stem), f"{source}.")
     return [f"- **{family}**: {found[family]}" for family in sorted(found)]
 
 
