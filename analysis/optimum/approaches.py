@@ -148,6 +148,8 @@ def frontier(
 ) -> Approaches:
     """Draw the compute-optimal frontier by Chinchilla's approaches 2 and 3, naming those that the table does not allow.
 
+    A table without training FLOPs has C = 6 N D, as a flag says.
+
     Args:
         y: what is lowest at the optimum: a loss, or the error rate of a probe (`table.measures.to_minimise`).
         law: that of approach 3, or a fit of it to this table.
@@ -164,8 +166,8 @@ def frontier(
         >>> table = read_table("results.parquet")
         >>> frontier(table).at(1e13)
     """
-    runs = Runs(table, columns)
-    y = runs.column(y)
+    given = Runs(table, columns)
+    runs, y = given.with_compute(), given.column(y)
     compute_points(runs, y)  # raises before an approach is blamed for a missing column
 
     def by_law(rows: Runs, *, y: str) -> Frontier:
@@ -185,6 +187,8 @@ def frontier(
     if not frontiers:
         raise AnalysisError(f"No frontier can be drawn. {' '.join(failed_words(failures))}")
     flags, measure = apart_flags(frontiers), runs.called(y)
+    if runs.column("C") not in given:
+        flags += (Flag(kind="counted", subject="C", text="The table counts no training FLOPs, so C is 6 N D."),)
     flags += other_laws_flags(frontiers[-1], laws, runs, y) if laws else ()
     flags += () if isinstance(law, Fit) else table_flags(runs, ["N", "D", "C"], y)  # a fit has flags of its own
     return Approaches(frontiers=tuple(frontiers), failures=failures, measure=measure, flags=flags)

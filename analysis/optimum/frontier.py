@@ -207,7 +207,7 @@ def parametric_frontier(law: Fit | Law, runs: Runs, *, y: str = "val_loss") -> F
         i = Interval(low=np.nan, high=np.nan, method="the law's form alone sets this exponent")
     return Frontier(
         approach=3,
-        method=f"minimum of the {name} law on C = {human(cost.kappa)} N^{human(1 + cost.s)} D",
+        method=f"minimum of the {name} law on C = {cost}",
         exponent=exponent,
         exponent_interval=i,
         exponent_error=(sd, degrees),

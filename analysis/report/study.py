@@ -237,8 +237,7 @@ def _fit_laws(study: Study) -> None:
         study.attempt(HELD_OUT, test, joint, rows, by=variable, subject=variable)
     tests = tuple(study.all(HELD_OUT).values())
     study.results["law"][""] = joint = dataclasses.replace(joint, heldout=tests, cautions=study.flags)
-    if study.has_compute:
-        study.attempt("compute-optimal frontier", frontier, usable, law=joint, laws=laws)
+    study.attempt("compute-optimal frontier", frontier, usable, law=joint, laws=laws)
     if laws is None:
         study.results["forecast"] = study.results["forecaster"]
     else:

@@ -127,8 +127,7 @@ def beside_others(laws: Forecaster) -> Iterator[str]:
 
 def _split(study: Study, approaches: Approaches | None) -> str:
     if approaches is None:
-        reason = "no approach is possible" if "flops_train" in study.usable else "the table has no training FLOPs"
-        return f"Not known: {reason}."
+        return "Not known: no approach is possible."
     d = approaches.leading.at(approaches.largest_budget)["D"].iloc[0]
     return " ".join([approaches.headline(), *map(str, passes_flags(study.usable, "This D", {"D": d}))])
 

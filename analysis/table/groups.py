@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from aimscale.analysis.display import option
+from aimscale.analysis.display import human, option
 from aimscale.analysis.laws import Array
 from aimscale.analysis.table.schema import CANONICAL, missing_column
 
@@ -248,6 +248,9 @@ class Cost:
 
     kappa: float
     s: float
+
+    def __str__(self) -> str:
+        return f"{human(self.kappa)} N{f'^{human(1 + self.s)}' * (human(1 + self.s) != '1')} D"
 
     def samples(self, flops: Array, num_params: Array) -> Array:
         """Return the D that a budget buys at a size."""

@@ -39,6 +39,15 @@ def test_both_approaches_find_the_known_exponent(surface):
     assert "NaN" not in found.to_json()
 
 
+def test_a_table_without_flops_has_those_of_6nd_and_says_so(surface):
+    surface = surface.assign(C=6 * surface["N"] * surface["D"])
+    counted, given = frontier(surface.drop(columns="C")), frontier(surface)
+    assert counted.at(1e20).equals(given.at(1e20))
+    assert "C is 6 N D" in " ".join(counted.cautions)
+    assert "C is 6 N D" not in " ".join(given.cautions)
+    assert "on C = 6 N D;" in dict(counted.facts())["approach 3"]
+
+
 def test_budgets_without_an_interior_convex_minimum_are_refused_by_name():
     n = np.geomspace(1e6, 1e8, 7)
     bowl = (np.log(n) - np.log(1e7)) ** 2

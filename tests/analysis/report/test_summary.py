@@ -119,7 +119,7 @@ def test_large_numbers_are_written_as_people_say_them():
     (flag,) = passes_flags(rows, "This D", {"D": 2e7, "U": 1e3})
     assert str(flag) == "This D means 20k passes over the pool of 1k, beyond the 5.45k that were seen."
     costly = law_grid(noise=0.002).assign(C=lambda rows: 5450 * rows["N"] * rows["D"])
-    assert any("C = 5.45k N^1 D" in told for _, told in frontier(costly).facts())
+    assert any("C = 5.45k N D" in told for _, told in frontier(costly).facts())
 
 
 @pytest.mark.parametrize(
