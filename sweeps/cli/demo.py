@@ -30,7 +30,7 @@ def command(
 ) -> None:
     """Cut images from photographs, train and probe a grid of tiny models, fit the laws, write the report.
 
-    Eight minutes on two idle cores. Interrupt it at any time; the same command continues.
+    Seven minutes on two idle cores. Interrupt it at any time; the same command continues.
     """
     from aimscale.analysis.report.page import write_page
     from aimscale.analysis.report.study import read_study
@@ -46,7 +46,7 @@ def command(
     sizes, budgets = sweep.file.sizes, sweep.file.budgets
     typer.echo(
         f"{len(sizes)} tiny models see up to {max(budgets):,} crops of photographs and are measured at {len(budgets)} "
-        f"budgets.\nThis takes eight minutes on two idle cores. The report will be {sweep.directory / 'report.html'}."
+        f"budgets.\nThis takes seven minutes on two idle cores. The report will be {sweep.directory / 'report.html'}."
     )
     data = sweep.base_dir / "data"
     if not data.is_dir():
