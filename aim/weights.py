@@ -68,7 +68,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, with text `metadata`."""
+    """Write a safetensors file, with text `metadata`, in place: a reader may see a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(values, path, dict(metadata or {}))

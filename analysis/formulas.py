@@ -123,3 +123,8 @@ def _applied(function: np.ufunc, parts: list[_Compute]) -> _Compute:
     if len(parts) == 1:
         return lambda values: function(parts[0](values))
     return lambda values: functools.reduce(function, [part(values) for part in parts])
+
+
+def quoted(name: str) -> str:
+    """Write a column as a formula takes it."""
+    return name if name.isidentifier() else f"`{name}`"

@@ -134,12 +134,9 @@ class Study:
     @cached_property
     def budgets(self) -> pd.Series | None:
         """Budget of compute of every usable row in an iso-FLOP design; None in any other."""
-        return isoflop_budgets(compute_points(self.usable, "val_loss").numbers) if self.has_compute else None
-
-    @property
-    def has_compute(self) -> bool:
-        """Whether usable rows have training FLOPs."""
-        return "flops_train" in self.usable and bool(self.usable["flops_train"].notna().any())
+        if "flops_train" not in self.usable or self.usable["flops_train"].isna().all():
+            return None
+        return isoflop_budgets(compute_points(self.usable, "val_loss").numbers)
 
     @property
     def samples(self) -> str:

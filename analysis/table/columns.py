@@ -16,7 +16,7 @@ import pandas as pd
 
 from aimscale.analysis.display import SUFFIXES, Flag, option, some
 from aimscale.analysis.errors import AnalysisError
-from aimscale.analysis.formulas import FormulaError, parse_formula
+from aimscale.analysis.formulas import FormulaError, parse_formula, quoted
 from aimscale.analysis.table.schema import CANONICAL, KNOWN, PROBE_FIELDS, Column, Exclusion, column_words
 
 _NEXT_PAIR = re.compile(r",(?=[^,=]+=)")  # formulas may have commas of their own
@@ -218,11 +218,6 @@ def _checked(values: pd.Series, ours: str, theirs: str, path: str | Path) -> pd.
         cell = f"{values.iloc[bad[0]]} in row {bad[0] + 1}"
         raise AnalysisError(f"{path}: '{theirs}' for {ours} is {cell}, which is no {what}")
     return numbers
-
-
-def quoted(name: str) -> str:
-    """Write a column as a formula takes it."""
-    return name if name.isidentifier() else f"`{name}`"
 
 
 def unnamed(frame: pd.DataFrame) -> tuple[Flag, ...]:

@@ -250,7 +250,8 @@ class Cost:
     s: float
 
     def __str__(self) -> str:
-        return f"{human(self.kappa)} N{f'^{human(1 + self.s)}' * (human(1 + self.s) != '1')} D"
+        exponent = human(1 + self.s)
+        return f"{human(self.kappa)} N{'' if exponent == '1' else f'^{exponent}'} D"
 
     def samples(self, flops: Array, num_params: Array) -> Array:
         """Return the D that a budget buys at a size."""

@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.csv import write_csv
 
-from aimscale.analysis.display import did_you_mean, human, option, plain_types, some
+from aimscale.analysis.display import SUFFIXES, did_you_mean, human, option, plain_types, some
 from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.formulas import quoted
 
 SCHEMA_VERSION = 1
 """Rises when a column changes its meaning, unit or type; a reader refuses a newer table than it knows."""
@@ -98,10 +99,9 @@ MEANT = {
     "L": re.compile(r"(?=.*loss)(?!.*(train|weight|aux))", re.IGNORECASE),
 }
 """Letter of a law -> what names of columns in tables of others begin to match where they mean it."""
-UNIT = re.compile(r"[(\[_ ]([kMBGT])[)\]]?$|\bin ([tmb]|tr)(?:housand|illion)s?\b")
+UNIT = re.compile(r"[(\[_ ]([kMBGT])[)\]]?$|\bin (thousand|million|billion|trillion)s?\b")
 """Unit in a column's name."""
-POWERS = {"k": 3, "t": 3, "M": 6, "m": 6, "B": 9, "G": 9, "b": 9, "T": 12, "tr": 12}
-"""Unit -> its power of ten."""
+UNIT_WORDS = {"thousand": "k", "million": "M", "billion": "B", "trillion": "T"}
 FOLDER = "table_folder"
 """Column that `read_tables` adds: the folder a row's table lies in, where its run directories are looked for."""
 SCALE = tuple(column.name for column in COLUMNS if column.role == "scale")
@@ -207,8 +207,9 @@ def columns_meant(columns: Sequence[str]) -> dict[str, str]:
         name = next(filter(pattern.match, columns), None)
         if name is None or {letter, CANONICAL[letter]} & {*columns}:
             continue
-        quoted, unit = name if name.isidentifier() else f"`{name}`", UNIT.search(name)
-        meant[letter] = f"{quoted}*1e{POWERS[unit[1] or unit[2]]}" if unit else name
+        meant[letter] = name
+        if unit := UNIT.search(name):
+            meant[letter] = f"{quoted(name)}*1e{math.log10(SUFFIXES[unit[1] or UNIT_WORDS[unit[2]]]):.0f}"
     return meant
 
 

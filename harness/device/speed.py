@@ -241,7 +241,7 @@ def measure_peak(device: torch.device, precision: str) -> Peak:
     dtype = DTYPES[precision]
     left = torch.randn(side, side, device=device).to(dtype)
     right = torch.randn(side, side, device=device).to(dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     best, stop = float("inf"), time.perf_counter() + MEASURED_S
     while time.perf_counter() < stop:
         wait()

@@ -255,7 +255,6 @@ def _save_head(candidate: Candidate, path: Path) -> None:
     assert isinstance(candidate.head, AttentiveStack)
     state = {f"head.{name}": tensor for name, tensor in candidate.head.released_state().items()}
     state["head.bn.num_batches_tracked"] = torch.tensor(0)
+    metadata = {"blocks": json.dumps(candidate.blocks)}  # one key: of several the order is random
     with atomic_write(path) as partial:
-        write_weights(
-            state, partial, {"blocks": json.dumps(candidate.blocks)}
-        )  # one key: of several the order is random
+        write_weights(state, partial, metadata)

@@ -96,11 +96,11 @@ def launch(
         planned.forget_notes()
     num_devices = 0 if place == "slurm" else local_machine(planned.longest_first, devices=devices).devices
     states = planned.launch_states(retry=retry)
-    left = planned.work_left(num_devices, states)
-    print_key_values(launch_view(planned, states, left))
-    if not dry_run and left and left.device_hours > CONFIRM_DEVICE_HOURS:
-        price = format_price(loaded, left.device_hours)
-        confirm(f"launch up to {format_number(left.device_hours)} device-hours{price}?", yes=yes)
+    work = planned.work_left(num_devices, states)
+    print_key_values(launch_view(planned, states, work))
+    if not dry_run and work and work.device_hours > CONFIRM_DEVICE_HOURS:
+        price = format_price(loaded, work.device_hours)
+        confirm(f"launch up to {format_number(work.device_hours)} device-hours{price}?", yes=yes)
     options = ["--on", on] if on else []
     options += [] if stop_off_track is None else ["--stop-off-track", f"{stop_off_track:g}"]
     options += [*(["--devices", str(devices)] if devices else []), *["--allow-dirty"] * allow_dirty]

@@ -162,9 +162,9 @@ def _wall_time(planned: PlannedSweep) -> str:
         num_devices, place = max(card.run.devices for card in cards), f"of type {device.name}"
     elif not sweep.is_for_slurm:
         num_devices = local_machine([card.run for card in cards]).devices
-    left = planned.work_left(num_devices)
-    assert left is not None
-    return _describe_wall_time(sweep, left, place)
+    work = planned.work_left(num_devices)
+    assert work is not None
+    return _describe_wall_time(sweep, work, place)
 
 
 def _assumptions(cards: Sequence[CostCard], stated: float | None) -> Iterator[str]:
@@ -272,27 +272,27 @@ def _memory(card: CostCard) -> str:
     return f"{decimal(chosen.memory_bytes)} (z{chosen.zero_stage} m{chosen.micro_batch}{recompute})"
 
 
-def launch_view(planned: PlannedSweep, states: Sequence[RunState], left: WorkLeft | None) -> list[Notice]:
+def launch_view(planned: PlannedSweep, states: Sequence[RunState], work: WorkLeft | None) -> list[Notice]:
     """Describe what a launch will do and cost, what is there already, and what needs a person.
 
     Args:
         states: states of the runs, with failures cleared if the launch clears them.
-        left: what is left of the runs that it starts, if any.
+        work: what is left of the runs that it starts, if any.
     """
     sweep = planned.sweep
     counts = Counter(each.planned_action for each in states)
     parts = ", ".join(f"{num} {action}" for action, num in counts.most_common())
     lines = [Notice(key="runs", text=f"{len(states)}: {parts}")]
-    if left is not None:
+    if work is not None:
         if sweep.file.trainer is not None:
             run = next(each.run for each in states if each.state.startable)
             program = run.config.program
             value = f"{shlex.join(program.words)} (in {program.directory}; the values of {run.run_id})"
             lines.append(Notice(key="command", text=value))
-        cost = f"up to {format_number(left.device_hours)} device-hours{format_price(sweep, left.device_hours)}"
-        longest = format_duration(left.longest_s)
-        lines.append(Notice(key="cost", text=f"{cost}; {_describe_wall_time(sweep, left)}; longest run {longest}"))
-    if added := Counter(str(work) for each in states if each.is_extended for work in each.missing):
+        cost = f"up to {format_number(work.device_hours)} device-hours{format_price(sweep, work.device_hours)}"
+        longest = format_duration(work.longest_s)
+        lines.append(Notice(key="cost", text=f"{cost}; {_describe_wall_time(sweep, work)}; longest run {longest}"))
+    if added := Counter(str(part) for each in states if each.is_extended for part in each.missing):
         value = some([f"{what} ({num} run{'s' if num > 1 else ''})" for what, num in added.items()])
         lines.append(Notice(key="added", text=value))
     if others := planned.unplanned:
@@ -305,15 +305,15 @@ def launch_view(planned: PlannedSweep, states: Sequence[RunState], left: WorkLef
     return lines
 
 
-def _describe_wall_time(sweep: Sweep, left: WorkLeft, place: str = "here") -> str:
+def _describe_wall_time(sweep: Sweep, work: WorkLeft, place: str = "here") -> str:
     """Describe the time to the end of runs on devices of a place, or in Slurm's jobs."""
-    several = "s" if left.num_devices > 1 else ""
+    several = "s" if work.num_devices > 1 else ""
     where = (
-        f"in {left.num_devices} jobs at once"
+        f"in {work.num_devices} jobs at once"
         if sweep.is_for_slurm
-        else f"on {left.num_devices} device{several} {place}"
+        else f"on {work.num_devices} device{several} {place}"
     )
-    return f"about {format_duration(left.wall_s)} {where}"
+    return f"about {format_duration(work.wall_s)} {where}"
 
 
 def format_price(sweep: Sweep, device_hours: float) -> str:

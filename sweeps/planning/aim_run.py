@@ -162,16 +162,16 @@ def _source_run(text: str, cell: Fields, sweep: Sweep, before: Sequence[Run]) ->
     if not isinstance(images_seen, int):
         raise SweepError(f"{where} names no budget; write RUN_ID@D, such as w32-d2_*@16k")
     runs_dir = sweep.root / of_sweep / "runs" if of_sweep else sweep.runs_dir
-    known: dict[str, Run | None] = {run.run_id: run for run in before}
+    runs_by_id: dict[str, Run | None] = {run.run_id: run for run in before}
     if of_sweep:
-        known = {path.name: None for path in sorted(runs_dir.glob("*/")) if path.name[:1] != "."}
-    chosen = [each for each in known if fnmatch.fnmatchcase(each, name)]
-    chosen = chosen or [each for each, run in known.items() if run and _is_of_variant(run, name, cell)]
+        runs_by_id = {path.name: None for path in sorted(runs_dir.glob("*/")) if path.name[:1] != "."}
+    chosen = [each for each in runs_by_id if fnmatch.fnmatchcase(each, name)]
+    chosen = chosen or [each for each, run in runs_by_id.items() if run and _is_of_variant(run, name, cell)]
     if len(chosen) != 1:
         hint = f"write more of its id; {some(chosen)}" if chosen else "no run comes before it"
-        hint = did_you_mean(name, known, "there are") if known and not chosen else hint
+        hint = did_you_mean(name, runs_by_id, "there are") if runs_by_id and not chosen else hint
         raise SweepError(f"{where} names {len(chosen)} runs, not one; {hint}")
-    source, source_dir = known[chosen[0]], RunDir(runs_dir / chosen[0])
+    source, source_dir = runs_by_id[chosen[0]], RunDir(runs_dir / chosen[0])
     file, budgets = source_dir.model_file(images_seen), source.budgets if source else [*saved_budgets(source_dir)]
     if images_seen not in budgets:
         has = f"it has {some(budgets)}" if budgets else "it has none"

@@ -116,11 +116,11 @@ class SweepFile(Section):
     def _check_axes(self) -> SweepFile:
         if bool(self.budgets) == bool(self.isoflop):
             raise ValueError("give either `budgets` or `isoflop`")
-        known = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
+        axes = [*AXES, *self.axes, *(["variant"] if self.variants else [])]
         tuned = (self.tune.at, self.tune.axes) if self.tune else ({}, {})
         for key in [key for cells in (*self.exclude, *(o.when for o in self.override), tuned[0]) for key in cells]:
-            if key not in known:
-                raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, known, 'the axes are')}")
+            if key not in axes:
+                raise ValueError(f"'{key}' is no axis of this sweep; {did_you_mean(key, axes, 'the axes are')}")
         for key in self.axes:
             if written := {**AXIS_KEYS, "variant": "variants"}.get(key):
                 raise ValueError(f"axis '{key}' is written as `{written}`")

@@ -250,7 +250,8 @@ def test_foreign_csv_with_mapped_columns(tmp_path):
         "no placeholders"
     )
     page = Page((tmp_path / "page.html").read_text())
-    assert {"loss-N", "loss-D", "law-ND"} <= page.ids()
+    assert {"loss-N", "loss-D", "law-ND", "frontier"} <= page.ids()
+    assert "The table counts no training FLOPs, so C is 6 N D." in page.text
     assert not {"published", "changes"} & page.ids()
     assert not any(ours in page.text for ours in ("AIM", "image", "MFU", "pixel head", "next-patch", "val_loss"))
     assert "N = size_m, D = tokens" in page.text
