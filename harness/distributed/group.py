@@ -228,9 +228,10 @@ class Group:
     def limit_collectives(self, seconds: float) -> None:
         """Limit the time of exchanges that begin from now on: a rank for which the others wait longer is gone."""
         c10d = torch.distributed.distributed_c10d
+        set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # torch 2.15 renamed it
         # DeepSpeed has groups of its own.
         for group in list(c10d._world.pg_map) if self.world_size > 1 else ():
-            c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+            set_timeout(datetime.timedelta(seconds=seconds), group)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import functools
 import gc
 import importlib
@@ -98,6 +100,10 @@ def in_processes() -> Callable[..., list[int]]:
     return run_in_processes
 
 
+HANG_S = 300
+"""A rank that takes longer has hung: before pytest's own limit, which would not tell where, s."""
+
+
 def run_in_processes(function: Callable[..., None], *args: Any, world_size: int = 1) -> list[int]:
     """Run `function(rank, *args)` in forks that form one group; returns their exit codes (-9: killed)."""
     _import_for_forks()
@@ -105,6 +111,7 @@ def run_in_processes(function: Callable[..., None], *args: Any, world_size: int 
     port = free_port()
 
     def child(rank: int) -> None:
+        faulthandler.dump_traceback_later(HANG_S, exit=True)  # a rank that hangs tells where
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
@@ -145,3 +152,4 @@ def _import_for_forks() -> None:
     import_deepspeed()
     importlib.import_module("torch._inductor.compile_fx")
     gc.freeze()  # a collection in a fork would copy all of it
+    atexit.register(gc.unfreeze)  # or nanobind reports the rest as leaked

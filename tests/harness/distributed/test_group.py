@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_ranks_of_one_host_listen_on_loopback_alone(in_group: Callable[..., list
     first, second = in_group(listening, world_size=2)
     assert first
     assert {*first, *second} == {"0100007F"}
+
+
+def limit_without_a_warning(group: Group) -> None:
+    with warnings.catch_warnings(action="error"):
+        group.limit_collectives(60.0)
+
+
+def test_limits_of_exchanges_are_set_by_a_name_that_this_torch_does_not_warn_about(
+    in_group: Callable[..., list[None]],
+) -> None:
+    in_group(limit_without_a_warning, world_size=2)
 
 
 def test_a_task_that_sees_one_card_of_its_own_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
