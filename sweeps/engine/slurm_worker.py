@@ -123,7 +123,7 @@ def _find_machine(section: SlurmSection, shape: JobShape) -> tuple[Machine, str 
     if section.gpus and len(gpus) < shape.devices:
         broken = f"{socket.gethostname()} shows this job {len(gpus)} GPUs, and not {shape.devices}"
     python: Sequence[str] = [sys.executable]
-    if section.python and shape.nodes > 1:  # the worker is inside its container; ranks on other nodes must enter it
+    if section.python and shape.nodes > 1:  # ranks on other nodes start by the same
         python = shlex.split(section.python)
     machine = Machine(
         devices=shape.devices,

@@ -7,6 +7,7 @@ written, and torch is not imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from aimscale.aim.errors import UserError
@@ -25,6 +26,8 @@ from aimscale.sweeps.planning.run import Notice, Once, PlanContext, Run, describ
 from aimscale.sweeps.planning.speed import plan_context
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
 
+CONTAINER_PROGRAMS = ("apptainer", "singularity", "podman", "docker", "enroot", "shifter", "sarus", "ch-run", "srun")
+"""Programs that enter an image (srun by pyxis), in which a worker seldom has Slurm's commands."""
 MAX_LOCAL_INDEX, MAX_REMOTE_INDEX = 50_000_000, 1_000_000
 """Largest data sets, in images, whose index is opened on disk and at a URL; larger ones are left to the trainers.
 Opening takes 25 bytes per image."""
@@ -65,6 +68,9 @@ def check_config(run: Run, config: RunConfig, context: PlanContext) -> Iterator[
     yield from check_time_limit(run, context)
     if slurm is None or slurm.python is None:
         yield from _check_call("runtime.loggers", check_loggers, config)
+    elif run.devices > slurm.devices_per_node and PurePath(slurm.python.split()[0]).name in CONTAINER_PROGRAMS:
+        told = "enters an image, from which no worker starts the ranks of a run on several nodes"
+        yield problem("slurm.python", f"{told}; leave it out, and give the container's arguments to slurm.srun")
     if config.runtime.device == "cuda" and not device.is_gpu:
         where = "slurm.gpus asks for no GPU" if slurm else "this machine has no GPU"
         yield problem("runtime.device", f"cuda is asked for, and {where}; use cpu or auto")

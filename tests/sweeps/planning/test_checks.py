@@ -57,6 +57,12 @@ def problems(tmp_path: Path, write_sweep: Any, write_images: Any) -> Any:
         ({"schedule": {"warmup_images": 640}}, {}, "schedule.warmup_images", "512"),
         ({}, {"cost": {"memory_gb": 0.1}}, "cost.memory_gb", "does not fit"),
         ({}, {"slurm": {"time_limit_min": 2}}, "slurm.time_limit_min", "120 s"),
+        (
+            {"devices": 2},
+            {"slurm": {"devices_per_node": 1, "python": "/opt/apptainer exec a.sif python3"}},
+            "slurm.python",
+            "slurm.srun",
+        ),
         ({"runtime": {"compile": True, "device": "cpu"}}, {}, "runtime.compile", "CPU"),
         ({"runtime": {"device": "cuda"}}, {}, "runtime.device", "no GPU"),
         ({"runtime": {"loggers": ["wandb"]}}, {}, "runtime.loggers", "not installed"),
