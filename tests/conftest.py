@@ -97,3 +97,20 @@ def evaluations(
         return found
 
     return evaluate
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Call a test that is marked `fork` in a fork of this process.
+
+    A backward pass of tensors that say they are on a GPU starts threads of PyTorch; no later fork of the
+    process could train then (https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork).
+    """
+    if pyfuncitem.get_closest_marker("fork") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    child = multiprocessing.get_context("fork").Process(target=pyfuncitem.obj, kwargs=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == 0, "the test failed in its fork, see its output"
+    return True

@@ -86,6 +86,7 @@ def test_more_devices_recomputation_and_slow_links_cost_what_they_should() -> No
     assert step_s("H100 PCIe") > 1.3 * step_s(), "without NVLink, at half of the power"
 
 
+@pytest.mark.fork
 def test_a_rehearsed_step_starts_as_many_kernels() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 

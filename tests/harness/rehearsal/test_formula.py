@@ -13,6 +13,8 @@ from aimscale.harness.device.execution import EngineOptions
 from aimscale.harness.device.memory import WORKSPACE_BYTES, copy_bytes, held_bytes, peak_bytes_per_image, waiting_bytes
 from aimscale.harness.rehearsal.step import rehearse
 
+pytestmark = pytest.mark.fork
+
 
 def stated(shape: dict[str, Any]) -> int:
     """Peak of a step by the formula, without what no tensor occupies."""

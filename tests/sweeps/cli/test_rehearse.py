@@ -15,6 +15,7 @@ from aimscale.sweeps.planning.planner import plan as plan_runs
 from aimscale.sweeps.planning.sweepfile import SweepError
 
 
+@pytest.mark.fork
 def test_a_plan_shows_rehearsed_memory_and_all_of_one_run(
     write_sweep: Any, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

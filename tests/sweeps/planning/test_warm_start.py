@@ -140,6 +140,7 @@ def write_released(path: Path, state: dict[str, torch.Tensor]) -> None:
         file.truncate(8 + len(text) + end)
 
 
+@pytest.mark.fork
 @pytest.mark.parametrize("size", ["aim-7B", "w64-d2", pytest.param("aim-600M", marks=pytest.mark.slow)])
 def test_a_released_file_is_checked_and_rehearsed_with_a_frozen_start(
     write_sweep: Any, tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

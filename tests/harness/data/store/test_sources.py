@@ -155,7 +155,8 @@ def test_cache_keeps_its_bound_and_touches_nothing_else(
                 with contextlib.suppress(FileNotFoundError):
                     sizes[path] = path.stat().st_size
             seen |= {path for path in sizes if path.suffix == ".tar"}
-            assert sum(sizes.values()) <= bound
+            # one that was evicted while others were looked at was not there beside all of them
+            assert sum(size for path, size in sizes.items() if path.exists()) <= bound
         reading.get()
     assert len({path.parent for path in seen}) == 2, "one data set never made room for the other"
     assert len(seen) > 2, "nothing was evicted"
