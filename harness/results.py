@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from aimscale.aim.errors import UserError, some
 from aimscale.harness.data.store.dataset_info import fingerprint
 from aimscale.harness.run.config import ProbeSection, RunConfig, ValidationSection
@@ -312,8 +314,6 @@ def _validation_columns(run: RunDir, images_seen: int) -> dict[str, Any]:
 
 def _read_validation(path: Path) -> dict[str, Any] | None:
     """Read the name and the columns of a validation file; None if there is none, or it is damaged."""
-    import numpy as np  # .1 s, which `plan --help` need not wait for
-
     try:
         with np.load(path) as file:
             arrays = dict(file)  # all of them, since each has a checksum

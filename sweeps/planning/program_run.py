@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aimscale.aim.errors import UserError
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.formulas import FormulaError, parse_formula
 from aimscale.harness.device.speed import MFU
 from aimscale.harness.results import Pending
 from aimscale.harness.run.directory import RunDir
@@ -22,7 +22,7 @@ from aimscale.harness.run.section import Fields, Section, config_digest, parse
 from aimscale.sweeps.planning.checks import check_time_limit
 from aimscale.sweeps.planning.run import BudgetCost, CostCard, Notice, PlanContext, Rates, Run, problem
 from aimscale.sweeps.planning.sweepfile import Sweep, SweepError
-from aimscale.sweeps.planning.trainer import TemplateError, Values, fill_words, parse_formula
+from aimscale.sweeps.planning.trainer import TemplateError, Values, fill_words
 
 UNKNOWN_TIME_S = 3600.0
 """Time that is assumed of a run whose N is not known."""
@@ -177,7 +177,7 @@ def program_run(sweep: Sweep, cell: Fields, budgets: tuple[int, ...], changes: F
             values=trained,
             setup=changes,
         )
-    except (TemplateError, AnalysisError) as error:
+    except (TemplateError, FormulaError) as error:
         raise SweepError(f"{where}: {error}") from error
     return ProgramRun(
         run_id=run_id,

@@ -10,16 +10,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from aimscale.analysis.errors import AnalysisError
+from aimscale.analysis.formulas import FormulaError, parse_formula
 from aimscale.harness.run.program import MetricsSection, StopSection
 from aimscale.harness.run.section import Section
-
-if TYPE_CHECKING:
-    from aimscale.analysis.formulas import Formula
 
 RESERVED = ("run_dir", "size", "seed", "budget", "budgets", "devices", "result", "N", "D")
 """Names that a run gives values itself."""
@@ -30,13 +27,6 @@ Value = str | int | float | bool
 
 class TemplateError(ValueError):
     """Template that cannot be filled in."""
-
-
-def parse_formula(text: str) -> Formula:
-    """Parse a formula of a sweep file; see `analysis.formulas.parse_formula`."""
-    from aimscale.analysis import formulas  # NumPy takes .1 s, and sweeps of aimscale's own trainer have no formula
-
-    return formulas.parse_formula(text)
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
@@ -57,7 +47,7 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
         try:
             numbers = {name: each for name, each in values.items() if _is_number(each)}
             return _written(float(parse_formula(text)(numbers)))
-        except AnalysisError as error:
+        except FormulaError as error:
             names = ", ".join(sorted(values))
             raise TemplateError(f"{{{text:.80}}} cannot be filled in: {error} (names: {names:.300})") from error
 
@@ -74,7 +64,7 @@ def names_of(template: str) -> list[str]:
     for text in filter(None, (match[1] for match in _BRACES.finditer(template))):
         try:
             names |= dict.fromkeys(parse_formula(text).names)
-        except AnalysisError as error:
+        except FormulaError as error:
             raise TemplateError(f"{{{text:.80}}} is no formula: {error}") from error
     return [name for name in names if name not in RESERVED]
 
@@ -110,7 +100,7 @@ def _check_words(text: str) -> str:
 def _check_formula(text: str) -> str:
     try:
         parse_formula(text)
-    except AnalysisError as error:
+    except FormulaError as error:
         raise ValueError(f"'{text:.80}' is no formula: {error}") from error
     return text
 
@@ -143,7 +133,7 @@ def _check_sizes(sizes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 Words = Annotated[str, AfterValidator(_check_words)]
-FormulaText = Annotated[str, AfterValidator(_check_formula)]
+Formula = Annotated[str, AfterValidator(_check_formula)]
 Values = Annotated[dict[str, Value], AfterValidator(_check_names)]
 
 
@@ -169,9 +159,9 @@ class TrainerSection(Section):
     """Where its numbers stand; by default JSON lines in `{run_dir}/metrics.jsonl`."""
     sizes: Annotated[dict[str, dict[str, Value]], Field(min_length=1), AfterValidator(_check_sizes)]
     """Size -> its values by name."""
-    params: FormulaText | None = None
+    params: Formula | None = None
     """Formula of N from the values; null: the program tells `N`, and plans know it once a run of the size has begun."""
-    flops: FormulaText = "6*N*D"
+    flops: Formula = "6*N*D"
     """Formula of C from N, D and the values."""
     unit: str = Field("samples", pattern=r"^[A-Za-z][A-Za-z -]{0,30}$")
     """What D counts, in the plural: tokens, images, characters."""
