@@ -149,8 +149,8 @@ class SlurmSection(Section):
     setup: tuple[str, ...] = ()
     """Shell lines run before the workers, e.g. module loads; one that fails ends the job, unless it ends in || true."""
     python: Command | None = None
-    """Interpreter of the workers (a venv's, or a command that enters a container with Slurm's commands); null takes the
-    launcher's own."""
+    """Interpreter of the workers (a venv's, or, for runs on one node, a command that enters a container with Slurm's
+    commands); null takes the launcher's own."""
 
     @model_validator(mode="before")
     @classmethod
