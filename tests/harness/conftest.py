@@ -118,6 +118,9 @@ def run_in_processes(function: Callable[..., None], *args: Any, world_size: int 
         )  # fmt: skip
         function(rank, *args)
 
+    # A group that nobody holds ends here, where its threads are: in a fork, its end would wait for what runs on their
+    # stacks by then.
+    gc.collect()
     children = [context.Process(target=child, args=(rank,)) for rank in range(world_size)]
     for process in children:
         process.start()
@@ -151,5 +154,6 @@ def _import_for_forks() -> None:
     """Import what every fork would (DeepSpeed's ZeRO decorates a function with `torch.compile`: seconds a rank)."""
     import_deepspeed()
     importlib.import_module("torch._inductor.compile_fx")
+    gc.collect()
     gc.freeze()  # a collection in a fork would copy all of it
     atexit.register(gc.unfreeze)  # or nanobind reports the rest as leaked

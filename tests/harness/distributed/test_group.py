@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -169,3 +170,23 @@ def test_a_card_that_is_not_there_and_half_an_environment_are_refused(monkeypatc
         find_placement({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(LaunchError, match="SLURM_JOB_NODELIST is not set"):
         find_placement({"SLURM_STEP_NUM_TASKS": "2"})
+
+
+def _collect_beside_a_group(rank: int, folder: Path) -> None:
+    group = torch.distributed.ProcessGroupGloo(torch.distributed.FileStore(str(folder / "fork"), 1), rank, 1)
+    gc.collect()
+    del group
+
+
+def test_a_fork_collects_no_group_that_its_parent_left(in_processes: Callable[..., list[int]], tmp_path: Path) -> None:
+    in_processes(_collect_beside_a_group, tmp_path)  # the first imports, and freezes what it finds
+    left: list[object] = [
+        torch.distributed.ProcessGroupGloo(torch.distributed.FileStore(str(tmp_path / "store"), 1), 0, 1)
+    ]
+    left.append(left)
+    gc.disable()
+    try:
+        del left
+        assert in_processes(_collect_beside_a_group, tmp_path) == [0]
+    finally:
+        gc.enable()
