@@ -199,8 +199,9 @@ class Covariance:
 def satterthwaite(errors: Array, degrees: Array) -> Array:
     """Return the degrees of freedom (m,) of a sum of variances, errors^2 (parts, m) of so many degrees (parts, m)."""
     uncertain = np.sum(errors**4 / degrees, axis=0)
-    whole = np.sum(errors**2, axis=0)
-    return np.where(uncertain > 0, whole**2 / np.maximum(uncertain, 1e-300), np.min(degrees, axis=0))
+    whole, fewest = np.sum(errors**2, axis=0), np.min(degrees, axis=0)
+    with np.errstate(invalid="ignore"):  # an infinite error
+        return np.where((uncertain > 0) & np.isfinite(uncertain), whole**2 / np.maximum(uncertain, 1e-300), fewest)
 
 
 def half_width(errors: Array | float, degrees: Array, level: float | None = None) -> Array:

@@ -27,6 +27,10 @@ from aimscale.analysis.table.points import KnownErrors
 
 DIFFERENCE = 1e-5
 """Step of central differences, as a share of a coordinate's own scale: their error is its square."""
+ROUNDING = 1e-12
+"""Relative change of a law's values that rounding may be."""
+LEAST_MOVE = 1e-8
+"""Move of a function over a parameter's whole scale that counts: its differences round below that."""
 LEAST_SLOPE = 1e-6
 """Curvature of the objective at a point outside its quadratic zone."""
 SMALLEST_DELTA = 1e-9
@@ -66,7 +70,7 @@ class Estimate:
         # a point's precision is the curvature of the objective, besides which its weight is none
         score, curvature = _score_and_curvature(self.problem, self.vector)
         root = np.sqrt(curvature)
-        scaled = linear_design(self.problem.linearised(self.vector) * root[:, None], self.problem.weights)
+        scaled = linear_design(_slopes(self.problem, self.vector) * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
         errors = self.components, self.groups
         by = {name: sandwich(scaled, score / root, codes, *errors) for name, codes in clusterings}
@@ -95,10 +99,7 @@ class Estimate:
     def gradient(self, function: Function) -> Array:
         """Return derivatives (m, free) of a function by the movable coordinates."""
         free, problem = np.flatnonzero(self.problem.movable), self.problem
-        # of a logarithm 1, of a coefficient its range or the size of the measurements
-        span, level = problem.upper - problem.lower, max(float(np.median(np.abs(problem.y))), 1e-300)
-        scales = np.where([p.log for p in problem.law.parameters], 1.0, np.where(np.isfinite(span), span, level))
-        steps = DIFFERENCE * np.diag(scales)[free]
+        steps = DIFFERENCE * np.diag(problem.scales)[free]
         values = function(problem.params_of(np.concatenate([self.vector + steps, self.vector - steps])))
         up, down = np.asarray(values, float).reshape(2, len(free), -1)
         return ((up - down) / (2 * steps.sum(axis=1, keepdims=True))).T
@@ -108,8 +109,13 @@ class Estimate:
         return np.asarray(function({k: np.array([v]) for k, v in self.params.items()}), float).reshape(-1)
 
     def error_of(self, function: Function) -> tuple[Array, Array, Array]:
-        """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method."""
-        return (self.value_of(function), *self.covariance.of_contrasts(self.gradient(function)))
+        """Return a function's values (m,), standard errors (m,) and degrees of freedom (m,), by the delta method; an
+        infinite error where it moves with a parameter that the fit does not feel."""
+        value, gradient = self.value_of(function), self.gradient(function)
+        errors, degrees = self.covariance.of_contrasts(gradient)
+        is_idle = ~_slopes(self.problem, self.vector).any(axis=0)
+        moved = np.abs(gradient * self.problem.scales[self.problem.movable])[:, is_idle] > LEAST_MOVE
+        return value, np.where(moved.any(axis=1), np.inf, errors), degrees
 
     def interval_of(self, function: Function, level: float | None = None) -> tuple[Array, Array]:
         """Return the ends (m,) of intervals of a function's values."""
@@ -157,7 +163,7 @@ def estimated(problem: Problem, groups: Groups, given_errors: KnownErrors | None
         AnalysisError: the objective is nowhere finite, or the law not differentiable at its optimum.
     """
     problem, vector = _minimised(problem)
-    jacobian = problem.linearised(vector)
+    jacobian = _slopes(problem, vector)
     if not np.isfinite(jacobian).all():
         raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
     score, curvature = _score_and_curvature(problem, vector)
@@ -172,6 +178,15 @@ def estimated(problem: Problem, groups: Groups, given_errors: KnownErrors | None
         residual=residual,
         known=given_errors,
     )
+
+
+def _slopes(problem: Problem, vector: Array) -> Array:
+    """Return derivatives (n, free) of T(law) by the movable parameters, nil where none of their steps moves the law by
+    more than it rounds: else rounding would decide which way they point."""
+    slopes = problem.linearised(vector)
+    moved = np.abs(slopes).max(axis=0) * problem.scales[problem.movable]
+    level = 1.0 if problem.objective.log else float(np.abs(problem.y).max())
+    return np.where(moved <= ROUNDING * level, 0.0, slopes)
 
 
 def _minimised(problem: Problem) -> tuple[Problem, Array]:

@@ -130,6 +130,13 @@ class Problem:
         """Number of parameters that are not fixed."""
         return int(self.movable.sum())
 
+    @property
+    def scales(self) -> Array:
+        """Steps of the parameters (k,) that matter: of a logarithm 1, of others the width of their bounds or, without
+        any, the size of the measurements."""
+        span, level = self.upper - self.lower, max(float(np.median(np.abs(self.y))), 1e-300)
+        return np.where([p.log for p in self.law.parameters], 1.0, np.where(np.isfinite(span), span, level))
+
     def limits(self, j: int) -> tuple[float, float]:
         """Return the bounds of parameter j in its own units; those of a scaled coefficient are 0 or infinite in any."""
         is_log = self.law.parameters[j].log

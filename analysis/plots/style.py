@@ -70,6 +70,8 @@ SUBS = ((2.2, (1,)), (1.4, (1, 3)), (0.6, (1, 2, 5)))
 on the panels of a figure of two columns."""
 LEVEL_REACH = 0.5
 """Distance from the points, in heights of the axis, up to which a level is drawn."""
+LEGEND_SHARE = 0.95
+"""Share of a figure's width that its legends may take, without margins."""
 
 
 def _is_default(name: Any) -> bool:
@@ -357,8 +359,8 @@ def draw_levels(panels: Sequence[Axes], levels: pd.DataFrame, **place: Any) -> N
 
 
 def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "") -> None:
-    """Put one legend of panels with the same series below their figure, where it hides no point; inside single axes of
-    a figure that has others or was made elsewhere."""
+    """Put one legend of panels with the same series below their figure, where it hides no point, in as many columns as
+    its width holds; inside single axes of a figure that has others or was made elsewhere."""
     figure = figure_of(axes[0])
     handles = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     is_whole = place or len(axes) > 1 or len(figure.axes) == 1
@@ -367,6 +369,11 @@ def legend(axes: Sequence[Axes], title: str, columns: int = 4, place: str = "") 
             figure.legends.clear()
         look: dict[str, Any] = {"columnspacing": 0.9, "handletextpad": 0.3, "title": title}
         look["loc"] = f"outside {place or 'lower center'}"
-        figure.legend(list(handles.values()), list(handles), ncols=min(columns, len(handles)), **look)
+        room = LEGEND_SHARE * figure.bbox.width - sum(beside.get_window_extent().width for beside in figure.legends)
+        for num in range(min(columns, len(handles)), 0, -1):
+            made = figure.legend(list(handles.values()), list(handles), ncols=num, **look)
+            if made.get_window_extent().width <= room or num == 1:
+                break
+            made.remove()
     elif handles:
         axes[0].legend(title=title)

@@ -108,3 +108,21 @@ def test_an_accuracy_of_exactly_one_is_fitted_as_any_other(chance):
     ends = rows[["value", "ci_lo", "ci_hi", "pi_lo", "pi_hi"]].to_numpy()
     assert 0 <= ends.min() <= ends.max() <= 1
     assert rows[["value", "ci_lo"]].to_numpy().min() >= (chance or 0)
+
+
+@pytest.mark.parametrize("bounds", [{"k": (200.0, 260.0), "L0": (0.4, 0.45)}, {"k": (900.0, 1e3), "L0": (1.1, 1.2)}])
+@pytest.mark.filterwarnings("error")
+def test_where_an_optimum_lies_in_a_flat_place_says_nothing(bounds):
+    # All losses lie far from the step. What moves the law by a rounding error there, or not at all, is no direction.
+    loss, noise = np.linspace(0.2, 0.3, 24), np.random.default_rng(0).normal(0, 0.01, 24)
+    rows = pd.DataFrame({"val_loss": loss, "top1": 0.6 + noise, "size": np.repeat([*"abcdef"], 4)})
+    options = {"y": "top1", "objective": "lsq", "columns": {"L": "val_loss"}, "fixed": {"floor": 0.1}}
+    found = fit(rows, laws.LINK_SIGMOID, bounds=bounds, **options)
+    assert found.not_identified == {"k", "L0"}
+    everywhere = fit(rows, laws.LINK_SIGMOID, bounds={"k": (5e3, 6e3), "L0": (8.0, 9.0)}, **options)
+    ceiling = found.intervals["ceiling"]
+    same = everywhere.intervals["ceiling"]
+    assert (ceiling.low, ceiling.high) == pytest.approx((same.low, same.high), rel=1e-9)
+    assert 0.58 < ceiling.low < found.params["ceiling"] < ceiling.high < 0.62
+    assert found.predict({"L": [0.25]})["ci_lo"].item() == pytest.approx(ceiling.low)
+    assert not np.isfinite(found.predict({"L": [found.params["L0"]]})["ci_lo"]).any()

@@ -57,6 +57,17 @@ def test_units_are_named_for_our_tables_only(grid):
     assert (theirs.get_ylabel(), theirs.get_xlabel()) == ("validation loss", "D: samples seen")
 
 
+def test_legends_lie_within_their_figure_and_beside_each_other(grid, probes):
+    spread = np.resize([0.9, 1.0, 1.1], len(grid))  # so that budgets are ranges: "90k-110k"
+    rows, accuracies = (each.assign(images_seen=grid["images_seen"] * spread) for each in (grid, probes))
+    for figure in (plot_fit(fit(rows, "chinchilla"), x="N"), plot_accuracy(accuracies)):
+        FigureCanvasAgg(figure).draw()
+        boxes = [each.get_window_extent() for each in figure.legends]
+        assert boxes
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_labels_replace_names_on_axes_and_legends(joint, grid, known_study, tmp_path):
     labels = {"N": "Parameters", "images_seen": "Images", "L": "Loss ($)"}
     (ax,) = (figure := joint.plot(labels=labels)).axes
