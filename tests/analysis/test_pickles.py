@@ -3,10 +3,12 @@
 import pickle
 
 import pandas as pd
+import pytest
 
 from aimscale.analysis import forecast, frontier, next_runs
 
 
+@pytest.mark.slow
 def test_results_come_back_from_a_pickle_as_they_were(grid):
     probe = {"task": "t", "kind": "linear", "chance": 0.1}
     probed = grid.assign(probes=[[probe | {"top1": 1 - loss}] for loss in grid["val_loss"]])

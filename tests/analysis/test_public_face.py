@@ -65,6 +65,7 @@ def test_figures_are_drawn_once_in_a_notebook(grid):
     assert pyplot.get_fignums() == []  # else a notebook draws it a second time
 
 
+@pytest.mark.slow
 def test_every_public_function_says_what_it_returns_and_has_an_example_that_runs(grid, tmp_path, monkeypatch):
     for name in ("results", "more", "curves"):
         shutil.copyfile(DOCS / "figures/demo/results.parquet", tmp_path / f"{name}.parquet")

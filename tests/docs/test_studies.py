@@ -8,7 +8,8 @@ from generate import studies
 from aimscale.analysis.publication.verification import compare_numbers
 
 
-@pytest.mark.parametrize("study", ["cifar", pytest.param("fashion", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["cifar", "fashion"])
 def test_a_studys_tables_give_its_numbers(study: str) -> None:
     num, differences = compare_numbers(studies.record(study)["numbers"], studies.recomputed(study))
     assert not differences, f"{differences[:5]}: run `python docs/generate/studies.py renew {study}`"

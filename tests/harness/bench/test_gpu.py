@@ -34,6 +34,7 @@ def test_a_rehearsal_ends_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = {
         "good": "print('{\"a\": 1}')",

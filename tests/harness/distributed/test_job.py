@@ -92,6 +92,7 @@ def fail(run: RunDir) -> None:
     raise ValueError("a bug")
 
 
+@pytest.mark.slow
 def test_ranks_may_come_early_or_late_after_a_holder_that_died_under_the_same_address(
     run: RunDir, in_processes: Run
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_rank_that_is_long_in_coming_outside_of_a_step_is_waited_for(run: RunD
     assert in_processes(be_rank, run, work, world_size=2) == [EXIT_FINISHED] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_taken_over_ends_on_all_ranks_and_keeps_the_other_holders_status(
     run: RunDir, in_processes: Run
 ) -> None:

@@ -115,6 +115,7 @@ def open_and_close(rank: int, path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_wandb_holds_a_run_as_one_run_across_starts_with_what_reads_it_back(
     tmp_path: Path, probed: Callable[[str], RunConfig], in_processes: Run

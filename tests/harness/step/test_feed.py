@@ -151,7 +151,7 @@ def hang_in_a_save(rank: int, path: Path) -> None:
     run_worker(train, "train")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_disk_that_hangs_in_a_save_ends_the_run_with_a_sentence(
     tmp_path: Path, tiny_config: Config, in_processes: Run, world_size: int
 ) -> None:

@@ -543,6 +543,7 @@ def train_with_room(rank: int, path: Path, room: int) -> None:
     train_in(rank, path)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_node_share_its_shared_memory(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
     """Else the last ones die of SIGBUS, without a word."""
     config = tiny_config({"num_workers": 1}, budgets=[16], schedule={"warmup_images": 8})

@@ -138,6 +138,7 @@ def test_a_step_in_which_one_rank_hangs_ends_all(tmp_path: Path, tiny_config: Co
     assert "stands still" in str(status.reason)
 
 
+@pytest.mark.slow
 def test_a_stall_of_the_first_ranks_disk_ends_nobody(tmp_path: Path, tiny_config: Config, in_processes: Run) -> None:
     # Nothing else makes ranks wait for each other.
     runtime = {"num_workers": 1, "checkpoint_every_images": None, "log_every_steps": 1}

@@ -42,6 +42,7 @@ def data(write_images: Any, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("data")
 def test_forks_train_what_processes_of_their_own_do(write_sweep: Any, tmp_path: Path) -> None:
     source = write_sweep(budgets=[128, 256]).source

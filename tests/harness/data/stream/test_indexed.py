@@ -65,7 +65,10 @@ def test_permute_spreads_evenly_over_keys() -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize(
     ("world", "micro", "workers", "batch"),
-    [(1, 16, 0, 16), (2, 3, 0, 16), (4, 4, 1, 16), (2, 8, 2, 16), (1, 1, 4, 16), (3, 4, 0, 10), (5, 16, 0, 6)],
+    [
+        *((1, 16, 0, 16), (2, 3, 0, 16), (1, 1, 4, 16), (3, 4, 0, 10), (5, 16, 0, 6)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((4, 4, 1, 16), (2, 8, 2, 16))),
+    ],
 )
 def test_stream_is_the_same_for_any_split(
     configure: Configure, world: int, micro: int, workers: int, batch: int
