@@ -58,6 +58,8 @@ class Estimate:
     """Errors of T(y) that points share, and of single points."""
     groups: Groups
     """Points that share errors which the law leaves visible."""
+    slopes: Array
+    """Derivatives (n, free) of T(law) by the movable parameters; nil where these are not felt."""
     design: Design
     residual: Array
     """Residuals (n,) of T(y) whose least squares the optimum is: outliers drawn in, the others stretched for it."""
@@ -70,7 +72,7 @@ class Estimate:
         # a point's precision is the curvature of the objective, besides which its weight is none
         score, curvature = _score_and_curvature(self.problem, self.vector)
         root = np.sqrt(curvature)
-        scaled = linear_design(_slopes(self.problem, self.vector) * root[:, None], self.problem.weights)
+        scaled = linear_design(self.slopes * root[:, None], self.problem.weights)
         clusterings = self.groups.clusterings(self.problem.num_points).items()
         errors = self.components, self.groups
         by = {name: sandwich(scaled, score / root, codes, *errors) for name, codes in clusterings}
@@ -113,7 +115,7 @@ class Estimate:
         infinite error where it moves with a parameter that the fit does not feel."""
         value, gradient = self.value_of(function), self.gradient(function)
         errors, degrees = self.covariance.of_contrasts(gradient)
-        is_idle = ~_slopes(self.problem, self.vector).any(axis=0)
+        is_idle = ~self.slopes.any(axis=0)
         moved = np.abs(gradient * self.problem.scales[self.problem.movable])[:, is_idle] > LEAST_MOVE
         return value, np.where(moved.any(axis=1), np.inf, errors), degrees
 
@@ -163,17 +165,18 @@ def estimated(problem: Problem, groups: Groups, given_errors: KnownErrors | None
         AnalysisError: the objective is nowhere finite, or the law not differentiable at its optimum.
     """
     problem, vector = _minimised(problem)
-    jacobian = _slopes(problem, vector)
-    if not np.isfinite(jacobian).all():
+    slopes = _slopes(problem, vector)
+    if not np.isfinite(slopes).all():
         raise AnalysisError(f"The optimum of {problem.law.formula} lies where it has no finite derivatives.")
     score, curvature = _score_and_curvature(problem, vector)
-    groups = visible_groups(groups, jacobian)
-    design, residual = linear_design(jacobian, problem.weights), score / np.average(curvature, weights=problem.weights)
+    groups = visible_groups(groups, slopes)
+    design, residual = linear_design(slopes, problem.weights), score / np.average(curvature, weights=problem.weights)
     return Estimate(
         problem=problem,
         vector=vector,
         components=components_of(design, residual, groups),
         groups=groups,
+        slopes=slopes,
         design=design,
         residual=residual,
         known=given_errors,

@@ -117,12 +117,12 @@ def test_where_an_optimum_lies_in_a_flat_place_says_nothing(bounds):
     loss, noise = np.linspace(0.2, 0.3, 24), np.random.default_rng(0).normal(0, 0.01, 24)
     rows = pd.DataFrame({"val_loss": loss, "top1": 0.6 + noise, "size": np.repeat([*"abcdef"], 4)})
     options = {"y": "top1", "objective": "lsq", "columns": {"L": "val_loss"}, "fixed": {"floor": 0.1}}
-    found = fit(rows, laws.LINK_SIGMOID, bounds=bounds, **options)
-    assert found.not_identified == {"k", "L0"}
-    everywhere = fit(rows, laws.LINK_SIGMOID, bounds={"k": (5e3, 6e3), "L0": (8.0, 9.0)}, **options)
-    ceiling = found.intervals["ceiling"]
-    same = everywhere.intervals["ceiling"]
-    assert (ceiling.low, ceiling.high) == pytest.approx((same.low, same.high), rel=1e-9)
-    assert 0.58 < ceiling.low < found.params["ceiling"] < ceiling.high < 0.62
-    assert found.predict({"L": [0.25]})["ci_lo"].item() == pytest.approx(ceiling.low)
-    assert not np.isfinite(found.predict({"L": [found.params["L0"]]})["ci_lo"]).any()
+    fitted = fit(rows, laws.LINK_SIGMOID, bounds=bounds, **options)
+    assert fitted.not_identified == {"k", "L0"}
+    elsewhere = fit(rows, laws.LINK_SIGMOID, bounds={"k": (5e3, 6e3), "L0": (8.0, 9.0)}, **options)
+    ceiling = fitted.intervals["ceiling"]
+    other = elsewhere.intervals["ceiling"]
+    assert (ceiling.low, ceiling.high) == pytest.approx((other.low, other.high), rel=1e-9)
+    assert 0.58 < ceiling.low < fitted.params["ceiling"] < ceiling.high < 0.62
+    assert fitted.predict({"L": [0.25]})["ci_lo"].item() == pytest.approx(ceiling.low)
+    assert not np.isfinite(fitted.predict({"L": [fitted.params["L0"]]})["ci_lo"]).any()
