@@ -4,6 +4,7 @@ On small tensors, threads that wait for each other make two busy cores ten times
 """
 
 import atexit
+import gc
 import multiprocessing.forkserver
 import os
 import shutil
@@ -110,6 +111,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     child = multiprocessing.get_context("fork").Process(target=pyfuncitem.obj, kwargs=arguments)
+    gc.collect()  # as `run_in_processes` does: what a fork collects may wait for threads of this process
     child.start()
     child.join()
     assert child.exitcode == 0, "the test failed in its fork, see its output"

@@ -180,13 +180,13 @@ def _collect_beside_a_group(rank: int, folder: Path) -> None:
 
 def test_a_fork_collects_no_group_that_its_parent_left(in_processes: Callable[..., list[int]], tmp_path: Path) -> None:
     in_processes(_collect_beside_a_group, tmp_path)  # the first imports, and freezes what it finds
-    left: list[object] = [
+    garbage: list[object] = [
         torch.distributed.ProcessGroupGloo(torch.distributed.FileStore(str(tmp_path / "store"), 1), 0, 1)
     ]
-    left.append(left)
+    garbage.append(garbage)
     gc.disable()
     try:
-        del left
+        del garbage
         assert in_processes(_collect_beside_a_group, tmp_path) == [0]
     finally:
         gc.enable()

@@ -44,7 +44,7 @@ class TrackerUnderGloo(StepTracker):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "phase" and dist.is_initialized():
+        if name == "phase" and dist.is_initialized() and dist.get_backend() == "gloo":
             time.sleep(LET_GO_S)
         super().__setattr__(name, value)
 
